@@ -1,0 +1,93 @@
+"""Our GPT against the Hugging Face classes: random weights in both, the same logits and the same gradients."""
+
+import pytest
+import torch
+import transformers as hf
+
+from trainer.interop.huggingface import InteropError, convert_state, load_into, model_config
+from trainer.model.gpt import GPT
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+SMALL = dict(vocab_size=199, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80,
+             max_position_embeddings=64)  # fmt: skip
+GPT2 = dict(vocab_size=199, n_positions=64, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+
+CASES = {
+    "gpt1": lambda: hf.OpenAIGPTConfig(**GPT2),
+    "gpt2": lambda: hf.GPT2Config(**GPT2),
+    "bloom": lambda: hf.BloomConfig(vocab_size=199, hidden_size=48, n_layer=3, n_head=4),
+    "bloom-6-heads": lambda: hf.BloomConfig(vocab_size=199, hidden_size=48, n_layer=2, n_head=6),
+    "llama-gqa": lambda: hf.LlamaConfig(**SMALL, num_key_value_heads=2),
+    "llama-tied": lambda: hf.LlamaConfig(**SMALL, num_key_value_heads=4, tie_word_embeddings=True),
+    "llama3-rope": lambda: hf.LlamaConfig(**SMALL, num_key_value_heads=2, rope_parameters=LLAMA3),
+    "yarn-rope": lambda: hf.LlamaConfig(**SMALL, num_key_value_heads=2, rope_parameters=YARN),
+    "linear-rope": lambda: hf.LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    ),
+    "mistral-window": lambda: hf.MistralConfig(**SMALL, num_key_value_heads=2, head_dim=16, sliding_window=7),
+    "qwen2": lambda: hf.Qwen2Config(**SMALL, num_key_value_heads=2),
+    "qwen3": lambda: hf.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16),
+    "qwen3-alternating": lambda: hf.Qwen3Config(
+        **SMALL, num_key_value_heads=2, head_dim=16, use_sliding_window=True, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    # Cohere is PaLM's block: attention and MLP side by side, LayerNorm without bias, SwiGLU, one key/value head.
+    "palm-as-cohere": lambda: hf.CohereConfig(**SMALL, num_key_value_heads=1, logit_scale=0.5),
+}  # fmt: skip
+
+
+def pair(case):
+    torch.manual_seed(0)
+    config = CASES[case]()
+    config._attn_implementation = "eager"
+    theirs = hf.AutoModelForCausalLM.from_config(config).float()
+    for name, p in theirs.named_parameters():  # norms and biases too: a constant would hide a mix-up
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name or ".ln_" in name else 0.0, std=0.1)
+    ours = GPT(model_config(config))
+    load_into(ours, config.model_type, theirs.state_dict(), ours.config)
+    return theirs.eval(), ours
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_logits_and_gradients(case):
+    theirs, ours = pair(case)
+    tokens, labels = torch.randint(0, 199, (2, 3, 40)).unbind()
+    theirs_logits, ours_logits = theirs(tokens).logits, ours(tokens)
+    assert theirs_logits.abs().max() > 0.5, "the models must say something for the comparison to mean anything"
+    torch.testing.assert_close(ours_logits, theirs_logits, atol=1e-4, rtol=0)
+
+    torch.nn.functional.cross_entropy(theirs_logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+    ours(tokens, labels).backward()
+    expected = convert_state(ours_family(theirs), {n: p.grad for n, p in theirs.named_parameters()}, ours.config)
+    found = {n: p.grad for n, p in ours.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        scale = expected[name].abs().max().clamp(min=1.0)
+        torch.testing.assert_close(grad / scale, expected[name] / scale, atol=1e-4, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def ours_family(model):
+    return model.config.model_type
+
+
+def test_dynamic_rope_matches_beyond_the_trained_context():
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from trainer.model.rotary import frequencies
+
+    config = hf.LlamaConfig(
+        **SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
+    )
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=150)
+    found, _ = frequencies(model_config(config).rope, 12, 150)
+    torch.testing.assert_close(found, expected)
+
+
+def test_unknown_family_and_unknown_weight_are_named():
+    with pytest.raises(InteropError, match="'opt'"):
+        model_config(hf.OPTConfig())
+    ours = model_config(CASES["gpt2"]())
+    with pytest.raises(InteropError, match="surprise"):
+        convert_state("gpt2", {"h.0.surprise.weight": torch.zeros(1)}, ours)

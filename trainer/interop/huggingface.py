@@ -1,0 +1,188 @@
+"""Hugging Face models as ours: the same config and the same weights, so that the same tokens give the same logits.
+
+One table of names per family; what differs in layout (transposed or fused matrices) is undone while reading.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.model.config import ModelConfig, RopeConfig
+
+
+class InteropError(ValueError):
+    """A Hugging Face model that ours cannot represent; the message names the setting."""
+
+
+_GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+
+
+def model_config(hf: Any) -> ModelConfig:
+    """The ModelConfig of a `transformers` config object. Raises InteropError for what it cannot express."""
+    family = hf.model_type
+    if family in ("gpt2", "openai-gpt"):
+        return _gpt2(hf)
+    if family == "bloom":
+        return ModelConfig(
+            vocab=hf.vocab_size, context=2048, layers=hf.n_layer, width=hf.hidden_size, heads=hf.n_head,
+            position="alibi", norm="layernorm", norm_eps=hf.layer_norm_epsilon, mlp="gelu_tanh", bias=True,
+            embedding_norm=True, tied=hf.tie_word_embeddings,
+        )  # fmt: skip
+    if family not in ("llama", "mistral", "qwen2", "qwen3", "cohere"):
+        known = "gpt2, openai-gpt, bloom, llama, mistral, qwen2, qwen3, cohere"
+        raise InteropError(f"model_type {family!r} is not one of {known}")
+    if hf.hidden_act != "silu":
+        raise InteropError(f"hidden_act {hf.hidden_act!r}: only silu is known for {family}")
+    return ModelConfig(
+        vocab=hf.vocab_size, context=hf.max_position_embeddings, layers=hf.num_hidden_layers, width=hf.hidden_size,
+        heads=hf.num_attention_heads, kv_heads=hf.num_key_value_heads, head_dim=getattr(hf, "head_dim", None),
+        mlp_width=hf.intermediate_size, position="rotary", rope=_rope(hf),
+        norm="layernorm" if family == "cohere" else "rmsnorm",
+        norm_eps=hf.layer_norm_eps if family == "cohere" else hf.rms_norm_eps,
+        block="parallel" if family == "cohere" else "serial",
+        logit_scale=hf.logit_scale if family == "cohere" else 1.0,
+        mlp="swiglu", qkv_bias=family == "qwen2", qk_norm=family == "qwen3", windows=_windows(hf),
+        tied=hf.tie_word_embeddings,
+    )  # fmt: skip
+
+
+def _gpt2(hf: Any) -> ModelConfig:
+    post = hf.model_type == "openai-gpt"
+    activation = hf.afn if post else hf.activation_function
+    return ModelConfig(
+        vocab=hf.vocab_size, context=hf.n_positions, layers=hf.n_layer, width=hf.n_embd, heads=hf.n_head,
+        mlp_width=getattr(hf, "n_inner", None), position="learned", norm="layernorm",
+        norm_eps=hf.layer_norm_epsilon, norm_order="post" if post else "pre",
+        mlp="gelu_tanh" if post and activation == "gelu" else _GELU[activation], bias=True, tied=hf.tie_word_embeddings,
+    )  # fmt: skip
+
+
+def _rope(hf: Any) -> RopeConfig:
+    given = dict(hf.rope_parameters)
+    kind = given.get("rope_type", "default")
+    scaling = "none" if kind == "default" else kind
+    if scaling not in ("none", "linear", "dynamic", "yarn", "llama3"):
+        raise InteropError(f"rope_type {kind!r} is not one of default, linear, dynamic, yarn, llama3")
+    same = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+    return RopeConfig(
+        theta=given["rope_theta"],
+        scaling=scaling,
+        original_context=given.get("original_max_position_embeddings") or hf.max_position_embeddings,
+        **{key: given[key] for key in same if given.get(key) is not None},
+    )
+
+
+def _windows(hf: Any) -> tuple[int, ...]:
+    window = getattr(hf, "sliding_window", None) or 0
+    kinds = getattr(hf, "layer_types", None)
+    if kinds is None:
+        return (window,)
+    return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+Read = Callable[[Tensor, ModelConfig], Tensor]
+
+
+def _same(t: Tensor, _c: ModelConfig) -> Tensor:
+    return t
+
+
+def _transposed(t: Tensor, _c: ModelConfig) -> Tensor:
+    return t.T.contiguous() if t.ndim == 2 else t
+
+
+def _third(which: int) -> Read:
+    """q, k or v of GPT-2's fused and transposed matrix."""
+    return lambda t, c: _transposed(t.split(c.width, dim=-1)[which], c).contiguous()
+
+
+def _interleaved(which: int) -> Read:
+    """q, k or v of BLOOM's matrix, whose rows go head by head and in a head q, k, v."""
+    return lambda t, c: t.unflatten(0, (c.heads, 3, c.d_head))[:, which].flatten(0, 1).contiguous()
+
+
+def _halves(t: Tensor, c: ModelConfig) -> Tensor:
+    """Cohere turns neighbouring elements (0,1), (2,3)...; ours turns (i, i + D/2): the same under this reordering."""
+    heads = t.unflatten(0, (-1, c.d_head // 2, 2))
+    return heads.transpose(1, 2).flatten(0, 2).contiguous()
+
+
+Row = tuple[str, str, Read]
+
+_GPT2: list[Row] = [
+    ("wte", "embed", _same), ("wpe", "position", _same), ("ln_f", "norm", _same),
+    (r"h.#.ln_1", "blocks.#.attn_norm", _same), (r"h.#.ln_2", "blocks.#.mlp_norm", _same),
+    *((r"h.#.attn.c_attn", f"blocks.#.attn.{part}", _third(i)) for i, part in enumerate("qkv")),
+    (r"h.#.attn.c_proj", "blocks.#.attn.out", _transposed),
+    (r"h.#.mlp.c_fc", "blocks.#.mlp.up", _transposed), (r"h.#.mlp.c_proj", "blocks.#.mlp.down", _transposed),
+]  # fmt: skip
+_BLOOM: list[Row] = [
+    ("word_embeddings", "embed", _same), ("word_embeddings_layernorm", "embed_norm", _same), ("ln_f", "norm", _same),
+    (r"h.#.input_layernorm", "blocks.#.attn_norm", _same),
+    (r"h.#.post_attention_layernorm", "blocks.#.mlp_norm", _same),
+    *((r"h.#.self_attention.query_key_value", f"blocks.#.attn.{p}", _interleaved(i)) for i, p in enumerate("qkv")),
+    (r"h.#.self_attention.dense", "blocks.#.attn.out", _same),
+    (r"h.#.mlp.dense_h_to_4h", "blocks.#.mlp.up", _same), (r"h.#.mlp.dense_4h_to_h", "blocks.#.mlp.down", _same),
+]  # fmt: skip
+_LLAMA: list[Row] = [
+    ("embed_tokens", "embed", _same), ("norm", "norm", _same),
+    (r"layers.#.input_layernorm", "blocks.#.attn_norm", _same),
+    (r"layers.#.post_attention_layernorm", "blocks.#.mlp_norm", _same),
+    *((rf"layers.#.self_attn.{p}_proj", f"blocks.#.attn.{p}", _same) for p in "qkv"),
+    (r"layers.#.self_attn.o_proj", "blocks.#.attn.out", _same),
+    *((rf"layers.#.self_attn.{p}_norm", f"blocks.#.attn.{p}_norm", _same) for p in "qk"),
+    *((rf"layers.#.mlp.{p}_proj", f"blocks.#.mlp.{p}", _same) for p in ("gate", "up", "down")),
+]  # fmt: skip
+_COHERE = [(hf, ours, _halves if ours.endswith((".q", ".k")) else read) for hf, ours, read in _LLAMA]
+
+TABLES: dict[str, list[Row]] = {
+    "gpt2": _GPT2,
+    "openai-gpt": [("tokens_embed", "embed", _same), ("positions_embed", "position", _same), *_GPT2],
+    "bloom": _BLOOM,
+    "cohere": _COHERE,
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+}
+# Buffers that some releases keep among the weights: nothing is learned in them.
+_NOT_WEIGHTS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
+
+
+def convert_state(family: str, state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Weights (or gradients) under Hugging Face's names as a state dict of our GPT. Raises InteropError for a name
+    that the family's table does not know: nothing is dropped silently."""
+    ours: dict[str, Tensor] = {}
+    unknown: list[str] = []
+    for name, tensor in state.items():
+        bare = re.sub(r"^(transformer|model)\.", "", name)
+        if _NOT_WEIGHTS.search(bare):
+            continue
+        if bare == "lm_head.weight":
+            if not config.tied:
+                ours["head.weight"] = tensor
+            continue
+        rows = list(_matching(TABLES[family], bare))
+        if not rows:
+            unknown.append(name)
+        for target, read in rows:
+            ours[target] = read(tensor, config)
+    if unknown:
+        raise InteropError(f"{family}: no place in our model for {', '.join(unknown[:5])} ({len(unknown)} in all)")
+    return ours
+
+
+def _matching(table: Iterable[Row], name: str) -> Iterable[tuple[str, Read]]:
+    owner, _, leaf = name.rpartition(".")
+    layer = re.search(r"\.(\d+)\.", name)
+    number = layer.group(1) if layer else ""
+    for theirs, target, read in table:
+        if theirs.replace("#", number) == owner:
+            yield f"{target.replace('#', number)}.{leaf}", read
+
+
+def load_into(model: torch.nn.Module, family: str, state: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Copy Hugging Face weights into our GPT; every parameter must be given, in its shape."""
+    model.load_state_dict(convert_state(family, state, config), strict=True)

@@ -1,0 +1,76 @@
+"""Cross-entropy of the next token, with the logits made a chunk of rows at a time and never all at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+"""Label of a position that is not predicted: padding, or the first token of another document."""
+
+# Logits per chunk: on CPU a chunk stays near the caches, on a GPU it is enough to fill the matrix units.
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+
+
+def chunk_rows(vocab: int, device: torch.device) -> int:
+    """Rows of hidden states whose logits are made together."""
+    return max(16, _CHUNK_ELEMENTS.get(device.type, 1 << 25) // vocab)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Makes the gradients in the forward pass, while a chunk's logits exist, so that backward only scales them.
+
+    The matrix work is that of the ordinary forward and backward (three products), without a recompute.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, w_VC: Tensor, labels_N: Tensor, scale: float, rows: int) -> Tensor:
+        want_x, want_w = ctx.needs_input_grad[:2]
+        total = x_NC.new_zeros((), dtype=torch.float32)
+        grad_x = torch.empty_like(x_NC) if want_x else None
+        grad_w = torch.zeros(w_VC.shape, dtype=torch.float32, device=w_VC.device) if want_w else None
+        for start in range(0, x_NC.shape[0], rows):
+            x, labels = x_NC[start : start + rows], labels_N[start : start + rows]
+            counted = labels != IGNORED
+            target = labels.clamp(min=0)[:, None]
+            logits = x @ w_VC.T
+            log_p = torch.log_softmax(logits.float() * scale if scale != 1.0 else logits, -1, dtype=torch.float32)
+            del logits
+            total -= (log_p.gather(1, target)[:, 0] * counted).sum()
+            if not (want_x or want_w):
+                continue
+            error = log_p.exp_()
+            error.scatter_add_(1, target, error.new_full((), -1.0).expand_as(target))
+            error.mul_((counted * scale)[:, None])
+            error = error.to(x.dtype)
+            if grad_x is not None:
+                torch.mm(error, w_VC, out=grad_x[start : start + rows])
+            if grad_w is not None:
+                if x.dtype == torch.float32:
+                    grad_w.addmm_(error.T, x)
+                else:
+                    grad_w.add_(error.T @ x)
+        ctx.save_for_backward(grad_x, None if grad_w is None else grad_w.to(w_VC.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_x, grad_w = ctx.saved_tensors
+        (upstream,) = grads
+        # In place: nothing else holds them, and the second matrix the size of the vocabulary would be the peak.
+        scaled = [None if g is None else g.mul_(upstream.to(g.dtype)) for g in (grad_x, grad_w)]
+        return scaled[0], scaled[1], None, None, None
+
+
+def next_token_loss(x_BTC: Tensor, w_VC: Tensor, labels_BT: Tensor, scale: float = 1.0) -> Tensor:
+    """Sum over all counted positions of -log p(label), in nats, fp32 scalar.
+
+    `w_VC`: the head's weight, V vocabulary rows; logits are x w^T x `scale`. Labels equal to IGNORED add nothing.
+    A sum, not a mean: the engine divides by the count of the whole batch, whichever ranks hold it.
+    """
+    x_NC, labels_N = x_BTC.flatten(0, 1), labels_BT.flatten()
+    rows = chunk_rows(w_VC.shape[0], x_BTC.device)
+    total: Tensor = _ChunkedCrossEntropy.apply(x_NC, w_VC, labels_N, scale, rows)
+    return total
