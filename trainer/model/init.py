@@ -141,10 +141,10 @@ def fill(out: Tensor, name: str, region: Region, rule: Initial, seed: int, threa
     Same bits for the same (seed, name, global index) whatever the region, device or thread count. Values are made in
     fp64, rounded to fp32, then to out's dtype. Beside `out` at most `threads` blocks of BLOCK elements exist.
     """
-    if rule.kind == "constant":
-        out.fill_(rule.value)
-        return
     flat, total = out.detach().view(-1), math.prod(region.shape)
+    if rule.kind == "constant":
+        flat.fill_(rule.value)
+        return
 
     def block(start: int) -> None:
         stop = min(start + BLOCK, total)
