@@ -1,0 +1,88 @@
+"""Which rank this process is, as its launcher says, and how it joins the others."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of one run. `master` is where they meet; None for a run of one rank."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    master: tuple[str, int] | None = None
+
+
+def world_from(env: Mapping[str, str]) -> World | None:
+    """The place that a launcher has given this process, or None when nobody launched it.
+
+    Reads torchrun's variables (RANK, WORLD_SIZE, ...), and those that srun sets for each task of a job step.
+    """
+    if "RANK" in env and "WORLD_SIZE" in env:
+        size = int(env["WORLD_SIZE"])
+        local_size = int(env.get("LOCAL_WORLD_SIZE", size))
+        local_rank = int(env.get("LOCAL_RANK", int(env["RANK"]) % local_size))
+        master = (env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500")))
+        return World(int(env["RANK"]), size, local_rank, local_size, master)
+    # SLURM_STEP_NUM_TASKS, unlike SLURM_NTASKS, is there only under srun and not in the batch script itself.
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        size = int(env["SLURM_STEP_NUM_TASKS"])
+        per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
+        first = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
+        # The same port on every rank, another for another step of the same or another job.
+        step = int(env.get("SLURM_JOB_ID", "0")) * 31 + int(env.get("SLURM_STEP_ID", "0"))
+        master = (env.get("MASTER_ADDR", first), int(env.get("MASTER_PORT", 20_000 + step % 12_000)))
+        local_size = int(per_node.group()) if per_node else size
+        return World(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")), local_size, master)
+    return None
+
+
+def first_host(nodelist: str) -> str:
+    """The first name of Slurm's compressed list: `gpu[07-09,12],x1` begins with gpu07."""
+    found = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\])?([^,]*)", nodelist)
+    return "".join(part or "" for part in found.groups()) if found else nodelist
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """`auto` is this rank's GPU if there is one. Raises ValueError when CUDA is asked for and absent."""
+    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
+        if not torch.cuda.is_available():
+            raise ValueError('engine.device = "cuda": torch sees no GPU here; use "auto" or "cpu"')
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start fewer ranks a node"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def join(world: World, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Make the process group: NCCL for CUDA tensors, gloo for CPU tensors, in one group. A lone rank opens no port."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if world.master is None:
+        store: dist.Store = dist.HashStore()
+    else:
+        host, port = world.master
+        # Under torchrun its agent keeps the store; any other launcher leaves that to rank 0.
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        store = dist.TCPStore(host, port, world.size, is_master=world.rank == 0 and not kept, timeout=timeout)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"mikoshi/{attempt}", store)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,310 @@
+"""The one typed schema of a run: TOML in, dotted overrides, every mistake one line that names the key and the way out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trainer.model.config import ModelConfig
+
+Count = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be used; the message is one line a mistake."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RunSection(_Section):
+    name: str = Field("", pattern=r"^[A-Za-z0-9][\w.-]*$|^$", description="folder of the run (default: the file's name)")
+    folder: Path = Field(Path("runs"), description="where run folders are kept")
+    seed: Natural = 1
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.name
+
+
+class DataSection(_Section):
+    path: Path = Field(description="folder of the prepared dataset")
+    source: str = Field("", description='what `prepare` reads: "python-stdlib", or a file or folder of text/JSONL/Parquet')
+    text_column: str = Field("text", description="column or key that holds the text in JSONL and Parquet")
+    on_invalid: Literal["error", "skip"] = Field("error", description="what cannot be read: stop, or count and go on")
+    tokenizer: Path | None = Field(None, description="a tokenizer.json (default: train one on the text)")
+    tokenizer_vocab: Annotated[int, Field(ge=257)] = Field(8192, description="tokens of the tokenizer to train")
+    held_out: float = Field(0.01, gt=0, lt=0.5, description="share of the documents kept for evaluation")
+    document_mask: bool = Field(True, description="attention and positions stay inside a document")
+
+
+class TrainSection(_Section):
+    steps: Natural
+    global_batch: Count = Field(description="rows of a step, over all ranks")
+    micro_batch: Count | None = Field(None, description="rows a rank handles at once, at most (default: all of its own)")
+    context: Count = Field(description="tokens of a row")
+
+
+class EvalSection(_Section):
+    every: Natural = Field(0, description="steps between evaluations; 0: only at the end")
+    batches: Count = Field(8, description="global batches of held-out text")
+
+
+class CheckpointSection(_Section):
+    every: Natural = Field(0, description="steps between checkpoints; 0: only at the end")
+    keep: Count = Field(2, description="newest checkpoints that are kept")
+
+
+class ScheduleSection(_Section):
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup: Natural = Field(0, description="steps of linear warm-up")
+    decay: Natural = Field(0, description="wsd: steps of the final linear decay")
+    final: float = Field(0.1, ge=0, le=1, description="share of lr at the last step (cosine, linear, wsd)")
+
+
+class OptimSection(_Section):
+    kind: Literal["adamw", "muon"] = Field("adamw", description="muon: hidden matrices by Muon, the rest by AdamW")
+    lr: float = Field(3e-4, gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="on matrices only")
+    momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
+    clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    schedule: ScheduleSection = ScheduleSection()
+
+
+class ParallelSection(_Section):
+    zero: Literal[0, 1, 2, 3] = Field(
+        2, description="what the data ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters"
+    )
+
+
+class EngineSection(_Section):
+    kind: Literal["native"] = "native"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: compute in bf16, master weights in fp32")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations made again in backward: none, all but matrix products, all of a block"
+    )
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of each block; auto: on CUDA")
+
+
+class LogSection(_Section):
+    every: Count = Field(1, description="steps between console lines and metric records")
+    tensorboard: bool = True
+    wandb: str = Field("", description="Weights & Biases project; empty: off")
+
+
+class RunConfig(_Section):
+    """Everything that one training run is."""
+
+    run: RunSection = RunSection()
+    model: ModelConfig
+    data: DataSection
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    optim: OptimSection = OptimSection()
+    parallel: ParallelSection = ParallelSection()
+    engine: EngineSection = EngineSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if self.model.position == "learned" and self.train.context > self.model.context:
+            raise ValueError(
+                f"train.context {self.train.context} is longer than the model's {self.model.context} learned positions: "
+                "lower it or raise model.context"
+            )
+        schedule = self.optim.schedule
+        if self.train.steps and schedule.warmup + schedule.decay > self.train.steps:
+            raise ValueError(
+                f"optim.schedule.warmup {schedule.warmup} + decay {schedule.decay} exceeds train.steps {self.train.steps}"
+            )
+        return self
+
+
+Origin = dict[str, tuple[str, int]]
+"""Dotted key -> the file and line where it was last set."""
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's TOML, its `base` files beneath it and `a.b=c` overrides above it. Raises ConfigError."""
+    values, origin = _read(path, seen=())
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"{text!r}: an override is written section.key=value")
+        _set(values, key.strip(), _override_value(value), text)
+        origin[key.strip()] = ("command line", 0)
+    run = values.setdefault("run", {})
+    if isinstance(run, dict) and not run.get("name"):
+        run["name"] = path.stem
+    return _validate(values, origin)
+
+
+def parse_config(text: str, name: str) -> RunConfig:
+    """A resolved config as a run folder keeps it. Raises ConfigError."""
+    try:
+        return _validate(tomllib.loads(text), {})
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name}: {error}") from None
+
+
+def to_toml(config: RunConfig) -> str:
+    """The resolved config as TOML, every default written out, that load_config reads back to the same."""
+    return tomli_w.dumps(json.loads(config.model_dump_json(exclude_none=True)))
+
+
+def differences(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with both values."""
+    before, after = dict(_leaves(old.model_dump(mode="json"))), dict(_leaves(new.model_dump(mode="json")))
+    keys = [*after, *(key for key in before if key not in after)]
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origin]:
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: base files go round in a circle")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the config is not UTF-8 text: byte {error.start} cannot be read") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+    base = values.pop("base", [])
+    bases = [base] if isinstance(base, str) else base
+    if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
+        raise ConfigError(f"{path}: base = {base!r}: give a file name or a list of them")
+    merged: dict[str, Any] = {}
+    origin: Origin = {}
+    for name in bases:
+        below, below_origin = _read(Path(os.path.normpath(path.parent / name)), (*seen, path.resolve()))
+        _merge(merged, below)
+        origin |= below_origin
+    _merge(merged, values)
+    return merged, origin | {key: (str(path), line) for key, line in _lines(text).items()}
+
+
+def _lines(text: str) -> dict[str, int]:
+    """The line of every `[table]` and `key =` of a TOML text: tomllib keeps no positions, and tables of plain keys,
+    which is what a config is, can be read off line by line."""
+    lines: dict[str, int] = {}
+    table = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if head := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+            table = head.group(1) + "."
+            lines[head.group(1)] = number
+        elif key := re.match(r"\s*([\w.-]+)\s*=", line):
+            lines[table + key.group(1)] = number
+    return lines
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _override_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word: a string
+
+
+def _set(tree: dict[str, Any], key: str, value: Any, text: str) -> None:
+    *path, leaf = key.split(".")
+    for part in path:
+        below = tree.setdefault(part, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"{text!r}: {part} is a value, not a section")
+        tree = below
+    tree[leaf] = value
+
+
+def _validate(values: Mapping[str, Any], origin: Origin) -> RunConfig:
+    try:
+        # As JSON and strictly: "8" is not 8, while a list may still become a tuple and a string a path.
+        return RunConfig.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as errors:
+        lines = dict.fromkeys(_line(dict(error), origin) for error in errors.errors())
+        raise ConfigError("\n".join(lines)) from None
+
+
+def _line(error: dict[str, Any], origin: Origin) -> str:
+    parts = [str(p) for p in error["loc"]]
+    key, kind, message = ".".join(parts), error["type"], error["msg"].removeprefix("Value error, ")
+    place = _place(parts, origin)
+    if kind == "extra_forbidden":
+        return f"{place}{key}: unknown key{_nearest(key)}"
+    if kind == "missing":
+        return f"{place}{key}: missing; {_description(parts) or 'it must be given'}"
+    if not parts or isinstance(error.get("input"), dict):
+        return f"{place}{key + ': ' if key else ''}{message}"
+    return f"{place}{key} = {json.dumps(error['input'])}: {message[0].lower()}{message[1:]}{_choices(error)}"
+
+
+def _choices(error: Mapping[str, Any]) -> str:
+    if error["type"] != "literal_error" or not isinstance(error["input"], str):
+        return ""
+    names = re.findall(r"'([^']+)'", error["ctx"]["expected"])
+    near = difflib.get_close_matches(error["input"], names, 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _place(parts: Sequence[str], origin: Origin) -> str:
+    """`file:line: ` of the key, or of the nearest table above it that a file sets."""
+    for depth in range(len(parts), 0, -1):
+        key = ".".join(parts[:depth])
+        if found := origin.get(key) or next((at for k, at in origin.items() if k.startswith(key + ".")), None):
+            file, line = found
+            return f"{file}:{line}: " if line else f"{file}: "
+    return ""
+
+
+def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        yield prefix + name, field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _fields(field.annotation, f"{prefix}{name}.")
+
+
+def _nearest(key: str) -> str:
+    names = [name for name, _ in _fields(RunConfig)]
+    table, _, leaf = key.rpartition(".")
+    beside = [n for n in names if n.rpartition(".")[0] == table]
+    near = difflib.get_close_matches(leaf, [n.rpartition(".")[2] for n in beside], 1, 0.6)
+    elsewhere = [n for n in names if n.rpartition(".")[2] == leaf]
+    if near or elsewhere:
+        return f"; did you mean {f'{table}.{near[0]}'.lstrip('.') if near else elsewhere[0]}?"
+    return f"; {table or 'the config'} has {', '.join(n.rpartition('.')[2] for n in beside)}"
+
+
+def _description(parts: Sequence[str]) -> str:
+    field = dict(_fields(RunConfig)).get(".".join(parts))
+    return str(field.description or "") if field else ""

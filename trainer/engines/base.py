@@ -1,0 +1,46 @@
+"""The engine: what turns a batch into an updated model. Small, so that engines of other makers fit behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from data.loader import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step, the same numbers on every rank.
+
+    loss: nats a predicted token, over the global batch. tokens: predicted tokens of the global batch.
+    grad_norm: before clipping. applied: False if the norm was not finite and no rank changed anything.
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """One model being trained, on this rank and its peers. Every method is collective: all ranks call it together."""
+
+    def step(self, rows: Batch, lr: float) -> StepResult:
+        """Train on this rank's rows of a global batch, in as many micro-batches as the config says."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Loss in nats a token over this rank's batches and its peers'; changes nothing."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs, under canonical names: `model.<parameter>` and
+        `optim.<parameter>.<moment>`, tensors or DTensors; filled in place by a restore."""
+        ...
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from `state`, a filled dict of `state()`'s shape."""
+        ...
