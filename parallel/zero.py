@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -12,11 +12,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from parallel.layout import Layout
 
+# A collective of a few megabytes costs mostly its start, and a meeting of the ranks.
+_UNIT_BYTES = 8 << 20
+
 
 def shard_model(
     model: nn.Module, blocks: Iterable[nn.Module], layout: Layout, mesh: DeviceMesh, compute_dtype: torch.dtype
 ) -> None:
-    """Share the model's state out over the mesh, in place: each block is gathered as one, the rest as another.
+    """Share the model's state out over the mesh, in place, gathering some blocks at a time.
 
     Gradients are summed, not averaged, in fp32: the caller normalises by the global count of tokens. Parameters stay
     fp32; they are cast to `compute_dtype` when gathered. Nothing is wrapped when there is nothing to share or cast.
@@ -25,11 +28,24 @@ def shard_model(
         return
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole_mesh = mesh if layout.zero == 0 else mesh["shard"]
-    for module in [*blocks, model]:
-        fully_shard(module, mesh=whole_mesh, reshard_after_forward=layout.zero == 3, mp_policy=policy)
+    for unit in [*_units(blocks), model]:
+        fully_shard(unit, mesh=whole_mesh, reshard_after_forward=layout.zero == 3, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no pre-multiplied sum
+
+
+def _units(blocks: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Runs of blocks of about _UNIT_BYTES that are gathered and reduced together; the root takes what is left over."""
+    unit: list[nn.Module] = []
+    size = 0
+    for block in blocks:
+        unit.append(block)
+        size += sum(p.numel() * p.element_size() for p in block.parameters())
+        if size >= _UNIT_BYTES:
+            yield unit
+            unit, size = [], 0
 
 
 def set_gradient_sync(model: nn.Module, layout: Layout, last: bool) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
-from torch.optim._muon import _adjust_lr
 
 from trainer.config import OptimSection, ScheduleSection
 
@@ -60,7 +59,7 @@ class Muon(Optimizer):
                 if isinstance(p, DTensor):
                     direction = distribute_tensor(direction, p.device_mesh, p.placements, src_data_rank=None)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction, alpha=-_adjust_lr(group["lr"], "match_rms_adamw", p.shape))
+                p.add_(direction, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ IGNORED = -100
 """Label of a position that is not predicted: padding, or the first token of another document."""
 
 # Logits per chunk: on CPU a chunk stays near the caches, on a GPU it is enough to fill the matrix units.
-_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
@@ -31,27 +31,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = x_NC.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x_NC) if want_x else None
         grad_w = torch.zeros(w_VC.shape, dtype=torch.float32, device=w_VC.device) if want_w else None
+        # Two buffers serve every chunk: fresh ones would be paged in anew each time.
+        logits_buffer = x_NC.new_empty(min(rows, len(x_NC)), w_VC.shape[0])
+        log_p_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
         for start in range(0, x_NC.shape[0], rows):
             x, labels = x_NC[start : start + rows], labels_N[start : start + rows]
+            logits, log_p = logits_buffer[: len(x)], log_p_buffer[: len(x)]
             counted = labels != IGNORED
             target = labels.clamp(min=0)[:, None]
-            logits = x @ w_VC.T
-            log_p = torch.log_softmax(logits.float() * scale if scale != 1.0 else logits, -1, dtype=torch.float32)
-            del logits
+            torch.mm(x, w_VC.T, out=logits)
+            torch.log_softmax(logits.float() * scale if scale != 1.0 else logits, -1, dtype=torch.float32, out=log_p)
             total -= (log_p.gather(1, target)[:, 0] * counted).sum()
             if not (want_x or want_w):
                 continue
-            error = log_p.exp_()
+            error = log_p.exp_()  # the softmax, and below its gradient
             error.scatter_add_(1, target, error.new_full((), -1.0).expand_as(target))
-            error.mul_((counted * scale)[:, None])
             error = error.to(x.dtype)
+            # Uncounted rows and the scale are applied on the narrow side of both products.
+            weight = (counted * scale).to(x.dtype)[:, None]
             if grad_x is not None:
-                torch.mm(error, w_VC, out=grad_x[start : start + rows])
+                torch.mm(error, w_VC, out=grad_x[start : start + rows]).mul_(weight)
             if grad_w is not None:
                 if x.dtype == torch.float32:
-                    grad_w.addmm_(error.T, x)
+                    grad_w.addmm_(error.T, x * weight)
                 else:
-                    grad_w.add_(error.T @ x)
+                    grad_w.add_(error.T @ (x * weight))
         ctx.save_for_backward(grad_x, None if grad_w is None else grad_w.to(w_VC.dtype))
         return total
 
