@@ -1,0 +1,199 @@
+"""A checkpoint is whole or not there; any world size restores it; any changed byte is found by name."""
+
+import json
+import os
+import random
+import shutil
+
+import pytest
+import torch
+from runs import GPT2_MODEL, run_config
+
+from parallel.layout import Layout
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointError
+from trainer.engines import build_engine
+
+RECORD = {"config": "x = 1", "fingerprint": "f"}
+
+
+def tensors(seed=0):
+    torch.manual_seed(seed)
+    return {"model.w": torch.randn(40, 3), "model.b": torch.randn(5).bfloat16(), "optim.w.step": torch.tensor(7.0)}
+
+
+def test_round_trip_without_a_process_group(tmp_path):
+    state = tensors()
+    checkpoint.save(tmp_path, 3, state, RECORD, keep=2)
+    path, manifest, rejected = checkpoint.newest_valid(tmp_path)
+    assert (manifest.step, manifest.record["config"], rejected) == (3, "x = 1", [])
+    found = {name: torch.zeros_like(t) for name, t in state.items()}
+    checkpoint.load(path, manifest, found)
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    for file in path.iterdir():
+        assert b"\x80\x04" not in file.read_bytes()[:4], "no pickle"
+
+
+def trained(config, zero):
+    import torch.distributed as dist
+
+    from data.loader import Loader, open_split
+
+    engine = build_engine(config, Layout(dist.get_world_size(), zero), torch.device("cpu"))
+    split, _ = open_split(config.data.path, "train", config.train.context)
+    loader = Loader(split, 1, 8, dist.get_rank(), dist.get_world_size(), True)
+    for step in range(2):
+        engine.step(loader.batch(step), 1e-2)
+    return engine
+
+
+def whole(engine):
+    return {n: (t.full_tensor() if hasattr(t, "full_tensor") else t).clone() for n, t in engine.state().items()}
+
+
+def save_trained(config, zero, folder):
+    engine = trained(config, zero)
+    checkpoint.save(folder, 2, engine.state(), RECORD, keep=3)
+    return whole(engine)
+
+
+def restore_fresh(config, zero, folder):
+    import torch.distributed as dist
+
+    engine = build_engine(config, Layout(dist.get_world_size(), zero), torch.device("cpu"))
+    path, manifest, _ = checkpoint.newest_valid(folder)
+    state = engine.state()
+    checkpoint.load(path, manifest, state)
+    engine.load_state(state)
+    return whole(engine)
+
+
+@pytest.mark.parametrize("model", [{}, GPT2_MODEL], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_any_layout_restores_any_other_to_the_bit(ranks, dataset, tmp_path, model, optim):
+    config = run_config(dataset, tmp_path, model=model, optim={"kind": optim})
+    for saver, zero in [(4, 3), (2, 0)]:
+        folder = tmp_path / f"{saver}-{zero}"
+        saved = ranks.run(save_trained, config, zero, folder, world=saver)[0]
+        for world, other in [(1, 0), (2, 2), (4, 1), (4, 3)]:
+            for found in ranks.run(restore_fresh, config, other, folder, world=world):
+                assert found.keys() == saved.keys()
+                for name, tensor in found.items():
+                    assert torch.equal(tensor, saved[name]), name
+
+
+def damage(path, how, rng):
+    file = path if path.is_file() else rng.choice(sorted(path.iterdir()))
+    content = bytearray(file.read_bytes())
+    if how == "flip":
+        at = rng.randrange(len(content))
+        content[at] ^= 1 << rng.randrange(8)
+    elif how == "truncate":
+        del content[rng.randrange(len(content)) :]
+    elif how == "zero":
+        at = rng.randrange(len(content) - 16)
+        content[at : at + 16] = b"\0" * 16 if any(content[at : at + 16]) else b"\1" * 16
+    elif how == "delete":
+        file.unlink()
+        return file
+    elif how == "stray":
+        file = path / "extra.safetensors"
+        content = b"surprise"
+    file.write_bytes(content)
+    return file
+
+
+@pytest.mark.parametrize("how", ["flip", "truncate", "zero", "delete", "stray"])
+def test_any_damage_is_refused_by_name_and_the_older_step_is_used(tmp_path, how):
+    rng = random.Random(how)
+    pristine = tmp_path / "pristine"
+    for step in (1, 2):
+        checkpoint.save(pristine, step, tensors(step), RECORD, keep=5)
+    for number in range(12):
+        folder = tmp_path / f"{number}"
+        shutil.copytree(pristine, folder)
+        hurt = damage(checkpoint.step_folder(folder, 2), how, rng)
+        path, manifest, rejected = checkpoint.newest_valid(folder)
+        assert manifest.step == 1
+        assert len(rejected) == 1
+        assert hurt.name in rejected[0]
+        assert (folder / "damaged-step-00000002").exists()
+
+
+def test_without_a_valid_one_nothing_starts_over_silently(tmp_path):
+    checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=5)
+    (checkpoint.step_folder(tmp_path, 1) / "rank-00000.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no valid checkpoint is left.*rank-00000.*missing.*start from step 0"):
+        checkpoint.newest_valid(tmp_path)
+
+
+def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):
+    checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=5)
+    path = checkpoint.step_folder(tmp_path, 1)
+    content = json.loads((path / "manifest.json").read_text())["content"]
+    content["files"]["../outside"] = {"size": 0, "sha256": ""}
+    body = json.dumps(content, separators=(",", ":"))
+    import hashlib
+
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    (path / "manifest.json").write_text(f'{{"sha256":"{digest}","content":{body}}}')
+    with pytest.raises(CheckpointError, match="not the name of a file in the checkpoint"):
+        checkpoint.verify(path)
+
+
+def test_a_linked_file_is_refused(tmp_path):
+    checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=5)
+    file = checkpoint.step_folder(tmp_path, 1) / "rank-00000.safetensors"
+    file.rename(tmp_path / "elsewhere")
+    os.symlink(tmp_path / "elsewhere", file)
+    with pytest.raises(CheckpointError, match="missing"):
+        checkpoint.verify(file.parent)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, step, tensors(), RECORD, keep=2)
+    assert [p.name for p in checkpoint.steps_in(tmp_path)] == ["step-00000005", "step-00000004"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_never_written_over_another(tmp_path):
+    checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=2)
+    with pytest.raises(CheckpointError, match="exists already"):
+        checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=2)
+    checkpoint.verify(checkpoint.step_folder(tmp_path, 1))
+
+
+def failing_save(folder, failing_rank):
+    import torch.distributed as dist
+
+    original = checkpoint.save_file
+
+    def full(pieces, path):
+        if dist.get_rank() == failing_rank:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        original(pieces, path)
+
+    checkpoint.save_file = full
+    try:
+        mine = {f"model.{dist.get_rank()}": torch.ones(4), "model.shared": torch.ones(100)}
+        checkpoint.save(folder, 1, mine, RECORD, keep=2)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        checkpoint.save_file = original
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_a_full_disk_on_one_rank_is_told_to_all_and_leaves_nothing(ranks, tmp_path, failing_rank):
+    for message in ranks.run(failing_save, tmp_path / "c", failing_rank, world=2):
+        assert f"rank {failing_rank}: No space left on device; nothing was left behind" in message
+    assert not list((tmp_path / "c").iterdir())
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=2)
+    path, manifest, _ = checkpoint.newest_valid(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.other"):
+        checkpoint.load(path, manifest, {"model.other": torch.zeros(2)})
