@@ -126,6 +126,8 @@ class Loader:
 
     def stream(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches of steps start..stop-1, each read by one thread while the one before it is in use."""
+        if start >= stop:
+            return
         with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
             coming = reader.submit(self.batch, start)
             for step in range(start, stop):

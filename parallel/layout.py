@@ -7,11 +7,9 @@ from typing import Literal
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from parallel.errors import LayoutError
+
 ZeroStage = Literal[0, 1, 2, 3]
-
-
-class LayoutError(ValueError):
-    """A layout that cannot be; the message gives the reason and the nearest ones that can."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,8 +13,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from parallel.errors import LayoutError
+
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_PR_SET_PDEATHSIG = 1  # from prctl.h
 
 
 @dataclass(frozen=True)
@@ -58,12 +62,12 @@ def first_host(nodelist: str) -> str:
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
-    """`auto` is this rank's GPU if there is one. Raises ValueError when CUDA is asked for and absent."""
+    """`auto` is this rank's GPU if there is one. Raises LayoutError when CUDA is asked for and absent."""
     if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
         if not torch.cuda.is_available():
-            raise ValueError('engine.device = "cuda": torch sees no GPU here; use "auto" or "cpu"')
+            raise LayoutError('engine.device = "cuda": torch sees no GPU here; use "auto" or "cpu"')
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise LayoutError(
                 f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start fewer ranks a node"
             )
         device = torch.device("cuda", local_rank)
@@ -99,6 +103,13 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc allows
         mallopt(_M_TRIM_THRESHOLD, 512 << 20)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it dies, even by SIGKILL: no orphan keeps a GPU."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl is not None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def leave() -> None:

@@ -42,13 +42,10 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from data.atomic import commit_folder, flush_file, partial_path, write_file
+from trainer.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be saved or trusted; the message names the file and what to do."""
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,11 @@ from typing import Annotated, Any, Literal
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from trainer.errors import ConfigError
 from trainer.model.config import ModelConfig
 
 Count = Annotated[int, Field(gt=0)]
 Natural = Annotated[int, Field(ge=0)]
-
-
-class ConfigError(ValueError):
-    """The user's configuration cannot be used; the message is one line a mistake."""
 
 
 class _Section(BaseModel):

@@ -11,8 +11,8 @@ from runs import GPT2_MODEL, run_config
 
 from parallel.layout import Layout
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointError
 from trainer.engines import build_engine
+from trainer.errors import CheckpointError
 
 RECORD = {"config": "x = 1", "fingerprint": "f"}
 

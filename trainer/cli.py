@@ -1,0 +1,249 @@
+"""The `mikoshi` command: thin verbs over the modules beneath. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.errors import USER_ERRORS
+from trainer.exit_codes import DONE, PREEMPTED, USER_ERROR
+
+if TYPE_CHECKING:
+    from parallel.world import World
+    from trainer.config import RunConfig
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Train a GPT on any layout of GPUs: one config, one plain model, the same run.",
+    epilog="First run: `mikoshi prepare configs/runs/quickstart.toml`, then `mikoshi train configs/runs/quickstart.toml`.",
+)
+
+Config = Annotated[Path, typer.Argument(help="the run's TOML file", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="settings over the file's, as section.key=value", show_default=False)
+]
+Run = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart", show_default=False)]
+
+
+@app.command(epilog="Example: `mikoshi prepare configs/runs/quickstart.toml data.source=my/texts data.path=build/my-texts`")
+def prepare(config: Config, overrides: Overrides = None) -> None:
+    """Turn text into token shards: reads `data.source`, writes `data.path`."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from data import prepare as making
+    from trainer.config import load_config
+    from trainer.errors import ConfigError
+
+    run = load_config(config, overrides or [])
+    if not run.data.source:
+        raise ConfigError('data.source: missing; give a file or folder of text, or "python-stdlib"')
+    recipe = making.Recipe(
+        source=run.data.source,
+        column=run.data.text_column,
+        tokenizer=run.data.tokenizer,
+        vocab=run.data.tokenizer_vocab,
+        held_out=run.data.held_out,
+        on_invalid=run.data.on_invalid,
+    )
+    console = Console(highlight=False, soft_wrap=True)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        tasks = {}
+
+        def show(progress: making.Progress) -> None:
+            if progress.phase not in tasks:
+                tasks[progress.phase] = bar.add_task(progress.phase, total=progress.total_bytes, rate="")
+            seconds = max(1e-3, time.monotonic() - progress.started)
+            rate = f"{progress.done_bytes / seconds / 1e6:.1f} MB/s"
+            bar.update(tasks[progress.phase], completed=progress.done_bytes, rate=rate)
+
+        info, made = making.prepare(recipe, run.data.path, show)
+    report = info.report
+    console.print(
+        f"{'prepared' if made else 'already prepared'}: {run.data.path}\n"
+        f"  {report['documents']:,} documents, {report['bytes'] / 1e6:.1f} MB of text; "
+        f"{report['skipped']} skipped, {report['empty']} empty\n"
+        f"  {info.tokens(making.TRAIN):,} training and {info.tokens(making.HELD_OUT):,} held-out tokens, "
+        f"vocabulary {info.vocab}\n"
+        f"  a model that knows only how frequent each token is has a held-out loss of {info.unigram_nats:.3f}",
+        markup=False,
+    )
+    for name in report["skipped_names"]:
+        console.print(f"  skipped {name}", markup=False)
+
+
+@app.command(
+    epilog="Examples: `mikoshi train configs/runs/quickstart.toml --ranks 2`, "
+    "`mikoshi train run.toml optim.lr=1e-3 parallel.zero=3`, `torchrun --nproc-per-node 8 -m trainer.cli train run.toml`"
+)
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="ranks on this machine (default: its GPUs, else 1)", show_default=False)
+    ] = None,
+) -> None:
+    """Train, from the newest valid checkpoint of the run if there is one.
+
+    Starts its own ranks; under torchrun, srun or any launcher that sets RANK and WORLD_SIZE it takes its place instead.
+    SIGTERM or Ctrl-C finishes the step, saves, and exits with code 75: the same command goes on from there.
+    """
+    from trainer.config import load_config
+
+    run = load_config(config, overrides or [])
+    from parallel.world import World, world_from
+    from trainer.preflight import preflight
+
+    place = world_from(os.environ)
+    if place is not None:
+        raise typer.Exit(_train_rank(run, place))
+    count = ranks or _local_gpus(run)
+    preflight(run, count)
+    if count == 1:
+        raise typer.Exit(_train_rank(run, World()))
+    from launch.local import run_ranks
+
+    raise typer.Exit(run_ranks(count, ["train", str(config), *(overrides or [])]))
+
+
+def _local_gpus(run: RunConfig) -> int:
+    if run.engine.device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _train_rank(run: RunConfig, place: World) -> int:
+    """This process's part of a run, as one rank."""
+    from parallel.world import die_with_parent, join, leave, pick_device
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
+    try:
+        from trainer.preflight import preflight
+
+        if place.size > 1:  # a launcher of another make has checked nothing
+            preflight(run, place.size)
+        device = pick_device(run.engine.device, place.local_rank)
+        join(place, device)
+        from trainer.loop import fit
+
+        finished = fit(run, place, device)
+        leave()
+    except USER_ERRORS as error:
+        if place.rank == 0:
+            raise
+        _leave_message(str(error))
+        return USER_ERROR
+    return DONE if finished else PREEMPTED
+
+
+def _leave_message(text: str) -> None:
+    """A user's error on a rank other than 0: into the file that torchrun's agent reads, so that it is said once."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file is None:
+        print(f"error: {text}", file=sys.stderr)
+        return
+    message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    Path(file).write_text(json.dumps({"message": message}))
+
+
+@app.command(epilog='Example: `mikoshi generate runs/quickstart --prompt "def main():" --tokens 200 --seed 1`')
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="text to go on from; empty: the start of a document")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="tokens to write, at most")] = 200,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="choose among the k likeliest; 0: all")] = 0,
+    top_p: Annotated[float, typer.Option(help="choose among the likeliest that together reach p")] = 0.95,
+    seed: Annotated[int, typer.Option(help="the same seed writes the same text")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+) -> None:
+    """Write text with a run's newest checkpoint."""
+    from trainer.generate import Sampling, text_stream
+    from trainer.runfolder import open_run
+
+    folder, sampling = open_run(run), Sampling(temperature, top_k, top_p, seed)
+    from parallel.world import pick_device
+    from trainer.generate import generate as write
+    from trainer.generate import load_model
+
+    model, tokenizer, _, _ = load_model(folder, pick_device(device, 0))
+    start = tokenizer.encode(prompt) or [tokenizer.separator]
+    typer.echo(prompt, nl=False)
+    for piece in text_stream(tokenizer, start, write(model, start, tokens, sampling, tokenizer.separator)):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+@app.command(epilog="Example: `mikoshi report runs/quickstart`, then open runs/quickstart/report.html in a browser.")
+def report(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(help="file to write (default: report.html in the run)", show_default=False)] = None,
+) -> None:
+    """Make one self-contained HTML page of a run: curves, events, layout, config."""
+    from trainer.report import write_report
+    from trainer.runfolder import open_run
+
+    folder = open_run(run)
+    target = out or folder.report
+    write_report(folder, target)
+    typer.echo(f"report: {target}")
+
+
+@app.command(epilog="Examples: `mikoshi config configs/runs/quickstart.toml optim.lr=1e-3`, `mikoshi config --schema`")
+def config(
+    run: Annotated[Path | None, typer.Argument(help="a run's TOML file or its run folder", show_default=False)] = None,
+    overrides: Overrides = None,
+    schema: Annotated[bool, typer.Option("--schema", help="print the JSON Schema of a run's config instead")] = False,
+) -> None:
+    """Print a run's resolved config: its base files, its own settings and every default, as TOML."""
+    from trainer.config import RunConfig, load_config, to_toml
+    from trainer.errors import ConfigError
+
+    if schema:
+        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+        return
+    if run is None:
+        raise ConfigError("config: give a run's TOML file or folder, or --schema")
+    typer.echo(to_toml(load_config(run / "config.toml" if run.is_dir() else run, overrides or [])), nl=False)
+
+
+# Of these the user is told in one line: the disk is full, read-only, over quota, or not ours to write.
+_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 fault, 2 the user's mistake, 75 stopped on request and saved."""
+    try:
+        app()
+    except USER_ERRORS as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        name = f"{error.filename}: " if error.filename else ""
+        print(f"error: {name}{error.strerror}: make room or choose another place, then start again", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+if __name__ == "__main__":
+    main()

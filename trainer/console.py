@@ -1,0 +1,70 @@
+"""What a person sees while it trains: a live line in a terminal, plain lines in a pipe or a file."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+
+class TrainConsole:
+    """Progress of a run of `steps` steps on rank 0. Use as a context manager; a silent one is for other ranks."""
+
+    def __init__(self, steps: int, every: int, silent: bool = False) -> None:
+        self.steps, self.every, self.silent = steps, every, silent
+        self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
+        self.recent: deque[tuple[int, float]] = deque(maxlen=50)
+        self.progress: Progress | None = None
+        self.task: Any = None
+        if self.console.is_terminal and not silent:
+            self.progress = Progress(
+                TextColumn("step {task.completed}/{task.total}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.description}"),
+                console=self.console,
+                refresh_per_second=4,
+            )
+
+    def __enter__(self) -> TrainConsole:
+        if self.progress is not None:
+            self.progress.start()
+            self.task = self.progress.add_task("starting", total=self.steps)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    def step(self, done: int, values: dict[str, float]) -> None:
+        if self.silent:
+            return
+        self.recent.append((done, values["step_seconds"]))
+        if self.progress is not None:
+            self.progress.update(self.task, completed=done, description=self._line(done, values))
+        elif done % self.every == 0 or done == self.steps:
+            self.say(f"step {done:>{len(str(self.steps))}}/{self.steps}  {self._line(done, values)}")
+
+    def _line(self, done: int, values: dict[str, float]) -> str:
+        seconds = sum(s for _, s in self.recent) / len(self.recent)
+        parts = [
+            f"loss {values['loss']:.4f}",
+            f"{values['tokens'] / seconds:,.0f} tok/s",
+            f"{seconds * 1000:,.0f} ms/step",
+            f"{values['memory_bytes'] / 2**30:.2f} GiB",
+            f"ETA {clock(seconds * (self.steps - done))}",
+        ]
+        if "mfu" in values:
+            parts.insert(2, f"MFU {values['mfu']:.1%}")
+        return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    whole = time.gmtime(max(0, round(seconds)))
+    days, rest = divmod(max(0, round(seconds)), 86400)
+    return (f"{days}d " if days else "") + time.strftime("%H:%M:%S" if rest >= 3600 or days else "%M:%S", whole)

@@ -1,0 +1,7 @@
+"""How a run ends, as its process says it."""
+
+DONE = 0
+FAULT = 1
+USER_ERROR = 2
+PREEMPTED = 75
+"""Stopped on request with everything saved: start the same command again to go on (EX_TEMPFAIL of sysexits.h)."""

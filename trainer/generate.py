@@ -1,0 +1,98 @@
+"""Text from a trained model: one token after another, each costing one pass over one position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.tokenizer import Tokenizer, load_tokenizer
+from trainer import checkpoint
+from trainer.config import RunConfig, parse_config
+from trainer.errors import CheckpointError, ConfigError
+from trainer.model.gpt import GPT, KVCache
+from trainer.runfolder import RunFolder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0: the likeliest. top_k 0 and top_p 1: no cut."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, good, must in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top-k", self.top_k >= 0, "at least 0"),
+            ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+        ):
+            if not good:
+                raise ConfigError(f"--{key} must be {must}, not {getattr(self, key.replace('-', '_'))}")
+
+
+def load_model(folder: RunFolder, device: torch.device) -> tuple[GPT, Tokenizer, RunConfig, int]:
+    """The newest valid checkpoint's model, fp32, its tokenizer, its config and its step. Raises CheckpointError."""
+    found = checkpoint.newest_valid(folder.checkpoints)
+    if found is None:
+        raise CheckpointError(f"{folder.path}: there is no checkpoint yet; train first, or wait for one")
+    path, manifest, _ = found
+    config = parse_config(manifest.record["config"], str(path))
+    with torch.device("meta"):
+        model = GPT(config.model)
+    model.to_empty(device=device)
+    checkpoint.load(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    return model.eval(), load_tokenizer(folder.tokenizer), config, manifest.step
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """One token id from the logits of the next position. top-p: Holtzman et al. 2020 (arXiv:1904.09751)."""
+    if sampling.temperature == 0:
+        return int(logits_V.argmax())
+    logits = logits_V.float() / sampling.temperature
+    if sampling.top_k:
+        kept = logits.topk(min(sampling.top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < kept, -torch.inf)
+    p, order = logits.softmax(-1).sort(descending=True, stable=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0.0)
+    return int(order[torch.multinomial(p.cpu(), 1, generator=generator).to(order.device)])
+
+
+@torch.inference_mode()
+def generate(model: GPT, prompt: list[int], tokens: int, sampling: Sampling, end: int) -> Iterator[int]:
+    """Up to `tokens` ids that go on from `prompt` (not empty), stopping before `end`.
+
+    Keys and values are kept. With learned positions nothing goes beyond the context: the window is then moved on by
+    half and its keys and values are made again.
+    """
+    generator = torch.Generator().manual_seed(sampling.seed)
+    device = model.embed.weight.device
+    room = model.config.context if model.config.position == "learned" else len(prompt) + tokens
+    ids = list(prompt)
+    fresh, cache = ids[-room:], KVCache.empty(model.config, 1, room, device, model.embed.weight.dtype)
+    for _ in range(tokens):
+        if cache.length + len(fresh) > room:
+            fresh, cache.length = ids[-max(1, room // 2) :], 0
+        logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]
+        token = choose(logits, sampling, generator)
+        if token == end:
+            return
+        ids.append(token)
+        fresh = [token]
+        yield token
+
+
+def text_stream(tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int]) -> Iterator[str]:
+    """The text of `ids` in pieces, held back while a character's bytes are incomplete."""
+    seen = list(prompt)
+    shown = tokenizer.decode(seen)
+    for token in ids:
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if not text.endswith("�"):
+            yield text[len(shown) :]
+            shown = text

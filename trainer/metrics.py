@@ -1,0 +1,101 @@
+"""What a step cost: tokens a second, share of the device's peak, memory; and where the numbers are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+
+from trainer.config import RunConfig, to_toml
+from trainer.model.config import ModelConfig
+from trainer.model.gpt import GPT
+from trainer.runfolder import RunFolder, drop_after
+
+# Dense peak FLOP/s in bf16 from the makers' data sheets, by a part of the device's name; longest match first.
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "V100": 125e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak FLOP/s of one device for this precision, or None where it is not known."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((PEAK_BF16[key] for key in sorted(PEAK_BF16, key=len, reverse=True) if key in name), None)
+
+
+def flops_per_token(config: ModelConfig, context: int) -> float:
+    """FLOPs of forward and backward for one token: 6 a matrix element, 12 x heads x head_dim x keys for attention
+    (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). `keys` is the context, or the window where it is shorter;
+    causal masking is not subtracted, as is usual. Recomputed activations do not count."""
+    with torch.device("meta"):
+        model = GPT(config)
+    looked_up = 0 if config.tied else model.embed.weight.numel()
+    positions = 0 if model.position is None else model.position.weight.numel()
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - looked_up - positions
+    keys = (min(context, config.window(i) or context) for i in range(config.layers))
+    return 6.0 * matrices + sum(12.0 * config.heads * config.d_head * k for k in keys)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Most memory this rank has held so far: the allocator's peak on CUDA, else the process's peak resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MetricLog:
+    """Rank 0's record of a run: metrics.jsonl, TensorBoard and Weights & Biases, from the same dicts."""
+
+    def __init__(self, folder: RunFolder, config: RunConfig, start: int) -> None:
+        """Go on after step `start`: what a previous attempt recorded beyond it is dropped."""
+        drop_after(folder.metrics, start)
+        self._lines = folder.metrics.open("a", encoding="utf-8")
+        self._board: Any = None
+        self._wandb: Any = None
+        if config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(folder.tensorboard, purge_step=start + 1)
+        if config.log.wandb:
+            import wandb
+
+            self._wandb = wandb.init(
+                project=config.log.wandb, name=config.run.name, dir=folder.path, config={"toml": to_toml(config)},
+                id=f"{config.run.name}-{hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:12]}", resume="allow",
+            )  # fmt: skip
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._lines.flush()
+        for name, value in values.items():
+            if self._board is not None:
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        self._lines.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,98 @@
+"""The run folder: the one place where everything about a run lies, and what each file in it is called.
+
+    runs/NAME/
+        config.toml      the resolved config of the newest start
+        tokenizer.json   so that text can be generated wherever the data has gone
+        events.jsonl     starts, resumes, saves, evaluations, skipped steps: appended, never rewritten
+        metrics.jsonl    one record a step
+        checkpoints/     step-NNNNNNNN, see trainer.checkpoint
+        tensorboard/
+        report.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.atomic import write_file
+from trainer.errors import RunError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    def make(self) -> None:
+        """Create it. Raises RunError where nothing can be written."""
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise RunError(f"run.folder: cannot write to {self.path}: {error.strerror}; choose another run.folder") from None
+
+    def event(self, kind: str, **fields: Any) -> None:
+        record = {"time": round(time.time(), 3), "event": kind, **fields}
+        with self.events.open("a", encoding="utf-8") as out:
+            out.write(json.dumps(record) + "\n")
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run's folder. Raises RunError if there is no run."""
+    if not (path / "config.toml").is_file():
+        raise RunError(f"{path}: not a run folder (it has no config.toml); give the folder that `mikoshi train` made")
+    return RunFolder(path)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The records of a log; a last line cut short by a kill is left out."""
+    records: list[dict[str, Any]] = []
+    if not path.exists():
+        return records
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def drop_after(path: Path, step: int) -> None:
+    """Forget the metrics of steps that a resumed run is about to make again."""
+    if path.exists():
+        kept = [record for record in read_jsonl(path) if record["step"] <= step]
+        write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())

@@ -1,0 +1,36 @@
+"""Stopping on request: a signal asks, the ranks agree at a step's end, so that all save the same step."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+ASKING = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a question that all ranks answer together. A second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = ""
+        self._before = {number: signal.signal(number, self._ask) for number in ASKING}
+
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked == "SIGINT":
+            os._exit(130)
+        self.asked = signal.Signals(number).name
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective; on CPU tensors, so that no GPU waits for it."""
+        flag = torch.tensor(int(bool(self.asked)))
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def release(self, finished: bool) -> None:
+        """Back to the handlers of before; once all is saved, a launcher's SIGTERM must not turn success into failure."""
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if finished else handler)
