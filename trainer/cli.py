@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -132,7 +133,8 @@ def _train_rank(run: RunConfig, place: World) -> int:
     """This process's part of a run, as one rank."""
     from parallel.world import die_with_parent, join, leave, pick_device
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    watched = "TORCHELASTIC_RUN_ID" in os.environ
+    if watched:
         die_with_parent()
     try:
         from trainer.preflight import preflight
@@ -144,12 +146,15 @@ def _train_rank(run: RunConfig, place: World) -> int:
         from trainer.loop import fit
 
         finished = fit(run, place, device)
-        leave()
+        if watched:  # all is saved: when a peer ends a moment earlier, the agent's SIGTERM is no longer meant for us
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
     except USER_ERRORS as error:
         if place.rank == 0:
             raise
         _leave_message(str(error))
         return USER_ERROR
+    finally:
+        leave()
     return DONE if finished else PREEMPTED
 
 

@@ -63,7 +63,7 @@ def fit(config: RunConfig, world: World, device: torch.device) -> bool:
                 log.event("stop", step=done, asked=stop.asked or "another rank")
                 break
         log.finish(saved, steps)
-    stop.release(finished=True)
+    stop.release()
     return saved == steps
 
 
@@ -112,7 +112,10 @@ class RunLog:
         peak = peak_flops(device, config.engine.precision)
         self.peak = peak * layout.world if peak else None
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        self.event("start", step=start, ranks=layout.world, zero=layout.zero, device=name, torch=torch.__version__)
+        self.event(
+            "start", step=start, ranks=layout.world, zero=layout.zero, device=name, torch=torch.__version__,
+            unigram_nats=info.unigram_nats,
+        )  # fmt: skip
         self.console.say(
             f"{config.run.name}: {info.tokens(TRAIN):,} training tokens, {layout.world} rank(s) on {name}, "
             f"ZeRO {layout.zero}, {config.engine.precision}"

@@ -30,7 +30,7 @@ class StopRequest:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
-    def release(self, finished: bool) -> None:
-        """Back to the handlers of before; once all is saved, a launcher's SIGTERM must not turn success into failure."""
+    def release(self) -> None:
+        """Back to the handlers of before."""
         for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if finished else handler)
+            signal.signal(number, handler)

@@ -1,0 +1,275 @@
+"""Every mistake a user can make ends in one line that says what to do, exit code 2, and nothing half-written."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import VOCAB, run_config, text_folder
+
+from trainer import checkpoint, cli
+from trainer.config import to_toml
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd):
+    """Call the command line in this process: returns its exit code, what it printed and its error lines."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mikoshi", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        return code, out, [line for line in err.splitlines() if line.startswith("error: ")]
+
+    return call
+
+
+@pytest.fixture
+def config_file(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    config = run_config(
+        tmp_path / "data", tmp_path / "runs", train={"steps": 3, "global_batch": 4}, eval={"batches": 1},
+        checkpoint={"every": 1, "keep": 3}, log={"tensorboard": False}, data={"source": str(tmp_path / "text")},
+    )  # fmt: skip
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    return tmp_path / "run.toml"
+
+
+def one_error(result, *words):
+    code, _, errors = result
+    assert code == 2
+    assert len(errors) == 1, errors
+    for word in words:
+        assert word in errors[0]
+
+
+def left_over(folder):
+    return sorted(p.name for p in folder.rglob("*") if "partial" in p.name or "probe" in p.name)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_missing_data(run, config_file, tmp_path, ranks):
+    shutil.rmtree(tmp_path / "data")
+    one_error(run("train", config_file, "--ranks", ranks), "no prepared dataset at", "mikoshi prepare")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_missing_and_empty_source(run, config_file, tmp_path):
+    one_error(run("prepare", config_file, "data.path=new"), "data.source", "neither a file or folder")
+    (tmp_path / "text").mkdir()
+    one_error(run("prepare", config_file, "data.path=new"), "holds no files to read")
+    (tmp_path / "text" / "a.txt").write_text("")
+    one_error(run("prepare", config_file, "data.path=new"), "no document of", "1 empty")
+    one_error(run("prepare", config_file, "data.path=new", 'data.source=""'), "data.source: missing")
+    assert not (tmp_path / "new").exists()
+    assert not left_over(tmp_path)
+
+
+def test_text_that_is_not_utf8(run, config_file, tmp_path):
+    text_folder(tmp_path / "text")
+    (tmp_path / "text" / "bad.txt").write_bytes(b"caf\xe9")
+    one_error(run("prepare", config_file, "data.path=new"), "bad.txt: not UTF-8 text: byte 3", 'data.on_invalid = "skip"')
+    assert not (tmp_path / "new").exists()
+    assert not left_over(tmp_path)
+    code, out, _ = run("prepare", config_file, "data.path=new", "data.on_invalid=skip", f"data.tokenizer_vocab={VOCAB}")
+    assert code == 0
+    assert "1 skipped" in out
+    assert "bad.txt" in out
+
+
+def test_data_made_from_something_else_is_not_overwritten(run, config_file, tmp_path):
+    text_folder(tmp_path / "text")
+    before = (tmp_path / "data" / "dataset.json").read_bytes()
+    one_error(run("prepare", config_file), "made from another source or settings")
+    assert (tmp_path / "data" / "dataset.json").read_bytes() == before
+
+
+def test_truncated_and_altered_shard(run, config_file, tmp_path):
+    shard = tmp_path / "data" / "train-00000.shard"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-100])
+    one_error(run("train", config_file), "train-00000.shard", "truncated", "prepare the data again")
+    shard.write_bytes(content[:20])
+    one_error(run("train", config_file), "train-00000.shard", "not a token shard")
+    shard.unlink()
+    one_error(run("train", config_file), "train-00000.shard", "No such file")
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"format": 1}', '{"format": 99}'])
+def test_damaged_index(run, config_file, tmp_path, content):
+    (tmp_path / "data" / "dataset.json").write_text(content)
+    one_error(run("train", config_file), "dataset.json", "prepare the data again")
+
+
+def test_world_size_that_does_not_divide_the_batch(run, config_file):
+    one_error(
+        run("train", config_file, "--ranks", 3), "train.global_batch 4 cannot be shared evenly by 3 ranks",
+        "start 1, 2 or 4 ranks", "train.global_batch=6",
+    )  # fmt: skip
+
+
+def test_vocabulary_smaller_than_the_tokenizers(run, config_file):
+    one_error(run("train", config_file, "model.vocab=300"), "model.vocab = 300", f"smaller than the {VOCAB} tokens")
+
+
+def test_context_longer_than_the_data(run, config_file):
+    one_error(run("train", config_file, "train.context=10000000"), "less than one row of 10000000")
+
+
+def test_bad_settings_name_key_value_file_and_line(run, config_file):
+    line = next(n for n, text in enumerate(config_file.read_text().splitlines(), 1) if text.startswith("lr ="))
+    config_file.write_text(config_file.read_text().replace("lr = 0.003", 'lr = "fast"'))
+    one_error(run("train", config_file), f"{config_file}:{line}: optim.lr = \"fast\"", "valid number")
+    one_error(run("train", config_file, "optim.lr=1", "model.widht=3"), "model.widht: unknown key; did you mean model.width?")
+    one_error(run("train", config_file, "optim.lr=1", "train.lr=3"), "train.lr: unknown key; did you mean optim.lr?")
+    one_error(run("train", config_file, "optim.lr"), "an override is written section.key=value")
+    one_error(run("train", "nowhere.toml"), "nowhere.toml: cannot read the config")
+    config_file.write_text("[run\n")
+    one_error(run("train", config_file), "not TOML", "line 1")
+
+
+def test_wandb_that_is_not_installed(run, config_file):
+    one_error(run("train", config_file, "log.wandb=project"), "wandb is not installed", 'pip install "mikoshi[wandb]"')
+
+
+def test_cuda_that_is_not_there(run, config_file):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    one_error(run("train", config_file, "engine.device=cuda"), 'engine.device = "cuda": torch sees no GPU')
+
+
+def trained(run, config_file):
+    code, out, errors = run("train", config_file)
+    assert code == 0, (out, errors)
+    return config_file.parent / "runs" / "test"
+
+
+def test_a_checkpoint_with_an_altered_or_missing_byte_falls_back_and_says_so(run, config_file):
+    folder = trained(run, config_file)
+    newest, older, _ = checkpoint.steps_in(folder / "checkpoints")
+    file = newest / "rank-00000.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    (older / "rank-00000.safetensors").write_bytes((older / "rank-00000.safetensors").read_bytes()[:-1])
+    code, out, _ = run("train", config_file)
+    assert code == 0
+    assert "checkpoint refused" in out
+    assert "step-00000003/rank-00000.safetensors: altered" in out.replace("\n", "")
+    assert "step-00000002/rank-00000.safetensors: has" in out.replace("\n", "")
+    assert "resumed after step 1" in out
+    assert checkpoint.steps_in(folder / "checkpoints")[0].name == "step-00000003"
+
+
+def test_no_checkpoint_left_is_not_a_silent_start(run, config_file):
+    folder = trained(run, config_file)
+    for path in checkpoint.steps_in(folder / "checkpoints"):
+        (path / "manifest.json").unlink()
+    one_error(run("train", config_file), "no valid checkpoint is left", "manifest.json", "start from step 0")
+
+
+def test_another_model_or_other_data_is_not_gone_on_with(run, config_file, tmp_path):
+    trained(run, config_file)
+    one_error(run("train", config_file, "model.width=64"), "model.width = 64", "begun with 32", "run.name")
+    one_error(run("train", config_file, "run.seed=2"), "run.seed = 2", "begun with 1")
+    text_folder(tmp_path / "text")
+    assert run("prepare", config_file, "data.path=other", f"data.tokenizer_vocab={VOCAB}", "data.held_out=0.2")[0] == 0
+    one_error(run("train", config_file, "data.path=other"), "is not what the run", "fingerprint")
+
+
+def test_generate_and_report_of_what_is_not_there(run, config_file, tmp_path):
+    one_error(run("generate", tmp_path / "runs" / "nothing"), "not a run folder")
+    one_error(run("report", tmp_path / "runs" / "nothing"), "not a run folder")
+    folder = trained(run, config_file)
+    one_error(run("generate", folder, "--top-p", "0"), "--top-p must be above 0")
+    shutil.rmtree(folder / "checkpoints")
+    (folder / "checkpoints").mkdir()
+    one_error(run("generate", folder), "no checkpoint yet")
+
+
+@contextlib.contextmanager
+def small_disk(folder, size):
+    """A real file system of `size` bytes, full when it is full."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_full_disk_while_preparing(run, config_file, tmp_path):
+    text_folder(tmp_path / "text")
+    with small_disk(tmp_path / "small", 64 << 10) as disk:
+        one_error(run("prepare", config_file, f"data.path={disk}/new"), "cannot write", os.strerror(errno.ENOSPC))
+        assert not list(disk.iterdir())
+
+
+def test_full_disk_while_saving(run, config_file, tmp_path):
+    with small_disk(tmp_path / "small", 1 << 20) as disk:
+        result = run("train", config_file, f"run.folder={disk}", "train.steps=9", "checkpoint.keep=20")
+        one_error(result, "the checkpoint could not be written", os.strerror(errno.ENOSPC), "nothing was left behind")
+        assert not left_over(disk)
+        for path in checkpoint.steps_in(disk / "test" / "checkpoints"):
+            checkpoint.verify(path)
+
+
+def test_read_only_disk(run, config_file, tmp_path):
+    with small_disk(tmp_path / "small", 1 << 20) as disk:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        one_error(run("train", config_file, f"run.folder={disk}"), "cannot write to", os.strerror(errno.EROFS))
+        text_folder(tmp_path / "text")
+        one_error(run("prepare", config_file, f"data.path={disk}/new"), "cannot write", os.strerror(errno.EROFS))
+
+
+def test_jsonl_and_parquet_sources_and_their_mistakes(run, config_file, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    text = text_folder(tmp_path / "text")
+    rows = [{"body": path.read_text()} for path in sorted(text.iterdir())]
+    shutil.rmtree(text)
+    text.mkdir()
+    (text / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:9]))
+    pq.write_table(pa.Table.from_pylist(rows[9:]), text / "b.parquet")
+    prepare = ("prepare", config_file, f"data.tokenizer_vocab={VOCAB}", "data.text_column=body", "data.held_out=0.2")
+    code, out, _ = run(*prepare, "data.path=good")
+    assert code == 0
+    assert f"{len(rows)} documents" in out
+    one_error(run("prepare", config_file, "data.path=new"), "a.jsonl:1: no text under data.text_column = 'text'", "body")
+    (text / "a.jsonl").write_text('{"body": "x"}\n{"body": \n')
+    one_error(run(*prepare, "data.path=new"), "a.jsonl:2: not JSON")
+    (text / "a.jsonl").unlink()
+    one_error(run("prepare", config_file, "data.path=new"), "b.parquet: no column data.text_column = 'text'; it has body")
+    (text / "b.parquet").write_bytes(b"PAR1 no")
+    one_error(run(*prepare, "data.path=new"), "b.parquet: not a readable Parquet file")
+
+
+def test_help_and_schema(run, tmp_path):
+    code, out, _ = run("--help")
+    assert code == 0
+    for verb in ("prepare", "train", "generate", "report", "config"):
+        assert verb in out
+    code, out, _ = run("config", "--schema")
+    assert "RunConfig" in json.loads(out)["title"]
+
+
+def test_the_resolved_config_reads_back_to_itself(run, config_file, tmp_path):
+    code, out, _ = run("config", config_file, "optim.lr=1e-3")
+    assert code == 0
+    Path("again.toml").write_text(out)
+    assert run("config", "again.toml")[1] == out
