@@ -4,8 +4,10 @@
 for each call, and returns what each rank returned. A rank that raises or dies ends the call for all of them.
 """
 
+import functools
+import importlib.util
+import inspect
 import multiprocessing
-import pickle
 import sys
 import tempfile
 import time
@@ -21,14 +23,22 @@ def _serve(pipe):
     torch.set_num_threads(1)
     while True:
         try:
-            sys.path[:] = pipe.recv()
-            function, args, rank, world, store = pickle.loads(pipe.recv_bytes())
+            sys.path[:], file, name, args, rank, world, store = pipe.recv()
         except EOFError:
             return
         try:
-            pipe.send((True, _call(function, args, rank, world, store)))
+            pipe.send((True, _call(getattr(_module(file), name), args, rank, world, store)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+
+
+@functools.cache
+def _module(file):
+    """The test module at `file`, whose name is not one that can be imported."""
+    spec = importlib.util.spec_from_file_location(f"ranks_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _call(function, args, rank, world, store):
@@ -62,8 +72,8 @@ class RankPool:
         results = [None] * world
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, pipe) in enumerate(ranks):
-                pipe.send(sys.path)
-                pipe.send_bytes(pickle.dumps((function, args, rank, world, str(Path(folder) / "store"))))
+                store = str(Path(folder) / "store")
+                pipe.send((sys.path, inspect.getfile(function), function.__name__, args, rank, world, store))
             pending = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
             deadline = time.monotonic() + timeout
             while pending:
