@@ -137,9 +137,7 @@ class Loader:
                 yield batch
 
 
-def evaluation_batches(
-    split: Split, rows: int, batches: int, rank: int, world: int, document_mask: bool
-) -> Iterator[Batch]:
+def evaluation_batches(split: Split, rows: int, batches: int, rank: int, world: int, document_mask: bool) -> Iterator[Batch]:
     """The first `batches` global batches of `rows` rows, in the order of the text, the same at every evaluation.
 
     Where the split ends early, padding rows keep the ranks in step.

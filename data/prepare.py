@@ -78,7 +78,9 @@ def prepare(recipe: Recipe, folder: Path, show: Show = lambda _: None) -> tuple[
     digest = recipe_digest(recipe, source)
     if folder.exists():
         if read_index(folder).recipe != digest:
-            raise DataError(f"data.path: {folder} holds data made from another source or settings: remove it or give another path")
+            raise DataError(
+                f"data.path: {folder} holds data made from another source or settings: remove it or give another path"
+            )
         return read_index(folder), False
     try:
         with whole_folder(folder) as partial:

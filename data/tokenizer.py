@@ -52,6 +52,7 @@ def _wrap(backend: Backend, origin: str) -> Tokenizer:
         if not ends:
             raise DataError(f"{origin}: the tokenizer has no {SEPARATOR!r} token to end documents with: add one")
         separator = backend.token_to_id(ends[0])
+    assert separator is not None
     return Tokenizer(backend, separator, hashlib.sha256(backend.to_str().encode()).hexdigest())
 
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from parallel.errors import LayoutError
 
@@ -82,14 +83,14 @@ def join(world: World, device: torch.device, timeout: timedelta = timedelta(minu
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if world.master is None:
-        store: dist.Store = dist.HashStore()
+        store: Store = HashStore()
     else:
         host, port = world.master
         # Under torchrun its agent keeps the store; any other launcher leaves that to rank 0.
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = dist.TCPStore(host, port, world.size, is_master=world.rank == 0 and not kept, timeout=timeout)
+        store = TCPStore(host, port, world.size, is_master=world.rank == 0 and not kept, timeout=timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"mikoshi/{attempt}", store)
+        store = PrefixStore(f"mikoshi/{attempt}", store)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
 
 

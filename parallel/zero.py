@@ -28,7 +28,7 @@ def shard_model(
         return
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     whole_mesh = mesh if layout.zero == 0 else mesh["shard"]
-    for unit in [*_units(blocks), model]:
+    for unit in [*_units(blocks), [model]]:
         fully_shard(unit, mesh=whole_mesh, reshard_after_forward=layout.zero == 3, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,6 +37,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as load_planned
+from torch.distributed.checkpoint.state_dict_saver import save as save_planned
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -90,13 +91,15 @@ def save(folder: Path, step: int, state: dict[str, Tensor], record: dict[str, An
     writer = _Writer(partial)
     try:
         on_first_rank(begin)
-        dcp.save(state, storage_writer=writer, planner=DefaultSavePlanner())
+        save_planned(state, storage_writer=writer, planner=DefaultSavePlanner())
         on_first_rank(lambda: _finish(target, writer, {**record, "step": step}))
     except BaseException as error:
         if not dist.is_initialized() or dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, (CheckpointException, OSError)):
-            raise CheckpointError(f"{target}: the checkpoint could not be written: {_cause(error)}; nothing was left behind") from None
+            raise CheckpointError(
+                f"{target}: the checkpoint could not be written: {_cause(error)}; nothing was left behind"
+            ) from None
         raise
     on_first_rank(lambda: _prune(folder, keep))
     return target
@@ -124,7 +127,7 @@ def newest_valid(folder: Path) -> tuple[Path, Manifest, list[str]] | None:
     """
 
     def find() -> list[Any] | None:
-        rejected = []
+        rejected: list[str] = []
         for path in steps_in(folder):
             try:
                 verify(path)
@@ -201,7 +204,7 @@ def load(path: Path, manifest: Manifest, state: dict[str, Tensor]) -> None:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(state, storage_reader=_Reader(path, manifest), planner=DefaultLoadPlanner())
+            load_planned(state, storage_reader=_Reader(path, manifest), planner=DefaultLoadPlanner())
     except (CheckpointException, SafetensorError) as error:
         raise CheckpointError(f"{path}: cannot be loaded: {_cause(error)}") from None
 
@@ -278,7 +281,7 @@ class _Writer(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         where = {result.index: result.storage_data for rank in results for result in rank}
-        self.files.update({name: stamp for name, stamp in where.values()})
+        self.files.update(dict(where.values()))
         for name, meta in metadata.state_dict_metadata.items():
             assert isinstance(meta, TensorStorageMetadata)
             pieces = []

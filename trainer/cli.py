@@ -200,7 +200,9 @@ def generate(
 @app.command(epilog="Example: `mikoshi report runs/quickstart`, then open runs/quickstart/report.html in a browser.")
 def report(
     run: Run,
-    out: Annotated[Path | None, typer.Option(help="file to write (default: report.html in the run)", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="file to write (default: report.html in the run)", show_default=False)
+    ] = None,
 ) -> None:
     """Make one self-contained HTML page of a run: curves, events, layout, config."""
     from trainer.report import write_report

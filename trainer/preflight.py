@@ -24,8 +24,6 @@ def preflight(config: RunConfig, ranks: int) -> DatasetInfo:
         )
     Layout(ranks, config.parallel.zero).rows_per_rank(config.train.global_batch)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"'
-        )
+        raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')
     RunFolder(config.run.path).make()
     return info

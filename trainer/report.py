@@ -61,7 +61,10 @@ def _charts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], even
         _chart("Gradient norm, before clipping", [_line(x, [r["grad_norm"] for r in steps], "norm", _BLUE)], events),
         _chart("Learning rate", [_line(x, [r["lr"] for r in steps], "lr", _BLUE)], events, zero=True),
         _chart(
-            "Peak memory of rank 0, GiB", [_line(x, [r["memory_bytes"] / 2**30 for r in steps], "GiB", _BLUE)], events, zero=True
+            "Peak memory of rank 0, GiB",
+            [_line(x, [r["memory_bytes"] / 2**30 for r in steps], "GiB", _BLUE)],
+            events,
+            zero=True,
         ),
     ]
     if any("mfu" in r for r in steps):
@@ -93,9 +96,7 @@ def _line(x: Sequence[float], y: Sequence[float], name: str, colour: str, marker
     )  # fmt: skip
 
 
-def _chart(
-    title: str, lines: list[go.Scatter], events: list[dict[str, Any]], tall: bool = False, zero: bool = False
-) -> str:
+def _chart(title: str, lines: list[go.Scatter], events: list[dict[str, Any]], tall: bool = False, zero: bool = False) -> str:
     figure = go.Figure(lines)
     figure.update_layout(
         template="plotly_white", height=380 if tall else 250, margin={"l": 56, "r": 16, "t": 12, "b": 36},
@@ -115,7 +116,9 @@ def _chart(
 
 def _tiles(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:
     ends = [e for e in events if e["event"] in ("start", "end")]
-    state = "running or killed" if not ends or ends[-1]["event"] == "start" else "finished" if ends[-1]["finished"] else "stopped"
+    state = (
+        "running or killed" if not ends or ends[-1]["event"] == "start" else "finished" if ends[-1]["finished"] else "stopped"
+    )
     seconds = sorted(r["step_seconds"] for r in steps)[len(steps) // 2]
     rate = sorted(r["tokens_per_second"] for r in steps)[len(steps) // 2]
     tiles = [
@@ -154,7 +157,9 @@ def _event_rows(events: list[dict[str, Any]]) -> str:
         rest = {k: v for k, v in event.items() if k not in ("time", "event", "step") and v not in ([], {})}
         told = ", ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in rest.items())
         cells = (when, event["event"], str(event.get("step", "")), told)
-        rows.append(f"<tr class='{html.escape(event['event'])}'>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
+        rows.append(
+            f"<tr class='{html.escape(event['event'])}'>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>"
+        )
     return "".join(rows)
 
 

@@ -1,13 +1,13 @@
 """The run folder: the one place where everything about a run lies, and what each file in it is called.
 
-    runs/NAME/
-        config.toml      the resolved config of the newest start
-        tokenizer.json   so that text can be generated wherever the data has gone
-        events.jsonl     starts, resumes, saves, evaluations, skipped steps: appended, never rewritten
-        metrics.jsonl    one record a step
-        checkpoints/     step-NNNNNNNN, see trainer.checkpoint
-        tensorboard/
-        report.html
+runs/NAME/
+    config.toml      the resolved config of the newest start
+    tokenizer.json   so that text can be generated wherever the data has gone
+    events.jsonl     starts, resumes, saves, evaluations, skipped steps: appended, never rewritten
+    metrics.jsonl    one record a step
+    checkpoints/     step-NNNNNNNN, see trainer.checkpoint
+    tensorboard/
+    report.html
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def test_every_sample_comes_exactly_once(n, key):
 def test_any_index_alone_is_what_it_is_in_company(n, data):
     index = np.array(data.draw(st.lists(st.integers(0, n - 1), min_size=1, max_size=20)))
     together = permute(index, n, "k")
-    assert ((0 <= together) & (together < n)).all()
+    assert ((together >= 0) & (together < n)).all()
     assert [int(permute(np.array([i]), n, "k")[0]) for i in index] == together.tolist()
 
 

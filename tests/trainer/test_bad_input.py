@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import VOCAB, run_config, text_folder
 
+from runs import VOCAB, run_config, text_folder
 from trainer import checkpoint, cli
 from trainer.config import to_toml
 
@@ -129,7 +129,7 @@ def test_context_longer_than_the_data(run, config_file):
 def test_bad_settings_name_key_value_file_and_line(run, config_file):
     line = next(n for n, text in enumerate(config_file.read_text().splitlines(), 1) if text.startswith("lr ="))
     config_file.write_text(config_file.read_text().replace("lr = 0.003", 'lr = "fast"'))
-    one_error(run("train", config_file), f"{config_file}:{line}: optim.lr = \"fast\"", "valid number")
+    one_error(run("train", config_file), f'{config_file}:{line}: optim.lr = "fast"', "valid number")
     one_error(run("train", config_file, "optim.lr=1", "model.widht=3"), "model.widht: unknown key; did you mean model.width?")
     one_error(run("train", config_file, "optim.lr=1", "train.lr=3"), "train.lr: unknown key; did you mean optim.lr?")
     one_error(run("train", config_file, "optim.lr"), "an override is written section.key=value")
@@ -259,7 +259,7 @@ def test_jsonl_and_parquet_sources_and_their_mistakes(run, config_file, tmp_path
     one_error(run(*prepare, "data.path=new"), "b.parquet: not a readable Parquet file")
 
 
-def test_help_and_schema(run, tmp_path):
+def test_help_and_schema(run):
     code, out, _ = run("--help")
     assert code == 0
     for verb in ("prepare", "train", "generate", "report", "config"):
@@ -268,7 +268,7 @@ def test_help_and_schema(run, tmp_path):
     assert "RunConfig" in json.loads(out)["title"]
 
 
-def test_the_resolved_config_reads_back_to_itself(run, config_file, tmp_path):
+def test_the_resolved_config_reads_back_to_itself(run, config_file):
     code, out, _ = run("config", config_file, "optim.lr=1e-3")
     assert code == 0
     Path("again.toml").write_text(out)

@@ -1,15 +1,14 @@
 """A checkpoint is whole or not there; any world size restores it; any changed byte is found by name."""
 
 import json
-import os
 import random
 import shutil
 
 import pytest
 import torch
-from runs import GPT2_MODEL, run_config
 
 from parallel.layout import Layout
+from runs import GPT2_MODEL, run_config
 from trainer import checkpoint
 from trainer.engines import build_engine
 from trainer.errors import CheckpointError
@@ -113,7 +112,7 @@ def test_any_damage_is_refused_by_name_and_the_older_step_is_used(tmp_path, how)
         folder = tmp_path / f"{number}"
         shutil.copytree(pristine, folder)
         hurt = damage(checkpoint.step_folder(folder, 2), how, rng)
-        path, manifest, rejected = checkpoint.newest_valid(folder)
+        _path, manifest, rejected = checkpoint.newest_valid(folder)
         assert manifest.step == 1
         assert len(rejected) == 1
         assert hurt.name in rejected[0]
@@ -145,7 +144,7 @@ def test_a_linked_file_is_refused(tmp_path):
     checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=5)
     file = checkpoint.step_folder(tmp_path, 1) / "rank-00000.safetensors"
     file.rename(tmp_path / "elsewhere")
-    os.symlink(tmp_path / "elsewhere", file)
+    file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="missing"):
         checkpoint.verify(file.parent)
 

@@ -4,8 +4,8 @@ import sys
 
 import pytest
 import torch
-from runs import GPT2_MODEL, TINY_MODEL, run_config
 
+from runs import GPT2_MODEL, TINY_MODEL, run_config
 from trainer import cli
 from trainer.config import to_toml
 from trainer.generate import Sampling, choose, generate
@@ -82,7 +82,7 @@ def test_the_command_writes_seeded_text(trained, monkeypatch, capfd):
     assert write(monkeypatch, capfd, trained, "--tokens", 5)
 
 
-def test_the_report_is_one_page_that_needs_nothing_else(trained, monkeypatch, capfd):
+def test_the_report_is_one_page_that_needs_nothing_else(trained, monkeypatch):
     import re
 
     monkeypatch.setattr(sys, "argv", ["mikoshi", "report", str(trained)])
@@ -92,7 +92,16 @@ def test_the_report_is_one_page_that_needs_nothing_else(trained, monkeypatch, ca
     page = (trained / "report.html").read_text()
     body = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert not re.search(r"(src|href)=", body), "nothing is fetched"
-    for heading in ("Loss", "Throughput", "Gradient norm", "Learning rate", "memory", "Layout", "Events", "Resolved config"):
+    for heading in (
+        "Loss",
+        "Throughput",
+        "Gradient norm",
+        "Learning rate",
+        "memory",
+        "Layout",
+        "Events",
+        "Resolved config",
+    ):
         assert heading in body
     assert "steps = 40" in body
     assert "held-out" in page

@@ -41,9 +41,8 @@ def test_cosine_is_torchs():
 
 def model():
     torch.manual_seed(0)
-    m = torch.nn.ModuleDict(
-        {"embed": torch.nn.Embedding(9, 6), "blocks": torch.nn.ModuleDict({"0": torch.nn.Linear(6, 8)}), "norm": torch.nn.LayerNorm(6)}
-    )  # fmt: skip
+    blocks = torch.nn.ModuleDict({"0": torch.nn.Linear(6, 8)})
+    m = torch.nn.ModuleDict({"embed": torch.nn.Embedding(9, 6), "blocks": blocks, "norm": torch.nn.LayerNorm(6)})
     for p in m.parameters():
         p.grad = torch.randn_like(p)
     return m
@@ -66,7 +65,9 @@ def test_muon_is_torchs_on_one_rank_and_only_for_hidden_matrices():
     adamw, muon = optimizers
     assert [p.shape for g in muon.param_groups for p in g["params"]] == [(8, 6)]
     assert sum(len(g["params"]) for g in adamw.param_groups) == 4
-    torchs = torch.optim.Muon([theirs["blocks"]["0"].weight], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    torchs = torch.optim.Muon(
+        [theirs["blocks"]["0"].weight], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
     for _ in range(3):
         muon.step()
         torchs.step()

@@ -10,8 +10,8 @@ import time
 
 import psutil
 import pytest
-from runs import GPT2_MODEL, run_config
 
+from runs import GPT2_MODEL, run_config
 from trainer.checkpoint import newest_valid
 from trainer.config import to_toml
 from trainer.runfolder import read_jsonl
@@ -64,7 +64,7 @@ def wait_for_step(process, config_file, name, step):
 
 def weights(config_file, name):
     """SHA-256 of every file of the last checkpoint: equal digests mean equal weights and moments, to the bit."""
-    path, manifest, _ = newest_valid(run_path(config_file, name) / "checkpoints")
+    _, manifest, _ = newest_valid(run_path(config_file, name) / "checkpoints")
     assert manifest.step == STEPS
     return {file: stamp["sha256"] for file, stamp in manifest.files.items()}
 

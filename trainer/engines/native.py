@@ -127,7 +127,7 @@ def _wrap_forwards(blocks: list[Block], recompute: str, compiled: bool) -> None:
     for block in blocks:
         forward: Callable[..., Any] = block.forward
         if recompute != "none":
-            context = {} if recompute == "full" else {"context_fn": _keep_products}
+            context: dict[str, Any] = {} if recompute == "full" else {"context_fn": _keep_products}
             forward = partial(checkpoint, forward, use_reentrant=False, **context)
         if compiled:
             forward = torch.compile(forward)

@@ -109,7 +109,8 @@ def _interleaved(which: int) -> Read:
 def _halves(t: Tensor, c: ModelConfig) -> Tensor:
     """Cohere turns neighbouring elements (0,1), (2,3)...; ours turns (i, i + D/2): the same under this reordering."""
     heads = t.unflatten(0, (-1, c.d_head // 2, 2))
-    return heads.transpose(1, 2).flatten(0, 2).contiguous()
+    out: Tensor = heads.transpose(1, 2).flatten(0, 2).contiguous()
+    return out
 
 
 Row = tuple[str, str, Read]

@@ -85,9 +85,7 @@ def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> Tensor
     grouped = q_BHTD.shape[1] != k_BKSD.shape[1]
     if isinstance(mask, FlexMask):
         kernel: Any = _compiled(flex_attention) if q_BHTD.is_cuda else flex_attention
-        out: Tensor = kernel(
-            q_BHTD, k_BKSD, v_BKSD, score_mod=mask.score_mod, block_mask=mask.blocks, enable_gqa=grouped
-        )
+        out: Tensor = kernel(q_BHTD, k_BKSD, v_BKSD, score_mod=mask.score_mod, block_mask=mask.blocks, enable_gqa=grouped)
         return out
     if grouped and not q_BHTD.is_cuda:
         # The CPU flash kernel has no grouped form; without this SDPA would fall back to materialised scores.

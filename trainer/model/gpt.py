@@ -43,8 +43,11 @@ class KVCache:
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, room: int, device: torch.device, dtype: torch.dtype) -> KVCache:
         shape = (batch, config.n_kv, room, config.d_head)
-        make = lambda: torch.zeros(shape, device=device, dtype=dtype)  # noqa: E731
-        return cls([LayerCache(make(), make()) for _ in range(config.layers)], room)
+
+        def zeros() -> Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        return cls([LayerCache(zeros(), zeros()) for _ in range(config.layers)], room)
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
@@ -65,12 +68,8 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, x_BTC: Tensor, rotary: Rotation | None, mask: Mask, cache: LayerCache | None, past: int
-    ) -> Tensor:
-        q, k, v = (
-            part(x_BTC).unflatten(-1, (-1, self.d_head)) for part in (self.q, self.k, self.v)
-        )  # each [B, T, heads, D]
+    def forward(self, x_BTC: Tensor, rotary: Rotation | None, mask: Mask, cache: LayerCache | None, past: int) -> Tensor:
+        q, k, v = (part(x_BTC).unflatten(-1, (-1, self.d_head)) for part in (self.q, self.k, self.v))  # each [B, T, heads, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -114,9 +113,7 @@ class Block(nn.Module):
         self.mlp_norm = None if self.parallel else make_norm(config, config.width)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, rotary: Rotation | None, mask: Mask, cache: LayerCache | None = None, past: int = 0
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotation | None, mask: Mask, cache: LayerCache | None = None, past: int = 0) -> Tensor:
         if self.mlp_norm is None:
             h = self.attn_norm(x)
             out: Tensor = x + self.attn(h, rotary, mask, cache, past) + self.mlp(h)

@@ -76,5 +76,5 @@ def next_token_loss(x_BTC: Tensor, w_VC: Tensor, labels_BT: Tensor, scale: float
     """
     x_NC, labels_N = x_BTC.flatten(0, 1), labels_BT.flatten()
     rows = chunk_rows(w_VC.shape[0], x_BTC.device)
-    total: Tensor = _ChunkedCrossEntropy.apply(x_NC, w_VC, labels_N, scale, rows)
+    total: Tensor = _ChunkedCrossEntropy.apply(x_NC, w_VC, labels_N, scale, rows)  # type: ignore[no-untyped-call]
     return total

@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from runs import GPT2_MODEL, run_config
 
 from data.loader import Loader, evaluation_batches, open_split
 from parallel.layout import Layout
 from parallel.sharding import local
+from runs import GPT2_MODEL, run_config
 from trainer.engines import build_engine
 from trainer.model import init
 from trainer.optim import learning_rate
@@ -68,7 +68,7 @@ def train(config, zero):
 @pytest.mark.parametrize("model", [{}, GPT2_MODEL], ids=["llama", "gpt2"])
 def test_initial_weights_are_the_same_bits(ranks, dataset, tmp_path, model):
     config = run_config(dataset, tmp_path, model={**model, "width": 64, "vocab": 4001})
-    (reference, total, _), = ranks.run(initial_bits, config, 0, world=1)
+    ((reference, total, _),) = ranks.run(initial_bits, config, 0, world=1)
     for world, zero in [(2, 0), (2, 3), (4, 1), (4, 3)]:
         for found, held, largest in ranks.run(initial_bits, config, zero, world=world):
             assert found == reference

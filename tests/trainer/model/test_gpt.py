@@ -65,9 +65,7 @@ def test_flex_attention_agrees_with_the_dense_mask():
     for window, d, s in [(0, docs, None), (9, None, None), (9, docs, slopes), (0, None, slopes)]:
         flex = attention.flex_mask(window, 64, d, s, torch.device("cpu"))
         dense = attention.dense_mask(window, positions, positions, d, s, torch.float32)
-        torch.testing.assert_close(
-            attention.attend(q, k, v, flex), attention.attend(q, k, v, dense), atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(attention.attend(q, k, v, flex), attention.attend(q, k, v, dense), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

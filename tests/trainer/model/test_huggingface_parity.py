@@ -77,9 +77,7 @@ def test_dynamic_rope_matches_beyond_the_trained_context():
 
     from trainer.model.rotary import frequencies
 
-    config = hf.LlamaConfig(
-        **SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}
-    )
+    config = hf.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0})
     expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=150)
     found, _ = frequencies(model_config(config).rope, 12, 150)
     torch.testing.assert_close(found, expected)

@@ -1,0 +1,49 @@
+# On a machine with Python and make alone: `make train` and `make test` set everything up and run.
+PYTHON ?= python3
+VENV ?= .venv
+# More arguments for pip, such as another index to take a CPU build of torch from.
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+# The quick start's ranks: the GPUs, or without any the cores, as far as the batch of 16 rows can be shared.
+RANKS ?= $(shell $(PYTHON) -c 'import glob, os; n = len(glob.glob("/dev/nvidia[0-9]*")) or os.cpu_count(); print(max(r for r in (1, 2, 4, 8, 16) if r <= n))')
+RUN := configs/runs/quickstart.toml
+
+.PHONY: help train test test-all bench bench-gpu clean
+
+help:
+	@echo "make train      prepare real text, train a GPT on every rank of this machine, report, and let it write"
+	@echo "make test       lint, types and tests, under 12 minutes on 2 cores"
+	@echo "make test-all   and the slow ones: compilation, soaks"
+	@echo "make bench      speed and memory beside Hugging Face and plain PyTorch, on this CPU"
+	@echo "make bench-gpu  the same on a CUDA device, with GPT-2 124M and 1.5B"
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: $(VENV)/.run
+	$(BIN)/mikoshi prepare $(RUN)
+	$(BIN)/mikoshi train $(RUN) --ranks $(RANKS)
+	$(BIN)/mikoshi report runs/quickstart
+	$(BIN)/mikoshi generate runs/quickstart --prompt "class " --tokens 120 --seed 1
+
+test: $(VENV)/.dev
+	$(BIN)/pytest -m "not slow"
+
+test-all: test
+	$(BIN)/pytest -m slow
+
+bench: $(VENV)/.dev
+	$(BIN)/python -P tests/bench/run.py
+
+# Runs with the Python at hand, where torch sees the GPU.
+bench-gpu:
+	$(PYTHON) tests/bench/run.py --gpu
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info

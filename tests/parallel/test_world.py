@@ -1,0 +1,57 @@
+"""A launcher's variables are read as it means them; impossible layouts are refused with ones that work."""
+
+import pytest
+
+from parallel.errors import LayoutError
+from parallel.layout import Layout, micro_rows
+from parallel.world import World, first_host, world_from
+
+
+def test_nobody_launched_it():
+    assert world_from({}) is None
+    assert world_from({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) is None, "a batch script itself is no task"
+    assert world_from({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) is None
+
+
+def test_torchrun():
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    assert world_from(env) == World(5, 8, 1, 4, ("a", 7))
+
+
+def test_srun():
+    env = {
+        "SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-09,12]",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_JOB_ID": "11", "SLURM_STEP_ID": "0",
+    }  # fmt: skip
+    place = world_from(env)
+    assert (place.rank, place.size, place.local_rank, place.local_size) == (3, 6, 1, 2)
+    assert place.master[0] == "gpu07"
+    assert world_from({**env, "SLURM_PROCID": "4"}).master == place.master
+    assert world_from({**env, "SLURM_STEP_ID": "1"}).master != place.master
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("n[1-3]", "n1"), ("gpu[07-09,12],x", "gpu07"), ("a[2,5]-ib", "a2-ib")]
+)
+def test_first_of_slurms_compressed_lists(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_replicas_and_shards_make_the_world(zero):
+    layout = Layout(6, zero)
+    assert layout.replicas * layout.shards == 6
+    assert (layout.shards == 1) == (zero == 0)
+    assert layout.rows_per_rank(12) == 2
+
+
+def test_uneven_batches_are_refused_with_what_works():
+    with pytest.raises(LayoutError, match=r"global_batch 16 cannot be shared evenly by 6 ranks: start 2, 4 or 8 ranks, or use"):
+        Layout(6, 2).rows_per_rank(16)
+    with pytest.raises(LayoutError, match=r"use train\.global_batch=3"):
+        Layout(3, 2).rows_per_rank(1)
+
+
+@pytest.mark.parametrize(("rows", "most", "micro"), [(8, None, 8), (8, 4, 4), (8, 3, 2), (7, 3, 1), (2, 100, 2)])
+def test_micro_batches_divide_the_ranks_rows(rows, most, micro):
+    assert micro_rows(rows, most) == micro

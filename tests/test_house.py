@@ -1,0 +1,93 @@
+"""The rules of the house, checked like everything else: lint, types, directions of import."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def tool(name, *arguments):
+    beside = Path(sys.executable).parent / name
+    path = beside if beside.exists() else shutil.which(name)
+    if path is None:
+        pytest.fail(f'{name} is not installed: pip install -e ".[dev]"')
+    done = subprocess.run([str(path), *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_lint():
+    tool("ruff", "check", "--no-cache", ".")
+    tool("ruff", "format", "--no-cache", "--check", ".")
+
+
+def test_types():
+    tool("mypy")
+
+
+def test_import_directions():
+    tool("lint-imports", "--no-cache")
+
+
+def test_the_model_knows_nothing_distributed():
+    for path in (ROOT / "trainer" / "model").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            module = getattr(node, "module", None) or ""
+            assert not any("distributed" in name for name in [*names, module]), f"{path}:{node.lineno}"
+
+
+def test_nothing_unsafe_is_loaded_or_run():
+    """No pickle from disk, no remote code, no string given to a shell (tests may look at pickles)."""
+    for package in ("trainer", "parallel", "data", "launch"):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    names = {a.name for a in node.names} | {getattr(node, "module", None)}
+                    assert not names & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}, f"{path}:{node.lineno}"
+                if isinstance(node, ast.Call):
+                    called = ast.unparse(node.func)
+                    assert called not in ("eval", "exec", "torch.load", "torch.save", "os.system"), f"{path}:{node.lineno}"
+                    assert not any(k.arg in ("shell", "trust_remote_code") for k in node.keywords), f"{path}:{node.lineno}"
+
+
+def test_help_imports_nothing_heavy():
+    """`mikoshi --help` answers at once because torch is not loaded for it."""
+    check = (
+        "import sys, trainer.cli as c\n"
+        "sys.argv = ['mikoshi', '--help']\n"
+        "try: c.main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(bool({'torch', 'pydantic', 'numpy', 'plotly'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", check], capture_output=True, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "runs").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_run_is_a_valid_config(path):
+    from trainer.config import load_config
+
+    config = load_config(path)
+    assert config.run.name == path.stem
+    assert config.train.global_batch % 8 == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "models").glob("*.toml")), ids=lambda p: p.stem)
+def test_every_shipped_model_has_the_size_it_is_named_after(path):
+    import re
+    import tomllib
+
+    import torch
+
+    from trainer.model.config import ModelConfig
+    from trainer.model.gpt import GPT
+
+    with torch.device("meta"):
+        model = GPT(ModelConfig.model_validate_json(__import__("json").dumps(tomllib.loads(path.read_text())["model"])))
+    number, unit = re.search(r"-(\d+(?:\.\d+)?)([mb])$", path.stem).groups()
+    size = sum(p.numel() for p in model.parameters())
+    assert size == pytest.approx(float(number) * {"m": 1e6, "b": 1e9}[unit], rel=0.07), size

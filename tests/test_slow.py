@@ -1,0 +1,73 @@
+"""What takes minutes: compiled blocks, and many kills of one run."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from runs import GPT2_MODEL, TINY_MODEL, run_config
+
+from trainer.checkpoint import newest_valid
+from trainer.config import to_toml
+
+pytestmark = pytest.mark.slow
+
+
+def losses(config, zero):
+    import torch
+    import torch.distributed as dist
+
+    from data.loader import Loader, open_split
+    from parallel.layout import Layout
+    from trainer.engines import build_engine
+
+    split, _ = open_split(config.data.path, "train", config.train.context)
+    loader = Loader(split, 1, config.train.global_batch, dist.get_rank(), dist.get_world_size(), True)
+    engine = build_engine(config, Layout(dist.get_world_size(), zero), torch.device("cpu"))
+    results = [engine.step(loader.batch(step), 1e-3) for step in range(3)]
+    return [(r.loss, r.grad_norm) for r in results]
+
+
+@pytest.mark.parametrize("model", [TINY_MODEL, GPT2_MODEL], ids=["llama", "gpt2"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_blocks_compute_the_same(ranks, dataset, tmp_path, model, recompute):
+    plain = run_config(dataset, tmp_path, model=model)
+    compiled = run_config(dataset, tmp_path, model=model, engine={"compile": "on", "recompute": recompute})
+    (expected,) = ranks.run(losses, plain, 0, world=1)
+    for found in ranks.run(losses, compiled, 3, world=2, timeout=400):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_run_killed_again_and_again_ends_like_a_quiet_one(dataset, tmp_path):
+    config = run_config(
+        dataset, tmp_path / "runs", model={**GPT2_MODEL, "width": 64}, train={"steps": 60, "global_batch": 16},
+        checkpoint={"every": 5}, log={"tensorboard": False},
+    )  # fmt: skip
+    (tmp_path / "run.toml").write_text(to_toml(config))
+
+    def start(name):
+        command = [sys.executable, "-P", "-m", "trainer.cli", "train", str(tmp_path / "run.toml"), f"run.name={name}"]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
+
+    def digests(name):
+        _, manifest, _ = newest_valid(tmp_path / "runs" / name / "checkpoints")
+        return manifest.step, {file: stamp["sha256"] for file, stamp in manifest.files.items()}
+
+    assert start("quiet").wait(120) == 0
+    rng, kills = random.Random(1), 0
+    while True:
+        process = start("hurt")
+        try:
+            assert process.wait(rng.uniform(2.0, 5.0)) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM]))
+            process.wait(60)
+            kills += 1
+            assert kills < 60
+            time.sleep(0.1)
+    assert kills >= 3
+    assert digests("hurt") == digests("quiet")
