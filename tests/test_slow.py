@@ -7,8 +7,8 @@ import sys
 import time
 
 import pytest
-from runs import GPT2_MODEL, TINY_MODEL, run_config
 
+from runs import GPT2_MODEL, TINY_MODEL, run_config
 from trainer.checkpoint import newest_valid
 from trainer.config import to_toml
 
