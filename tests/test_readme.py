@@ -1,0 +1,47 @@
+"""Every `mikoshi` command of the README is run as written, in a folder where the quick start is a small one."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from runs import VOCAB, text_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands():
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def test_the_readmes_commands_run_as_written(tmp_path):
+    runs, models = tmp_path / "configs/runs", tmp_path / "configs/models"
+    runs.mkdir(parents=True)
+    models.mkdir()
+    quickstart = (ROOT / "configs/runs/quickstart.toml").read_text()
+    small = {
+        r'source = ".*"': f'source = "{text_folder(tmp_path / "text")}"', r"steps = \d+": "steps = 8",
+        r"tokenizer_vocab = \d+": f"tokenizer_vocab = {VOCAB}", r"held_out = [\d.]+": "held_out = 0.1",
+        r"warmup = \d+": "warmup = 2", r"every = 50": "every = 4",
+    }  # fmt: skip
+    for pattern, value in small.items():
+        quickstart, count = re.subn(pattern, value, quickstart)
+        assert count == 1, pattern
+    (runs / "quickstart.toml").write_text(quickstart)
+    model = (ROOT / "configs/models/gpt-5m.toml").read_text()
+    (models / "gpt-5m.toml").write_text(model.replace("width = 256", "width = 32").replace("layers = 4", "layers = 1"))
+    text_folder(tmp_path / "my" / "texts")
+
+    found = commands()
+    assert len(found) >= 9
+    for line in found:
+        name, *arguments = shlex.split(line, comments=True)
+        assert name == "mikoshi", line
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "trainer.cli", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    assert (tmp_path / "runs/quickstart/report.html").exists()
