@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RANKS ?= $(shell $(PYTHON) -c 'import glob, os; n = len(glob.glob("/dev/nvidia[0-9]*")) or os.cpu_count(); print(max(r for r in (1, 2, 4, 8, 16) if r <= n))')
 RUN := configs/runs/quickstart.toml
 
-.PHONY: help train test test-all bench bench-gpu clean
+.PHONY: help train test test-slow test-all bench bench-gpu clean
 
 help:
 	@echo "make train      prepare real text, train a GPT on every rank of this machine, report, and let it write"
@@ -35,8 +35,10 @@ train: $(VENV)/.run
 test: $(VENV)/.dev
 	$(BIN)/pytest -m "not slow"
 
-test-all: test
+test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
+
+test-all: test test-slow
 
 bench: $(VENV)/.dev
 	$(BIN)/python -P tests/bench/run.py

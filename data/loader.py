@@ -86,7 +86,9 @@ def read_rows(split: Split, samples: Ids, document_mask: bool) -> Batch:
         window = shard.tokens[first : first + split.context + 1]
         tokens[row], labels[row] = window[:-1], window[1:]
         if document_mask:
-            begin, end = np.searchsorted(shard.ends, (first, first + split.context), side="right")
+            # Of the index's own type: otherwise the whole mapped index would be converted for every row.
+            span = np.array((first, first + split.context), dtype=shard.ends.dtype)
+            begin, end = np.searchsorted(shard.ends, span, side="right")
             cuts = shard.ends[begin:end].astype(np.int64) - first
             labels[row, cuts - 1] = IGNORED
             cuts = cuts[cuts < split.context]

@@ -22,6 +22,7 @@ from data.shards import (
     fingerprint,
     read_index,
     token_bytes,
+    verify_shard,
     write_index,
     write_shard,
 )
@@ -69,7 +70,7 @@ def recipe_digest(recipe: Recipe, source: Source) -> str:
 
 
 def prepare(recipe: Recipe, folder: Path, show: Show = lambda _: None) -> tuple[DatasetInfo, bool]:
-    """Make the dataset at `folder`; if it is there already from the same recipe, only open it (second value False).
+    """Make the dataset at `folder`; if it is there already from the same recipe, only verify it (second value False).
 
     Raises DataError for input that cannot be used or a folder that holds another dataset. Whatever goes wrong,
     nothing half-made is left at `folder`.
@@ -81,7 +82,10 @@ def prepare(recipe: Recipe, folder: Path, show: Show = lambda _: None) -> tuple[
             raise DataError(
                 f"data.path: {folder} holds data made from another source or settings: remove it or give another path"
             )
-        return read_index(folder), False
+        info = read_index(folder)
+        for shard in (s for shards in info.splits.values() for s in shards):
+            verify_shard(folder / shard.file)
+        return info, False
     try:
         with whole_folder(folder) as partial:
             info = _build(recipe, source, digest, partial, show)
@@ -196,10 +200,10 @@ class _SplitWriter:
         self.shards: list[ShardInfo] = []
 
     def add(self, document: npt.NDArray[Any]) -> None:
+        if self.size >= self.shard_tokens:  # not sooner: the last document must still be here for cut_tail
+            self.flush()
         self.waiting.append(document)
         self.size += len(document)
-        if self.size >= self.shard_tokens:
-            self.flush()
 
     def flush(self) -> None:
         name = f"{self.split}-{len(self.shards):05d}.shard"

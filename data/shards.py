@@ -73,7 +73,7 @@ def write_shard(path: Path, documents: Iterable[npt.NDArray[Any]], width: int) -
 
 def open_shard(path: Path, expected: ShardInfo | None = None) -> Shard:
     """Map a shard. Raises DataError if it is missing, not a shard, of another length than its header says, or not
-    the one `expected`. Digests are checked by verify_shard, which reads everything."""
+    the one `expected`. Digests of the bytes are checked by verify_shard, which reads everything."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -108,8 +108,9 @@ def verify_shard(path: Path) -> None:
 class DatasetInfo:
     """dataset.json: what is in the folder and what it was made from.
 
-    `fingerprint` covers tokenizer and shards: equal fingerprints mean equal tokens. `unigram_nats` is the loss that a
-    model knowing only token frequencies (of the training split) has on the held-out split.
+    `fingerprint` covers tokenizer and shards: equal fingerprints mean equal tokens, as far as the shards are intact
+    (`mikoshi prepare` verifies those that are there). `unigram_nats` is the loss that a model knowing only token
+    frequencies (of the training split) has on the held-out split.
     """
 
     fingerprint: str
@@ -145,7 +146,9 @@ def read_index(folder: Path) -> DatasetInfo:
             raise DataError(f"{path}: made by another version of the format; prepare the data again")
         splits = {name: [ShardInfo(**s) for s in shards] for name, shards in raw.pop("splits").items()}
         info = DatasetInfo(splits=splits, **raw)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except DataError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # the last: not JSON, or not UTF-8
         raise DataError(f"{path}: the index is damaged ({error}); prepare the data again") from None
     for shard in (s for shards in splits.values() for s in shards):
         if Path(shard.file).name != shard.file:

@@ -73,10 +73,17 @@ def documents(source: Source, on_invalid: Literal["error", "skip"]) -> Iterator[
     for path in source.files:
         name = path.relative_to(source.root).as_posix()
         read = _jsonl if path.suffix in _JSONL else _parquet if path.suffix == ".parquet" else _text
-        for document in read(path, name, source.column):
+        for document in _readable(read(path, name, source.column), name):
             if document.text is None and on_invalid == "error":
                 raise DataError(f'{document.name}: {document.problem} (data.on_invalid = "skip" leaves such out)')
             yield document
+
+
+def _readable(stream: Iterator[Document], name: str) -> Iterator[Document]:
+    try:
+        yield from stream
+    except OSError as error:
+        raise DataError(f"data.source: {name} cannot be read: {error.strerror or error}") from None
 
 
 def _text(path: Path, name: str, _column: str) -> Iterator[Document]:
@@ -103,6 +110,10 @@ def _json_line(name: str, line: bytes, column: str) -> Document:
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         has = f"its keys are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
         return Document(name, None, f"no text under data.text_column = {column!r}; {has}")
+    try:
+        row[column].encode()
+    except UnicodeEncodeError as error:
+        return Document(name, None, f"not text: half of a surrogate pair at character {error.start}")
     return Document(name, row[column])
 
 
@@ -123,5 +134,5 @@ def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
                 row += 1
                 valid = isinstance(text, str)
                 yield Document(f"{name}:{row}", text if valid else None, "" if valid else "the row holds no text")
-    except (pa.ArrowException, OSError) as error:
+    except pa.ArrowException as error:
         yield Document(name, None, f"not a readable Parquet file: {str(error).splitlines()[0]}")

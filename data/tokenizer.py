@@ -26,8 +26,8 @@ class Tokenizer:
 
     @property
     def vocab(self) -> int:
-        size: int = self.backend.get_vocab_size()
-        return size
+        """One more than the largest id: the rows that an embedding needs, also where ids have gaps."""
+        return max(self.backend.get_vocab().values()) + 1
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
@@ -46,6 +46,11 @@ class Tokenizer:
 
 
 def _wrap(backend: Backend, origin: str) -> Tokenizer:
+    # A file may say how one application cut and filled its inputs, and would turn a separator that is written out in a
+    # text into a real one: none of that is part of the vocabulary.
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
     separator = backend.token_to_id(SEPARATOR)
     if separator is None:
         ends = [t for t in ("</s>", "<|end_of_text|>", "<eos>", "<|im_end|>") if backend.token_to_id(t) is not None]

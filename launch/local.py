@@ -3,6 +3,7 @@ whoever sends signals."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -53,11 +54,19 @@ def run_ranks(ranks: int, arguments: Sequence[str]) -> int:
             broken.append(error)
 
     agent = threading.Thread(target=watch, name="elastic-agent")
-    before = {number: signal.signal(number, lambda got, _frame: _forward(got)) for number in _SIGNALS}
+    waiting: list[int] = []  # asked for before there was a rank to ask
+
+    def ask(number: int, _frame: object) -> None:
+        if not _forward(number):
+            waiting.append(number)
+
+    before = {number: signal.signal(number, ask) for number in _SIGNALS}
     try:
         agent.start()
         while agent.is_alive():
-            agent.join(0.1)  # in slices, so that the handlers above get to run
+            agent.join(0.1)  # in slices, so that the handler above gets to run
+            if waiting and _forward(waiting[0]):
+                waiting.pop(0)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -66,12 +75,13 @@ def run_ranks(ranks: int, arguments: Sequence[str]) -> int:
     return _outcome(failures)
 
 
-def _forward(number: int) -> None:
-    for child in psutil.Process().children():
-        try:
+def _forward(number: int) -> bool:
+    """Send a signal to every rank; whether there was one."""
+    children = psutil.Process().children()
+    for child in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
             child.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
+    return bool(children)
 
 
 def _outcome(failures: Iterable[ProcessFailure]) -> int:
@@ -85,7 +95,7 @@ def _outcome(failures: Iterable[ProcessFailure]) -> int:
         if all(failure.local_rank != 0 for failure in by_code[USER_ERROR]):  # rank 0 has said it itself
             print(f"error: {by_code[USER_ERROR][0].message}", file=sys.stderr)
         return USER_ERROR
-    ended = (PREEMPTED, -signal.SIGTERM, -signal.SIGINT, 128 + signal.SIGINT)
+    ended = (PREEMPTED, -signal.SIGTERM, -signal.SIGINT)
     first = [f for code, group in by_code.items() if code not in ended for f in group]
     if not first:
         return PREEMPTED

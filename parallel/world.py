@@ -23,12 +23,12 @@ _PR_SET_PDEATHSIG = 1  # from prctl.h
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of one run. `master` is where they meet; None for a run of one rank."""
+    """This process among the ranks of one run. `local_rank` is its number on its node, None where the launcher did not
+    say; `master` is where the ranks meet, None for a rank that nobody launched."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    local_rank: int | None = None
     master: tuple[str, int] | None = None
 
 
@@ -38,21 +38,17 @@ def world_from(env: Mapping[str, str]) -> World | None:
     Reads torchrun's variables (RANK, WORLD_SIZE, ...), and those that srun sets for each task of a job step.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
-        size = int(env["WORLD_SIZE"])
-        local_size = int(env.get("LOCAL_WORLD_SIZE", size))
-        local_rank = int(env.get("LOCAL_RANK", int(env["RANK"]) % local_size))
+        local_rank = int(env["LOCAL_RANK"]) if "LOCAL_RANK" in env else None
         master = (env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500")))
-        return World(int(env["RANK"]), size, local_rank, local_size, master)
+        return World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, master)
     # SLURM_STEP_NUM_TASKS, unlike SLURM_NTASKS, is there only under srun and not in the batch script itself.
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
         size = int(env["SLURM_STEP_NUM_TASKS"])
-        per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", str(size)))
         first = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
         # The same port on every rank, another for another step of the same or another job.
         step = int(env.get("SLURM_JOB_ID", "0")) * 31 + int(env.get("SLURM_STEP_ID", "0"))
         master = (env.get("MASTER_ADDR", first), int(env.get("MASTER_PORT", 20_000 + step % 12_000)))
-        local_size = int(per_node.group()) if per_node else size
-        return World(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")), local_size, master)
+        return World(int(env["SLURM_PROCID"]), size, int(env.get("SLURM_LOCALID", "0")), master)
     return None
 
 
@@ -62,19 +58,19 @@ def first_host(nodelist: str) -> str:
     return "".join(part or "" for part in found.groups()) if found else nodelist
 
 
-def pick_device(wanted: str, local_rank: int) -> torch.device:
+def pick_device(wanted: str, place: World) -> torch.device:
     """`auto` is this rank's GPU if there is one. Raises LayoutError when CUDA is asked for and absent."""
-    if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()):
-        if not torch.cuda.is_available():
-            raise LayoutError('engine.device = "cuda": torch sees no GPU here; use "auto" or "cpu"')
-        if local_rank >= torch.cuda.device_count():
-            raise LayoutError(
-                f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start fewer ranks a node"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        return device
-    return torch.device("cpu")
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise LayoutError('engine.device = "cuda": torch sees no GPU here; use "auto" or "cpu"')
+    count = torch.cuda.device_count()
+    number = place.rank % count if place.local_rank is None else place.local_rank
+    if number >= count:
+        raise LayoutError(f"local rank {number} has no GPU: this node has {count}; start fewer ranks a node")
+    device = torch.device("cuda", number)
+    torch.cuda.set_device(device)
+    return device
 
 
 def join(world: World, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> None:

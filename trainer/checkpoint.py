@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from data.atomic import commit_folder, flush_file, partial_path, write_file
-from trainer.errors import CheckpointError
+from trainer.errors import USER_ERRORS, CheckpointError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -85,7 +85,8 @@ def save(folder: Path, step: int, state: dict[str, Tensor], record: dict[str, An
     def begin() -> None:
         if target.exists():
             raise CheckpointError(f"{target} exists already; a checkpoint is never written over another")
-        shutil.rmtree(partial, ignore_errors=True)
+        for stale in folder.glob(partial_path(folder / "step-*").name):
+            shutil.rmtree(stale, ignore_errors=True)  # what a killed save or removal left behind
         partial.mkdir(parents=True)
 
     writer = _Writer(partial)
@@ -117,32 +118,49 @@ def _prune(folder: Path, keep: int) -> None:
     for old in steps_in(folder)[keep:]:
         gone = partial_path(old)
         old.rename(gone)  # first out of sight, so that a kill in between leaves no torn checkpoint
-        shutil.rmtree(gone)
+        shutil.rmtree(gone, ignore_errors=True)  # what a reader still holds open goes before the next save
 
 
-def newest_valid(folder: Path) -> tuple[Path, Manifest, list[str]] | None:
-    """The newest checkpoint that verifies, and why newer ones did not (they are renamed to damaged-...). Collective.
+def newest_valid(folder: Path, set_aside: bool = True) -> tuple[Path, Manifest, list[str]] | None:
+    """The newest checkpoint that verifies, and why newer ones did not. Collective: the ranks share out the files.
 
-    None when there is none at all. Raises CheckpointError when there are some and none is valid.
+    The ones refused are renamed to damaged-..., unless `set_aside` is False, for a reader beside a live run. None when
+    there is none at all. Raises CheckpointError when there are some and none is valid; those are left as they are.
     """
+    rejected: dict[str, str] = {}
+    for name in on_first_rank(lambda: [path.name for path in steps_in(folder)]):
+        problem = _verdict(folder / name)
+        if problem is None:
+            if set_aside:
+                on_first_rank(lambda: _set_aside(folder, list(rejected)))
+            return folder / name, read_manifest(folder / name), list(rejected.values())
+        rejected[name] = problem
+    if rejected:
+        reasons = "; ".join(rejected.values())
+        raise CheckpointError(f"{folder}: no valid checkpoint is left: {reasons}; remove the folder to start from step 0")
+    return None
 
-    def find() -> list[Any] | None:
-        rejected: list[str] = []
-        for path in steps_in(folder):
-            try:
-                verify(path)
-                return [str(path), rejected]
-            except CheckpointError as error:
-                rejected.append(str(error))
-                path.rename(_free(path.with_name(f"damaged-{path.name}")))
-        if rejected:
-            raise CheckpointError(
-                f"{folder}: no valid checkpoint is left: {'; '.join(rejected)}; remove the folder to start from step 0"
-            )
-        return None
 
-    found = on_first_rank(find)
-    return None if found is None else (Path(found[0]), read_manifest(Path(found[0])), found[1])
+def _set_aside(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / name).rename(_free(folder / f"damaged-{name}"))
+
+
+def _verdict(path: Path) -> str | None:
+    """What is wrong with a checkpoint, found by all ranks together, each reading its share of the bytes."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine: str | None = None
+    try:
+        verify(path, rank, world)
+    except CheckpointError as error:
+        mine = str(error)
+    except FileNotFoundError:  # removed under a reader's eyes by the run that owns it
+        mine = f"{path}: missing"
+    verdicts: list[str | None] = [mine]
+    if world > 1:
+        verdicts = [None] * world
+        dist.all_gather_object(verdicts, mine)
+    return next((v for v in verdicts if v is not None), None)
 
 
 def _free(path: Path) -> Path:
@@ -162,23 +180,25 @@ def read_manifest(path: Path) -> Manifest:
         if content["format"] != FORMAT:
             raise CheckpointError(f"{file}: format {content['format']} is not {FORMAT}: made by another version")
         return Manifest(content["record"], content["files"], content["tensors"])
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{file}: missing") from None
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file}: damaged: {error}") from None
 
 
-def verify(path: Path) -> Manifest:
-    """Compare every byte with the manifest. Raises CheckpointError that names the first file that differs, is missing,
-    or is there without being listed."""
+def verify(path: Path, share: int = 0, shares: int = 1) -> Manifest:
+    """Compare every byte with the manifest, or of `shares` parts of the files only number `share`.
+
+    Raises CheckpointError that names the first file that differs, is missing, or is there without being listed.
+    """
     manifest = read_manifest(path)
     there = {p.name for p in path.iterdir()} - {MANIFEST}
     if stray := sorted(there - manifest.files.keys()):
         raise CheckpointError(f"{path / stray[0]}: not in the manifest")
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda item: _verify_file(path, *item), manifest.files.items()))
+        list(pool.map(lambda item: _verify_file(path, *item), sorted(manifest.files.items())[share::shares]))
     return manifest
 
 
@@ -191,8 +211,9 @@ def _verify_file(path: Path, name: str, expected: dict[str, Any]) -> None:
     if file.stat().st_size != expected["size"]:
         raise CheckpointError(f"{file}: has {file.stat().st_size} bytes, the manifest says {expected['size']}")
     with file.open("rb") as content:
-        if hashlib.file_digest(content, "sha256").hexdigest() != expected["sha256"]:
-            raise CheckpointError(f"{file}: altered: its bytes do not match the manifest's SHA-256")
+        same = hashlib.file_digest(content, "sha256").hexdigest() == expected["sha256"]
+    if not same:
+        raise CheckpointError(f"{file}: altered: its bytes do not match the manifest's SHA-256")
 
 
 def load(path: Path, manifest: Manifest, state: dict[str, Tensor]) -> None:
@@ -217,7 +238,7 @@ def on_first_rank(action: Callable[[], Any]) -> Any:
     if dist.get_rank() == 0:
         try:
             answer = [("done", action())]
-        except (CheckpointError, OSError) as error:
+        except (*USER_ERRORS, OSError) as error:
             answer = [("failed", error)]
     dist.broadcast_object_list(answer, src=0)
     outcome, value = answer[0]

@@ -8,15 +8,18 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trainer.errors import USER_ERRORS
-from trainer.exit_codes import DONE, PREEMPTED, USER_ERROR
+from trainer.exit_codes import DONE, FAULT, PREEMPTED, USER_ERROR
 
 if TYPE_CHECKING:
+    import torch
+
     from parallel.world import World
     from trainer.config import RunConfig
 
@@ -133,29 +136,52 @@ def _train_rank(run: RunConfig, place: World) -> int:
     """This process's part of a run, as one rank."""
     from parallel.world import die_with_parent, join, leave, pick_device
 
+    if place.master is None:
+        device = pick_device(run.engine.device, place)
+        join(place, device)
+        try:
+            return _fit(run, place, device)
+        finally:
+            leave()
     watched = "TORCHELASTIC_RUN_ID" in os.environ
     if watched:
         die_with_parent()
     try:
         from trainer.preflight import preflight
 
-        if place.size > 1:  # a launcher of another make has checked nothing
-            preflight(run, place.size)
-        device = pick_device(run.engine.device, place.local_rank)
+        preflight(run, place.size)  # a launcher of another make has checked nothing
+        device = pick_device(run.engine.device, place)
         join(place, device)
-        from trainer.loop import fit
-
-        finished = fit(run, place, device)
+        code = _fit(run, place, device)
         if watched:  # all is saved: when a peer ends a moment earlier, the agent's SIGTERM is no longer meant for us
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    except USER_ERRORS as error:
-        if place.rank == 0:
-            raise
-        _leave_message(str(error))
-        return USER_ERROR
-    finally:
         leave()
-    return DONE if finished else PREEMPTED
+        return code
+    except Exception as error:
+        # No orderly leave: it would wait for peers that wait for this rank. Gone at once, the launcher sees it.
+        code = _say(error, place.rank)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _fit(run: RunConfig, place: World, device: torch.device) -> int:
+    from trainer.loop import fit
+
+    return DONE if fit(run, place, device) else PREEMPTED
+
+
+def _say(error: Exception, rank: int) -> int:
+    """Tell what ended this rank; its exit code."""
+    text = _told(error)
+    if text is None:
+        traceback.print_exc()
+        return FAULT
+    if rank == 0:
+        print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
+    else:
+        _leave_message(text)
+    return USER_ERROR
 
 
 def _leave_message(text: str) -> None:
@@ -185,11 +211,11 @@ def generate(
     from trainer.runfolder import open_run
 
     folder, sampling = open_run(run), Sampling(temperature, top_k, top_p, seed)
-    from parallel.world import pick_device
+    from parallel.world import World, pick_device
     from trainer.generate import generate as write
     from trainer.generate import load_model
 
-    model, tokenizer, _, _ = load_model(folder, pick_device(device, 0))
+    model, tokenizer, _, _ = load_model(folder, pick_device(device, World()))
     start = tokenizer.encode(prompt) or [tokenizer.separator]
     typer.echo(prompt, nl=False)
     for piece in text_stream(tokenizer, start, write(model, start, tokens, sampling, tokenizer.separator)):
@@ -236,20 +262,24 @@ def config(
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 
+def _told(error: Exception) -> str | None:
+    """The one line of a user's mistake; None for a fault of ours, which deserves its stack trace."""
+    if isinstance(error, USER_ERRORS):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _DISK:
+        name = f"{error.filename}: " if error.filename else ""
+        return f"{name}{error.strerror}: make room or choose another place, then start again"
+    return None
+
+
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 fault, 2 the user's mistake, 75 stopped on request and saved."""
     try:
         app()
-    except USER_ERRORS as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(USER_ERROR)
-    except OSError as error:
-        if error.errno not in _DISK:
+    except Exception as error:
+        if _told(error) is None:
             raise
-        name = f"{error.filename}: " if error.filename else ""
-        print(f"error: {name}{error.strerror}: make room or choose another place, then start again", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        sys.exit(_say(error, rank=0))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ Natural = Annotated[int, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(_Section):
@@ -98,7 +98,7 @@ class EngineSection(_Section):
 
 
 class LogSection(_Section):
-    every: Count = Field(1, description="steps between console lines and metric records")
+    every: Count = Field(1, description="steps between console lines where it is no terminal; metrics have every step")
     tensorboard: bool = True
     wandb: str = Field("", description="Weights & Biases project; empty: off")
 
@@ -125,6 +125,8 @@ class RunConfig(_Section):
                 "lower it or raise model.context"
             )
         schedule = self.optim.schedule
+        if schedule.kind == "wsd" and not schedule.decay:
+            raise ValueError('optim.schedule.kind = "wsd" needs optim.schedule.decay, the steps of its final decay')
         if self.train.steps and schedule.warmup + schedule.decay > self.train.steps:
             raise ValueError(
                 f"optim.schedule.warmup {schedule.warmup} + decay {schedule.decay} exceeds train.steps {self.train.steps}"

@@ -37,7 +37,7 @@ class Sampling:
 
 def load_model(folder: RunFolder, device: torch.device) -> tuple[GPT, Tokenizer, RunConfig, int]:
     """The newest valid checkpoint's model, fp32, its tokenizer, its config and its step. Raises CheckpointError."""
-    found = checkpoint.newest_valid(folder.checkpoints)
+    found = checkpoint.newest_valid(folder.checkpoints, set_aside=False)
     if found is None:
         raise CheckpointError(f"{folder.path}: there is no checkpoint yet; train first, or wait for one")
     path, manifest, _ = found
@@ -96,3 +96,4 @@ def text_stream(tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int]) -> 
         if not text.endswith("�"):
             yield text[len(shown) :]
             shown = text
+    yield tokenizer.decode(seen)[len(shown) :]

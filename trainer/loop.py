@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import time
 from typing import Any
 
 import torch
 
+from data.atomic import write_file
 from data.loader import Loader, evaluation_batches, open_split
 from data.prepare import HELD_OUT, TRAIN
 from data.shards import TOKENIZER, DatasetInfo
@@ -22,7 +23,7 @@ from trainer.engines.base import Engine, StepResult
 from trainer.errors import CheckpointError
 from trainer.metrics import MetricLog, flops_per_token, memory_bytes, peak_flops
 from trainer.optim import learning_rate
-from trainer.runfolder import RunFolder
+from trainer.runfolder import RunFolder, read_jsonl
 from trainer.stop import StopRequest
 
 # What makes a run this run: a checkpoint of another value of these cannot be gone on with.
@@ -32,28 +33,39 @@ _IDENTITY = ("model.", "run.seed", "train.global_batch", "train.context", "data.
 def fit(config: RunConfig, world: World, device: torch.device) -> bool:
     """Train to the last step; True when it is reached, False when stopped by a signal and saved. Collective.
 
-    Preflight has passed and the process group exists. Raises CheckpointError, DataError or LayoutError.
+    Preflight has passed and the process group exists. Raises CheckpointError, DataError, LayoutError or RunError.
     """
+    with contextlib.ExitStack() as held:
+        on_first_rank(lambda: held.enter_context(RunFolder(config.run.path).lock()) and None)
+        return _fit(config, world, device)
+
+
+def _fit(config: RunConfig, world: World, device: torch.device) -> bool:
     folder, layout, steps = RunFolder(config.run.path), Layout(world.size, config.parallel.zero), config.train.steps
     split, info = open_split(config.data.path, TRAIN, config.train.context)
     held_out, _ = open_split(config.data.path, HELD_OUT, config.train.context)
     mask, batch = config.data.document_mask, config.train.global_batch
     loader = Loader(split, config.run.seed, batch, world.rank, world.size, mask)
-    stop = StopRequest()
     engine = build_engine(config, layout, device)
     start, refused = resume(config, engine, info, folder)
     log = RunLog(config, folder, layout, device, info, start, silent=world.rank > 0)
     log.told(start, refused)
     saved = start
-    with log.console:
+
+    def evaluate(done: int) -> None:
+        batches = evaluation_batches(held_out, batch, config.eval.batches, world.rank, world.size, mask)
+        log.evaluation(done, engine.evaluate(batches))
+
+    with log.console, StopRequest() as stop:
+        if start and config.eval.every and start % config.eval.every == 0 and not log.evaluated(start):
+            evaluate(start)  # a stop came first
         for done, rows in enumerate(loader.stream(start, steps), start + 1):
             lr = learning_rate(config.optim.lr, config.optim.schedule, done - 1, steps)
             log.begin_step()
             log.step(done, engine.step(rows, lr), lr)
             stopping = stop.agreed() and done < steps
             if done == steps or (config.eval.every and done % config.eval.every == 0 and not stopping):
-                batches = evaluation_batches(held_out, batch, config.eval.batches, world.rank, world.size, mask)
-                log.evaluation(done, engine.evaluate(batches))
+                evaluate(done)
             if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 record = {"config": to_toml(config), "fingerprint": info.fingerprint, "samples": done * batch}
                 path = checkpoint.save(folder.checkpoints, done, engine.state(), record, config.checkpoint.keep)
@@ -63,7 +75,6 @@ def fit(config: RunConfig, world: World, device: torch.device) -> bool:
                 log.event("stop", step=done, asked=stop.asked or "another rank")
                 break
         log.finish(saved, steps)
-    stop.release()
     return saved == steps
 
 
@@ -74,6 +85,11 @@ def resume(config: RunConfig, engine: Engine, info: DatasetInfo, folder: RunFold
     if found is None:
         return 0, []
     path, manifest, rejected = found
+    if manifest.step > config.train.steps:
+        raise CheckpointError(
+            f"train.steps = {config.train.steps}: the run at {folder.path} is at step {manifest.step} already: "
+            "raise train.steps, or give another run.name"
+        )
     changes = differences(parse_config(manifest.record["config"], str(path)), config)
     for key, (before, now) in changes.items():
         if key.startswith(_IDENTITY):
@@ -105,8 +121,8 @@ class RunLog:
         self.started = time.perf_counter()
         if silent:
             return
-        folder.config.write_text(to_toml(config))
-        shutil.copyfile(config.data.path / TOKENIZER, folder.tokenizer)
+        write_file(folder.config, to_toml(config).encode())
+        write_file(folder.tokenizer, (config.data.path / TOKENIZER).read_bytes())
         self.metrics = MetricLog(folder, config, start)
         self.flops = flops_per_token(config.model, config.train.context)
         peak = peak_flops(device, config.engine.precision)
@@ -126,6 +142,11 @@ class RunLog:
             self.console.say(f"checkpoint refused: {reason}")
         if start:
             self.console.say(f"resumed after step {start}")
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this step's evaluation is on record. Collective."""
+        records = on_first_rank(lambda: [r["step"] for r in read_jsonl(self.folder.metrics) if "eval_loss" in r])
+        return step in records
 
     def begin_step(self) -> None:
         """The batch is here: what passed since the last step's end was waiting for data."""

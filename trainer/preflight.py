@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 
+from data.errors import DataError
 from data.loader import open_split
 from data.prepare import HELD_OUT, TRAIN
-from data.shards import DatasetInfo
+from data.shards import TOKENIZER, DatasetInfo
+from data.tokenizer import load_tokenizer
 from parallel.layout import Layout
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
@@ -22,6 +24,9 @@ def preflight(config: RunConfig, ranks: int) -> DatasetInfo:
             f"model.vocab = {config.model.vocab}: smaller than the {info.vocab} tokens of the data's tokenizer: "
             f"use model.vocab={info.vocab} or more"
         )
+    tokenizer = load_tokenizer(config.data.path / TOKENIZER)
+    if tokenizer.fingerprint != info.tokenizer:
+        raise DataError(f"{config.data.path / TOKENIZER}: not the tokenizer that made the data; prepare the data again")
     Layout(ranks, config.parallel.zero).rows_per_rank(config.train.global_batch)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')

@@ -6,18 +6,21 @@ runs/NAME/
     events.jsonl     starts, resumes, saves, evaluations, skipped steps: appended, never rewritten
     metrics.jsonl    one record a step
     checkpoints/     step-NNNNNNNN, see trainer.checkpoint
+        .lock            held by rank 0 while it trains
     tensorboard/
     report.html
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from data.atomic import write_file
 from trainer.errors import RunError
@@ -59,16 +62,37 @@ class RunFolder:
         """Create it. Raises RunError where nothing can be written."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
         except OSError as error:
             raise RunError(f"run.folder: cannot write to {self.path}: {error.strerror}; choose another run.folder") from None
 
     def event(self, kind: str, **fields: Any) -> None:
         record = {"time": round(time.time(), 3), "event": kind, **fields}
-        with self.events.open("a", encoding="utf-8") as out:
-            out.write(json.dumps(record) + "\n")
+        with self.events.open("a+", encoding="utf-8") as out:
+            out.write("\n" * _cut_short(self.events) + json.dumps(record) + "\n")
+
+    def lock(self, patience: float = 5.0) -> IO[bytes]:
+        """Hold the run for this process until the file returned is closed, or the process dies. Raises RunError if
+        another one holds it for longer than `patience` seconds: two trainings of one run would undo each other."""
+        file = (self.path / ".lock").open("ab")
+        deadline = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    file.close()
+                    raise RunError(f"{self.path}: another process is training this run: wait for it, or stop it") from None
+                time.sleep(0.1)
+
+
+def _cut_short(path: Path) -> bool:
+    """Whether a kill has left the log's last line without its end."""
+    with path.open("rb") as log:
+        size = log.seek(0, os.SEEK_END)
+        return bool(size) and (log.seek(size - 1), log.read(1))[1] != b"\n"
 
 
 def open_run(path: Path) -> RunFolder:

@@ -13,11 +13,15 @@ ASKING = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a question that all ranks answer together. A second SIGINT ends at once."""
+    """Turns SIGTERM and SIGINT into a question that all ranks answer together. A second SIGINT ends at once.
+    A context manager: the handlers of before come back at its end."""
 
     def __init__(self) -> None:
         self.asked = ""
+
+    def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._ask) for number in ASKING}
+        return self
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.asked == "SIGINT":
@@ -30,7 +34,6 @@ class StopRequest:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
-    def release(self) -> None:
-        """Back to the handlers of before."""
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)

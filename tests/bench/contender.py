@@ -181,7 +181,7 @@ def main():
     from parallel.world import World, join, leave, pick_device, world_from
 
     place = world_from(os.environ) or World()
-    device = pick_device("auto", place.local_rank)
+    device = pick_device("auto", place)
     if args.contender != "hugging_face":
         join(place, device)
     case = CASES[args.case]

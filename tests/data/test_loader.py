@@ -121,6 +121,28 @@ def test_one_long_document_is_held_out_at_its_end(dataset, tmp_path):
     assert 0 < info.unigram_nats < np.log(384) * 1.2
 
 
+def test_a_long_document_is_held_out_at_its_end_also_beyond_a_shard(dataset, tmp_path):
+    text = "".join(p.read_text() for p in sorted((dataset.parent / "text").iterdir()))
+    (tmp_path / "one.txt").write_text(text)
+    info, _ = prepare(Recipe(str(tmp_path / "one.txt"), vocab=384, held_out=0.1, shard_tokens=500), tmp_path / "d")
+    assert info.tokens("held_out") == pytest.approx(0.1 * (info.tokens("train") + info.tokens("held_out")), rel=0.01)
+
+
+def test_a_tokenizers_own_cutting_filling_and_special_words_are_not_applied(dataset, tmp_path):
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(dataset / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8)
+    backend.save(str(tmp_path / "t.json"))
+    tokenizer, plain = load_tokenizer(tmp_path / "t.json"), load_tokenizer(dataset / "tokenizer.json")
+    texts = ["def main(): return 1", "x", "a <|endoftext|> b"]
+    assert tokenizer.encode_batch(texts) == plain.encode_batch(texts) == [plain.encode(text) for text in texts]
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
+    assert tokenizer.separator not in tokenizer.encode(texts[2])
+    assert tokenizer.fingerprint == plain.fingerprint
+
+
 def test_the_unigram_loss_is_the_loss_of_token_frequencies():
     from data.prepare import unigram_nats
 

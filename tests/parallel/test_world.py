@@ -15,16 +15,20 @@ def test_nobody_launched_it():
 
 def test_torchrun():
     env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
-    assert world_from(env) == World(5, 8, 1, 4, ("a", 7))
+    assert world_from(env) == World(5, 8, 1, ("a", 7))
+
+
+def test_one_gpu_a_pod_without_local_ranks():
+    assert world_from({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}).local_rank is None
 
 
 def test_srun():
     env = {
         "SLURM_STEP_NUM_TASKS": "6", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "gpu[07-09,12]",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_JOB_ID": "11", "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "11", "SLURM_STEP_ID": "0",
     }  # fmt: skip
     place = world_from(env)
-    assert (place.rank, place.size, place.local_rank, place.local_size) == (3, 6, 1, 2)
+    assert (place.rank, place.size, place.local_rank) == (3, 6, 1)
     assert place.master[0] == "gpu07"
     assert world_from({**env, "SLURM_PROCID": "4"}).master == place.master
     assert world_from({**env, "SLURM_STEP_ID": "1"}).master != place.master

@@ -105,9 +105,9 @@ def test_truncated_and_altered_shard(run, config_file, tmp_path):
     one_error(run("train", config_file), "train-00000.shard", "No such file")
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"format": 1}', '{"format": 99}'])
+@pytest.mark.parametrize("content", [b"", b"{", b'{"format": 1}', b'{"format": 99}', b'{"a": "\xff"}', b"[]"])
 def test_damaged_index(run, config_file, tmp_path, content):
-    (tmp_path / "data" / "dataset.json").write_text(content)
+    (tmp_path / "data" / "dataset.json").write_bytes(content)
     one_error(run("train", config_file), "dataset.json", "prepare the data again")
 
 
@@ -177,7 +177,9 @@ def test_no_checkpoint_left_is_not_a_silent_start(run, config_file):
     folder = trained(run, config_file)
     for path in checkpoint.steps_in(folder / "checkpoints"):
         (path / "manifest.json").unlink()
-    one_error(run("train", config_file), "no valid checkpoint is left", "manifest.json", "start from step 0")
+    for _ in range(2):
+        one_error(run("train", config_file), "no valid checkpoint is left", "manifest.json", "start from step 0")
+    assert (folder / "metrics.jsonl").read_text(), "the record of what was is kept"
 
 
 def test_another_model_or_other_data_is_not_gone_on_with(run, config_file, tmp_path):
@@ -187,6 +189,52 @@ def test_another_model_or_other_data_is_not_gone_on_with(run, config_file, tmp_p
     text_folder(tmp_path / "text")
     assert run("prepare", config_file, "data.path=other", f"data.tokenizer_vocab={VOCAB}", "data.held_out=0.2")[0] == 0
     one_error(run("train", config_file, "data.path=other"), "is not what the run", "fingerprint")
+
+
+def test_fewer_steps_than_are_done_is_not_a_stop(run, config_file):
+    trained(run, config_file)
+    one_error(run("train", config_file, "train.steps=2"), "train.steps = 2", "is at step 3 already")
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(run, config_file, monkeypatch):
+    from trainer.runfolder import RunFolder
+
+    folder = RunFolder(trained(run, config_file))
+    monkeypatch.setattr(RunFolder.lock, "__defaults__", (0.2,))
+    with folder.lock():
+        one_error(run("train", config_file, "train.steps=9"), "another process is training this run")
+    assert run("train", config_file, "train.steps=4")[0] == 0
+
+
+def test_a_lone_rank_under_a_launcher_is_checked_like_any(config_file, tmp_path):
+    shutil.rmtree(tmp_path / "data")
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "trainer.cli", "train", str(config_file)], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no prepared dataset" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_changed_tokenizer_is_noticed(run, config_file, tmp_path):
+    file = tmp_path / "data" / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|endoftext|>", "</s>"))
+    one_error(run("train", config_file), "tokenizer.json", "not the tokenizer that made the data")
+    file.write_text("{")
+    one_error(run("train", config_file), "is not a tokenizer.json")
+
+
+def test_a_damaged_shard_is_found_when_preparing_again(run, config_file, tmp_path):
+    text_folder(tmp_path / "text")
+    again = ("prepare", config_file, "data.path=new", f"data.tokenizer_vocab={VOCAB}", "data.held_out=0.2")
+    assert run(*again)[0] == 0
+    assert "already prepared" in run(*again)[1]
+    shard = tmp_path / "new" / "train-00000.shard"
+    content = bytearray(shard.read_bytes())
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    one_error(run(*again), "train-00000.shard", "do not match its digest")
 
 
 def test_generate_and_report_of_what_is_not_there(run, config_file, tmp_path):
@@ -253,6 +301,9 @@ def test_jsonl_and_parquet_sources_and_their_mistakes(run, config_file, tmp_path
     one_error(run("prepare", config_file, "data.path=new"), "a.jsonl:1: no text under data.text_column = 'text'", "body")
     (text / "a.jsonl").write_text('{"body": "x"}\n{"body": \n')
     one_error(run(*prepare, "data.path=new"), "a.jsonl:2: not JSON")
+    (text / "a.jsonl").write_text('{"body": "ab \\ud83d cd"}\n')
+    one_error(run(*prepare, "data.path=new"), "a.jsonl:1: not text: half of a surrogate pair")
+    assert run(*prepare, "data.path=skipped", "data.on_invalid=skip")[0] == 0
     (text / "a.jsonl").unlink()
     one_error(run("prepare", config_file, "data.path=new"), "b.parquet: no column data.text_column = 'text'; it has body")
     (text / "b.parquet").write_bytes(b"PAR1 no")

@@ -122,8 +122,43 @@ def test_any_damage_is_refused_by_name_and_the_older_step_is_used(tmp_path, how)
 def test_without_a_valid_one_nothing_starts_over_silently(tmp_path):
     checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=5)
     (checkpoint.step_folder(tmp_path, 1) / "rank-00000.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"no valid checkpoint is left.*rank-00000.*missing.*start from step 0"):
-        checkpoint.newest_valid(tmp_path)
+    for _ in range(2):  # a restart must not take the refusal for an empty folder
+        with pytest.raises(CheckpointError, match=r"no valid checkpoint is left.*rank-00000.*missing.*start from step 0"):
+            checkpoint.newest_valid(tmp_path)
+
+
+def test_a_reader_beside_a_live_run_moves_nothing(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, tensors(), RECORD, keep=5)
+    (checkpoint.step_folder(tmp_path, 2) / "rank-00000.safetensors").unlink()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    _, manifest, rejected = checkpoint.newest_valid(tmp_path, set_aside=False)
+    assert (manifest.step, len(rejected)) == (1, 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def verdict(folder):
+    _, manifest, rejected = checkpoint.newest_valid(folder)
+    return manifest.step, rejected
+
+
+def test_the_ranks_share_out_the_verification_and_agree(ranks, dataset, tmp_path):
+    config = run_config(dataset, tmp_path)
+    ranks.run(save_trained, config, 3, tmp_path / "c", world=4)
+    shutil.copytree(tmp_path / "c" / "step-00000002", tmp_path / "c" / "step-00000003")
+    file = tmp_path / "c" / "step-00000003" / "rank-00003.safetensors"  # read by the last rank alone
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    for step, rejected in ranks.run(verdict, tmp_path / "c", world=4):
+        assert step == 2
+        assert "rank-00003.safetensors: altered" in rejected[0]
+
+
+def test_what_a_killed_save_left_is_cleared_by_the_next(tmp_path):
+    stale = tmp_path / ".step-00000033.partial"
+    stale.mkdir()
+    (stale / "rank-00000.safetensors").write_bytes(b"half")
+    checkpoint.save(tmp_path, 40, tensors(), RECORD, keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000040"]
 
 
 def test_a_manifest_cannot_lead_out_of_its_folder(tmp_path):

@@ -69,6 +69,8 @@ def test_mistakes_name_file_line_and_nearest(run):
         ("model.heads=5", "width 32 is not divisible by heads 5"),
         ("nonsense.key=1", "nonsense: unknown key; the config has run, model, data"),
         ("model.rope.thetta=1", "did you mean model.rope.theta?"),
+        ("optim.lr=inf", "optim.lr"),
+        ("optim.schedule.kind=wsd", 'kind = "wsd" needs optim.schedule.decay'),
         ("data.path.x=1", "path is a value, not a section"),
     ],
 )

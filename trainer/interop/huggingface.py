@@ -22,9 +22,19 @@ class InteropError(ValueError):
 _GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
+# Settings that change the computation and that ours knows in one value only.
+_ONLY = {
+    "apply_residual_connection_post_layernorm": False, "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True,
+    "attention_bias": False, "mlp_bias": False, "use_qk_norm": False, "add_cross_attention": False,
+}  # fmt: skip
+
+
 def model_config(hf: Any) -> ModelConfig:
     """The ModelConfig of a `transformers` config object. Raises InteropError for what it cannot express."""
     family = hf.model_type
+    for key, only in _ONLY.items():
+        if getattr(hf, key, only) != only:
+            raise InteropError(f"{key} = {getattr(hf, key)!r}: only {only!r} is known for {family}")
     if family in ("gpt2", "openai-gpt"):
         return _gpt2(hf)
     if family == "bloom":
@@ -68,6 +78,10 @@ def _rope(hf: Any) -> RopeConfig:
     scaling = "none" if kind == "default" else kind
     if scaling not in ("none", "linear", "dynamic", "yarn", "llama3"):
         raise InteropError(f"rope_type {kind!r} is not one of default, linear, dynamic, yarn, llama3")
+    known = {"rope_theta", "rope_type", "original_max_position_embeddings"}
+    known |= {"factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}
+    if unknown := sorted(key for key in given.keys() - known if given[key] not in (None, 1.0)):
+        raise InteropError(f"rope_parameters: {', '.join(unknown)} cannot be expressed")
     same = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
     return RopeConfig(
         theta=given["rope_theta"],

@@ -84,7 +84,8 @@ def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> Tensor
     """softmax(q k^T / sqrt(D) + mask) v, [B, H, T, D]; query head h reads key/value head h // (H / K)."""
     grouped = q_BHTD.shape[1] != k_BKSD.shape[1]
     if isinstance(mask, FlexMask):
-        kernel: Any = _compiled(flex_attention) if q_BHTD.is_cuda else flex_attention
+        alone = q_BHTD.is_cuda and not torch.compiler.is_compiling()  # inside a compiled block it is compiled with it
+        kernel: Any = _compiled(flex_attention) if alone else flex_attention
         out: Tensor = kernel(q_BHTD, k_BKSD, v_BKSD, score_mod=mask.score_mod, block_mask=mask.blocks, enable_gqa=grouped)
         return out
     if grouped and not q_BHTD.is_cuda:

@@ -12,7 +12,7 @@ Count = Annotated[int, Field(gt=0)]
 class RopeConfig(BaseModel):
     """Rotary position embedding (Su et al. 2021) and how its frequencies are stretched past the trained context."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     theta: float = Field(10_000.0, gt=0, description="base of the geometric frequencies")
     fraction: float = Field(1.0, gt=0, le=1, description="part of each head that is rotated")
@@ -28,7 +28,7 @@ class RopeConfig(BaseModel):
 class ModelConfig(BaseModel):
     """One GPT. Sizes in elements; `None` means the usual value, derived in the properties below."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     vocab: Count = Field(description="rows of the embedding; at least the tokenizer's size")
     context: Count = Field(description="longest sequence; the number of learned positions")

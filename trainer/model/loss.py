@@ -75,6 +75,8 @@ def next_token_loss(x_BTC: Tensor, w_VC: Tensor, labels_BT: Tensor, scale: float
     A sum, not a mean: the engine divides by the count of the whole batch, whichever ranks hold it.
     """
     x_NC, labels_N = x_BTC.flatten(0, 1), labels_BT.flatten()
+    if not torch.is_grad_enabled():  # autograd would still report that a parameter wants its gradient
+        x_NC, w_VC = x_NC.detach(), w_VC.detach()
     rows = chunk_rows(w_VC.shape[0], x_BTC.device)
     total: Tensor = _ChunkedCrossEntropy.apply(x_NC, w_VC, labels_N, scale, rows)  # type: ignore[no-untyped-call]
     return total

@@ -104,6 +104,20 @@ def test_the_full_logits_never_exist_at_once():
     assert max(shapes) < 4096 * 8192 / 4
 
 
+def test_evaluation_makes_no_gradient():
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, w = torch.randn(1, 64, 8), torch.nn.Parameter(torch.randn(128, 8))
+    with Watch(), torch.no_grad():
+        loss.next_token_loss(x, w, torch.randint(0, 128, (1, 64)))
+    assert sum("mm" in op for op in made) == 1
+
+
 def test_initialisation_is_normal_and_named():
     config = MODELS["llama"]
     w = torch.empty(700, 900)

@@ -86,6 +86,10 @@ def test_dynamic_rope_matches_beyond_the_trained_context():
 def test_unknown_family_and_unknown_weight_are_named():
     with pytest.raises(InteropError, match="'opt'"):
         model_config(hf.OPTConfig())
+    with pytest.raises(InteropError, match="scale_attn_by_inverse_layer_idx"):
+        model_config(hf.GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True))
+    with pytest.raises(InteropError, match="attention_factor"):
+        model_config(hf.LlamaConfig(**SMALL, rope_parameters={**YARN, "attention_factor": 2.0}))
     ours = model_config(CASES["gpt2"]())
     with pytest.raises(InteropError, match="surprise"):
         convert_state("gpt2", {"h.0.surprise.weight": torch.zeros(1)}, ours)
