@@ -9,17 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def flush_folder(path: Path) -> None:
-    """Make the names in a folder durable (fsync of the directory)."""
+def flush(path: Path) -> None:
+    """Make a file's bytes, or a folder's names, durable (fsync)."""
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def flush_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -36,10 +28,10 @@ def commit_folder(target: Path) -> None:
     built = partial_path(target)
     for path in built.iterdir():
         if path.is_file():
-            flush_file(path)
-    flush_folder(built)
+            flush(path)
+    flush(built)
     built.rename(target)
-    flush_folder(target.parent)
+    flush(target.parent)
 
 
 @contextmanager
@@ -66,9 +58,9 @@ def write_file(target: Path, content: bytes) -> None:
     built = partial_path(target)
     try:
         built.write_bytes(content)
-        flush_file(built)
+        flush(built)
         built.rename(target)
     except BaseException:
         built.unlink(missing_ok=True)
         raise
-    flush_folder(target.parent)
+    flush(target.parent)

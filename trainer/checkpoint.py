@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_planned
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from data.atomic import commit_folder, flush_file, partial_path, write_file
+from data.atomic import commit_folder, flush, partial_path, write_file
 from trainer.errors import USER_ERRORS, CheckpointError
 
 FORMAT = 1
@@ -292,7 +292,7 @@ class _Writer(StorageWriter):
                 save_file(pieces, self.folder / name)
             except SafetensorError as error:
                 raise OSError(f"{name}: {error}") from None
-            flush_file(self.folder / name)
+            flush(self.folder / name)
             with (self.folder / name).open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             stamp = {"size": (self.folder / name).stat().st_size, "sha256": digest}

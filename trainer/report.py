@@ -140,8 +140,8 @@ def _layout(events: list[dict[str, Any]]) -> str:
     start = next((e for e in reversed(events) if e["event"] == "start"), None)
     if start is None:
         return ""
-    shares = {0: "nothing: every rank holds everything", 1: "the optimizer's state", 2: "optimizer's state and gradients",
-              3: "optimizer's state, gradients and parameters"}  # fmt: skip
+    shares = {0: "nothing: every rank holds everything", 1: "the optimizer's state", 2: "the optimizer's state and gradients",
+              3: "the optimizer's state, gradients and parameters"}  # fmt: skip
     boxes = "".join(f"<i>rank {rank}</i>" for rank in range(min(start["ranks"], 64)))
     more = f" and {start['ranks'] - 64} more" if start["ranks"] > 64 else ""
     return (
@@ -184,6 +184,7 @@ _PAGE = Template("""<!doctype html>
  .scroll { max-height: 340px; overflow: auto; } pre { margin: 0; font-size: 12.5px; }
  .ranks i { display: inline-block; font-style: normal; border: 1px solid #b9c6dd; background: #eef3fb; border-radius: 5px;
    padding: 2px 9px; margin: 0 6px 6px 0; } .ranks { margin: 0; } section p { margin: 0 0 8px; }
+ .grid section:last-child:nth-child(even) { grid-column: 1 / -1; }
  @media (max-width: 760px) { .grid { grid-template-columns: 1fr; } }
 </style>
 <script>$plotly</script></head>

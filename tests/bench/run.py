@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -32,7 +33,10 @@ def machine():
     else:
         names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
         device = f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        commit = asked.stdout.strip()
     return (
         f"{device}; Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"accelerate {accelerate.__version__}; commit {commit or 'unknown'}"

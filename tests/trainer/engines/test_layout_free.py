@@ -26,8 +26,22 @@ def digests(state):
     return {name: hashlib.sha256(whole(t).contiguous().numpy().tobytes()).hexdigest() for name, t in state.items()}
 
 
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most elements of any tensor that an operation made in memory."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.elements = max(self.elements, local(tensor).numel())
+        return out
+
+
 def initial_bits(config, zero):
-    """Digests of the whole initial weights, and the most elements the generator held beside the rank's own shards."""
+    """Digests of the whole initial weights, how many elements the rank holds, and the most that the generator and that
+    any tensor had while they were made."""
     import torch.distributed as dist
 
     largest = 0
@@ -39,11 +53,12 @@ def initial_bits(config, zero):
 
     indices, init._indices = init._indices, watched
     try:
-        engine = build_engine(config, Layout(dist.get_world_size(), zero), CPU)
+        with Largest() as tensors:
+            engine = build_engine(config, Layout(dist.get_world_size(), zero), CPU)
     finally:
         init._indices = indices
     held = sum(local(p).numel() for p in engine.parameters)
-    return digests({name: p.detach() for name, p in engine.named}), held, largest
+    return digests({name: p.detach() for name, p in engine.named}), held, largest, tensors.elements
 
 
 def train(config, zero):
@@ -68,12 +83,14 @@ def train(config, zero):
 @pytest.mark.parametrize("model", [{}, GPT2_MODEL], ids=["llama", "gpt2"])
 def test_initial_weights_are_the_same_bits(ranks, dataset, tmp_path, model):
     config = run_config(dataset, tmp_path, model={**model, "width": 64, "vocab": 4001})
-    ((reference, total, _),) = ranks.run(initial_bits, config, 0, world=1)
+    ((reference, total, _, _),) = ranks.run(initial_bits, config, 0, world=1)
     for world, zero in [(2, 0), (2, 3), (4, 1), (4, 3)]:
-        for found, held, largest in ranks.run(initial_bits, config, zero, world=world):
+        for found, held, largest, tensor in ranks.run(initial_bits, config, zero, world=world):
             assert found == reference
             assert 0 < largest <= init.BLOCK
             if zero:
+                embedding = math.ceil(4001 / world) * 64
+                assert tensor <= max(embedding, init.BLOCK) < 4001 * 64, "no whole parameter, not for a moment"
                 assert held <= math.ceil(total / world) + 64 * 64 * world, "a rank holds its own shard and no more"
 
 
