@@ -138,7 +138,11 @@ def test_bad_settings_name_key_value_file_and_line(run, config_file):
     one_error(run("train", config_file), "not TOML", "line 1")
 
 
-def test_wandb_that_is_not_installed(run, config_file):
+def test_wandb_that_is_not_installed(run, config_file, monkeypatch):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a))
     one_error(run("train", config_file, "log.wandb=project"), "wandb is not installed", 'pip install "mikoshi[wandb]"')
 
 
