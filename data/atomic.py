@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -61,6 +61,7 @@ def write_file(target: Path, content: bytes) -> None:
         flush(built)
         built.rename(target)
     except BaseException:
-        built.unlink(missing_ok=True)
+        with suppress(OSError):
+            built.unlink()
         raise
     flush(target.parent)

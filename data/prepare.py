@@ -16,6 +16,7 @@ import numpy.typing as npt
 from data.atomic import whole_folder
 from data.errors import DataError
 from data.shards import (
+    INDEX,
     TOKENIZER,
     DatasetInfo,
     ShardInfo,
@@ -78,6 +79,8 @@ def prepare(recipe: Recipe, folder: Path, show: Show = lambda _: None) -> tuple[
     source = open_source(recipe.source, recipe.column)
     digest = recipe_digest(recipe, source)
     if folder.exists():
+        if not (folder / INDEX).exists():
+            raise DataError(f"data.path: {folder} exists and is not a prepared dataset: give another path")
         if read_index(folder).recipe != digest:
             raise DataError(
                 f"data.path: {folder} holds data made from another source or settings: remove it or give another path"
@@ -124,6 +127,10 @@ def _build(recipe: Recipe, source: Source, digest: str, folder: Path, show: Show
         writers[HELD_OUT].add(tail)
         moved = np.bincount(tail, minlength=tokenizer.vocab)
         counts[TRAIN], counts[HELD_OUT] = counts[TRAIN] - moved, counts[HELD_OUT] + moved
+    if not report["documents"]:
+        why = report["skipped_names"][0] if report["skipped"] else "it is empty"
+        counts_told = f"{report['skipped']} skipped, {report['empty']} empty"
+        raise DataError(f"data.source: no document of {recipe.source!r} could be used ({counts_told}): {why}")
     splits = {name: writer.close() for name, writer in writers.items()}
     for name, shards in splits.items():
         if not sum(shard.tokens for shard in shards):

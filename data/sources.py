@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,17 +55,31 @@ def open_source(spec: str, column: str) -> Source:
         files = [p for p in root.rglob("*.py") if "site-packages" not in p.parts and "__pycache__" not in p.parts]
     else:
         root = Path(spec).expanduser()
-        if not root.exists():
+        if not os.path.lexists(root):
             raise DataError(f"data.source: {spec!r} is neither a file or folder here nor {PYTHON_STDLIB!r}")
-        files = [root] if root.is_file() else [p for p in root.rglob("*") if p.is_file() and _visible(p, root)]
+        files = [root] if root.is_file() else list(_visible_files(root))
         root = root.parent if root.is_file() else root
     if not files:
         raise DataError(f"data.source: the folder {spec!r} holds no files to read: put .txt, .jsonl or .parquet there")
     return Source(root, tuple(sorted(files, key=lambda p: p.relative_to(root).as_posix())), column)
 
 
-def _visible(path: Path, root: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(root).parts)
+def _visible_files(root: Path) -> Iterator[Path]:
+    """Every file under `root` that is not hidden. What cannot be entered or followed raises DataError: no part of a
+    corpus goes missing in silence."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"data.source: {error.filename} cannot be read: {error.strerror}")
+
+    for folder, below, names in os.walk(root, onerror=refuse):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = Path(folder) / name
+            if not path.is_file():
+                raise DataError(f"data.source: {path} cannot be read: not a file, or a link that leads nowhere")
+            yield path
 
 
 def documents(source: Source, on_invalid: Literal["error", "skip"]) -> Iterator[Document]:

@@ -27,7 +27,7 @@ def run_ranks(ranks: int, arguments: Sequence[str]) -> int:
     The meeting point is a free port on the loopback interface. SIGTERM and SIGINT go on to the ranks, which finish
     the step, save and end; the agent, in a thread of its own, only watches. When one rank fails the others are ended.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # how the ranks end is told below, in our words
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     config = LaunchConfig(
         min_nodes=1,

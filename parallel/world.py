@@ -58,12 +58,17 @@ def first_host(nodelist: str) -> str:
     return "".join(part or "" for part in found.groups()) if found else nodelist
 
 
+def check_device(wanted: str) -> None:
+    """Raises LayoutError when CUDA is asked for and absent."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise LayoutError('device "cuda" (engine.device): torch sees no GPU here; use "auto" or "cpu"')
+
+
 def pick_device(wanted: str, place: World) -> torch.device:
     """`auto` is this rank's GPU if there is one. Raises LayoutError when CUDA is asked for and absent."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise LayoutError('engine.device = "cuda": torch sees no GPU here; use "auto" or "cpu"')
+    check_device(wanted)
     count = torch.cuda.device_count()
     number = place.rank % count if place.local_rank is None else place.local_rank
     if number >= count:

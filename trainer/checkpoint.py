@@ -292,6 +292,7 @@ class _Writer(StorageWriter):
                 save_file(pieces, self.folder / name)
             except SafetensorError as error:
                 raise OSError(f"{name}: {error}") from None
+            (self.folder / name).chmod(0o666 & ~_umask())  # safetensors makes it private; the rest of a run is not
             flush(self.folder / name)
             with (self.folder / name).open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
@@ -316,6 +317,12 @@ class _Writer(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _key(index: MetadataIndex) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,8 +10,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -106,22 +108,43 @@ def train(
     Starts its own ranks; under torchrun, srun or any launcher that sets RANK and WORLD_SIZE it takes its place instead.
     SIGTERM or Ctrl-C finishes the step, saves, and exits with code 75: the same command goes on from there.
     """
+    with _stopping_is_no_crash():
+        raise typer.Exit(_train(config, overrides or [], ranks))
+
+
+@contextlib.contextmanager
+def _stopping_is_no_crash() -> Iterator[None]:
+    """While there is no step to finish, before the first and after the last, SIGTERM and SIGINT end at once as a stop."""
+
+    def stop(*_: object) -> None:
+        os.write(2, b"stopped outside of a step: nothing is lost, the same command goes on\n")
+        os._exit(PREEMPTED)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _train(config: Path, overrides: list[str], ranks: int | None) -> int:
     from trainer.config import load_config
 
-    run = load_config(config, overrides or [])
+    run = load_config(config, overrides)
     from parallel.world import World, world_from
     from trainer.preflight import preflight
 
     place = world_from(os.environ)
     if place is not None:
-        raise typer.Exit(_train_rank(run, place))
+        return _train_rank(run, place)
     count = ranks or _local_gpus(run)
     preflight(run, count)
     if count == 1:
-        raise typer.Exit(_train_rank(run, World()))
+        return _train_rank(run, World())
     from launch.local import run_ranks
 
-    raise typer.Exit(run_ranks(count, ["train", str(config), *(overrides or [])]))
+    return run_ranks(count, ["train", str(config), *overrides])
 
 
 def _local_gpus(run: RunConfig) -> int:
@@ -203,13 +226,18 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
     top_k: Annotated[int, typer.Option(help="choose among the k likeliest; 0: all")] = 0,
     top_p: Annotated[float, typer.Option(help="choose among the likeliest that together reach p")] = 0.95,
-    seed: Annotated[int, typer.Option(help="the same seed writes the same text")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed writes the same text")] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where the model runs")] = "auto",
 ) -> None:
     """Write text with a run's newest checkpoint."""
+    from trainer.errors import ConfigError
     from trainer.generate import Sampling, text_stream
     from trainer.runfolder import open_run
 
+    try:
+        prompt = os.fsencode(prompt).decode("utf-8")  # whatever the locale made of the bytes
+    except UnicodeError:
+        raise ConfigError("--prompt is not UTF-8 text") from None
     folder, sampling = open_run(run), Sampling(temperature, top_k, top_p, seed)
     from parallel.world import World, pick_device
     from trainer.generate import generate as write
@@ -255,7 +283,7 @@ def config(
         return
     if run is None:
         raise ConfigError("config: give a run's TOML file or folder, or --schema")
-    typer.echo(to_toml(load_config(run / "config.toml" if run.is_dir() else run, overrides or [])), nl=False)
+    typer.echo(to_toml(load_config(run, overrides or [])), nl=False)
 
 
 # Of these the user is told in one line: the disk is full, read-only, over quota, or not ours to write.
@@ -268,7 +296,7 @@ def _told(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in _DISK:
         name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror}: make room or choose another place, then start again"
+        return f"{name}{error.strerror}: make room, or choose a place that can be read and written, then start again"
     return None
 
 

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trainer.errors import ConfigError
 from trainer.model.config import ModelConfig
 
-Count = Annotated[int, Field(gt=0)]
-Natural = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(gt=0, lt=1 << 48)]
+Natural = Annotated[int, Field(ge=0, lt=1 << 48)]
 
 
 class _Section(BaseModel):
@@ -41,7 +41,7 @@ class DataSection(_Section):
     text_column: str = Field("text", description="column or key that holds the text in JSONL and Parquet")
     on_invalid: Literal["error", "skip"] = Field("error", description="what cannot be read: stop, or count and go on")
     tokenizer: Path | None = Field(None, description="a tokenizer.json (default: train one on the text)")
-    tokenizer_vocab: Annotated[int, Field(ge=257)] = Field(8192, description="tokens of the tokenizer to train")
+    tokenizer_vocab: Annotated[int, Field(ge=257, le=1 << 24)] = Field(8192, description="tokens of the tokenizer to train")
     held_out: float = Field(0.01, gt=0, lt=0.5, description="share of the documents kept for evaluation")
     document_mask: bool = Field(True, description="attention and positions stay inside a document")
 
@@ -140,6 +140,7 @@ Origin = dict[str, tuple[str, int]]
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's TOML, its `base` files beneath it and `a.b=c` overrides above it. Raises ConfigError."""
+    path = path / "config.toml" if path.is_dir() else path  # a run folder keeps its own
     values, origin = _read(path, seen=())
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -265,6 +266,8 @@ def _line(error: dict[str, Any], origin: Origin) -> str:
         return f"{place}{key}: missing; {_description(parts) or 'it must be given'}"
     if not parts or isinstance(error.get("input"), dict):
         return f"{place}{key + ': ' if key else ''}{message}"
+    if kind == "string_pattern_mismatch":
+        message = "letters, digits, dots, dashes and underscores only, a letter or digit first"
     return f"{place}{key} = {json.dumps(error['input'])}: {message[0].lower()}{message[1:]}{_choices(error)}"
 
 
@@ -280,6 +283,8 @@ def _place(parts: Sequence[str], origin: Origin) -> str:
     """`file:line: ` of the key, or of the nearest table above it that a file sets."""
     for depth in range(len(parts), 0, -1):
         key = ".".join(parts[:depth])
+        if any(not line for k, (_, line) in origin.items() if k.startswith(key + ".")):
+            return "command line: "
         if found := origin.get(key) or next((at for k, at in origin.items() if k.startswith(key + ".")), None):
             file, line = found
             return f"{file}:{line}: " if line else f"{file}: "

@@ -119,6 +119,7 @@ class RunLog:
         self.folder, self.device, self.silent = folder, device, silent
         self.console = TrainConsole(config.train.steps, config.log.every, silent)
         self.started = time.perf_counter()
+        self.skipped = 0
         if silent:
             return
         write_file(folder.config, to_toml(config).encode())
@@ -167,6 +168,7 @@ class RunLog:
         self.metrics.record(done, values)
         self.console.step(done, values)
         if not result.applied:
+            self.skipped += 1
             self.event("skip", step=done, why="the gradient norm is not finite")
             self.console.say(f"step {done}: the gradient norm is not finite: no rank changed its weights")
 
@@ -188,3 +190,5 @@ class RunLog:
             self.event("end", step=saved, finished=saved == steps)
             done = f"finished {steps} steps" if saved == steps else f"stopped and saved after step {saved} of {steps}"
             self.console.say(f"{done}: {self.folder.path}")
+            if self.skipped:
+                self.console.say(f"warning: {self.skipped} step(s) changed nothing: the gradient norm was not finite")

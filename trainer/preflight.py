@@ -10,6 +10,7 @@ from data.prepare import HELD_OUT, TRAIN
 from data.shards import TOKENIZER, DatasetInfo
 from data.tokenizer import load_tokenizer
 from parallel.layout import Layout
+from parallel.world import check_device
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.runfolder import RunFolder
@@ -30,5 +31,6 @@ def preflight(config: RunConfig, ranks: int) -> DatasetInfo:
     Layout(ranks, config.parallel.zero).rows_per_rank(config.train.global_batch)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')
+    check_device(config.engine.device)
     RunFolder(config.run.path).make()
     return info

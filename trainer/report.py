@@ -30,6 +30,8 @@ def write_report(folder: RunFolder, target: Path) -> None:
         raise RunError(f"{folder.metrics}: no step has been recorded yet; wait for the first")
     evaluations = [r for r in records if "eval_loss" in r]
     events = read_jsonl(folder.events)
+    if missing := {"grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second"} - steps[-1].keys():
+        raise RunError(f"{folder.metrics}: records without {', '.join(sorted(missing))}: not a log of mikoshi train")
     config_text = folder.config.read_text(encoding="utf-8")
     name = parse_config(config_text, str(folder.config)).run.name
     page = _PAGE.substitute(
@@ -42,7 +44,10 @@ def write_report(folder: RunFolder, target: Path) -> None:
         plotly=get_plotlyjs(),
         made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     )
-    write_file(target, page.encode())
+    try:
+        write_file(target, page.encode())
+    except OSError as error:
+        raise RunError(f"{target}: the report cannot be written there: {error.strerror}") from None
 
 
 def _charts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], events: list[dict[str, Any]]) -> list[str]:

@@ -109,14 +109,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return records
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(record, dict):
+            records.append(record)
     return records
 
 
 def drop_after(path: Path, step: int) -> None:
     """Forget the metrics of steps that a resumed run is about to make again."""
     if path.exists():
-        kept = [record for record in read_jsonl(path) if record["step"] <= step]
+        kept = [record for record in read_jsonl(path) if record.get("step", 0) <= step]
         write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())

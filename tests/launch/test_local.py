@@ -54,3 +54,17 @@ def test_a_stop_that_comes_before_the_ranks_do_is_not_lost(tmp_path):
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=60, env=dict(os.environ))
     assert done.returncode == 75, done.stderr
     assert time.monotonic() - begun < 45
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_before_the_first_step_loses_nothing_and_says_so(number):
+    program = (
+        "import os, sys, time, trainer.config as c\n"
+        f"c.load_config = lambda *_: (os.kill(os.getpid(), {int(number)}), time.sleep(20))\n"
+        "import trainer.cli as cli\n"
+        "sys.argv = ['mikoshi', 'train', 'x.toml']\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    assert done.stderr == "stopped outside of a step: nothing is lost, the same command goes on\n"

@@ -69,7 +69,15 @@ def test_missing_and_empty_source(run, config_file, tmp_path):
     (tmp_path / "text").mkdir()
     one_error(run("prepare", config_file, "data.path=new"), "holds no files to read")
     (tmp_path / "text" / "a.txt").write_text("")
-    one_error(run("prepare", config_file, "data.path=new"), "no document of", "1 empty")
+    one_error(run("prepare", config_file, "data.path=new"), "no document of", "1 empty", "it is empty")
+    (tmp_path / "text" / "b.jsonl").write_text('{"content": "x"}\n')
+    wrong_key = run("prepare", config_file, "data.path=new", "data.on_invalid=skip")
+    one_error(wrong_key, "b.jsonl:1: no text under data.text_column = 'text'; its keys are content")
+    (tmp_path / "text" / "gone").symlink_to(tmp_path / "nowhere")
+    one_error(run("prepare", config_file, "data.path=new"), "gone cannot be read", "leads nowhere")
+    (tmp_path / "text" / "gone").unlink()
+    (tmp_path / "taken").mkdir()
+    one_error(run("prepare", config_file, "data.path=taken"), "exists and is not a prepared dataset")
     one_error(run("prepare", config_file, "data.path=new", 'data.source=""'), "data.source: missing")
     assert not (tmp_path / "new").exists()
     assert not left_over(tmp_path)
@@ -151,7 +159,7 @@ def test_cuda_that_is_not_there(run, config_file):
 
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    one_error(run("train", config_file, "engine.device=cuda"), 'engine.device = "cuda": torch sees no GPU')
+    one_error(run("train", config_file, "engine.device=cuda"), 'device "cuda" (engine.device): torch sees no GPU')
 
 
 def trained(run, config_file):
@@ -245,6 +253,11 @@ def test_generate_and_report_of_what_is_not_there(run, config_file, tmp_path):
     one_error(run("generate", tmp_path / "runs" / "nothing"), "not a run folder")
     one_error(run("report", tmp_path / "runs" / "nothing"), "not a run folder")
     folder = trained(run, config_file)
+    one_error(run("report", folder, "--out", tmp_path), "the report cannot be written there")
+    one_error(run("report", folder, "--out", "/nosuch/x.html"), "the report cannot be written there")
+    one_error(run("generate", folder, "--prompt", "\udcff"), "--prompt is not UTF-8 text")
+    assert run("generate", folder, "--device", "tpu")[0] == 2
+    assert run("generate", folder, "--seed", "9" * 30)[0] == 2
     one_error(run("generate", folder, "--top-p", "0"), "--top-p must be above 0")
     shutil.rmtree(folder / "checkpoints")
     (folder / "checkpoints").mkdir()
