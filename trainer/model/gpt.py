@@ -34,10 +34,9 @@ class LayerCache:
 
 @dataclass
 class KVCache:
-    """What generation keeps between tokens: one LayerCache a layer, `length` positions of `room` filled."""
+    """What generation keeps between tokens: one LayerCache a layer, `length` positions filled."""
 
     layers: list[LayerCache]
-    room: int
     length: int = 0
 
     @classmethod
@@ -47,7 +46,7 @@ class KVCache:
         def zeros() -> Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
 
-        return cls([LayerCache(zeros(), zeros()) for _ in range(config.layers)], room)
+        return cls([LayerCache(zeros(), zeros()) for _ in range(config.layers)])
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
