@@ -38,6 +38,12 @@ class Batch:
         positions = None if self.positions is None else self.positions[start:stop]
         return Batch(self.tokens[start:stop], self.labels[start:stop], docs, positions)
 
+    def part(self, index: Ids) -> Batch:
+        """Some positions of every row; `docs` then numbers documents of those positions only."""
+        docs = None if self.docs is None else self.docs[:, index]
+        positions = np.arange(self.tokens.shape[1])[None] if self.positions is None else self.positions
+        return Batch(self.tokens[:, index], self.labels[:, index], docs, np.ascontiguousarray(positions[:, index]))
+
 
 @dataclass(frozen=True)
 class Split:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from runs import GPT2_MODEL, TINY_MODEL, run_config
+from runs import GPT2_MODEL, TINY_MODEL, data_layout, run_config
 from trainer.checkpoint import newest_valid
 from trainer.config import to_toml
 
@@ -20,12 +20,11 @@ def losses(config, zero):
     import torch.distributed as dist
 
     from data.loader import Loader, open_split
-    from parallel.layout import Layout
     from trainer.engines import build_engine
 
     split, _ = open_split(config.data.path, "train", config.train.context)
     loader = Loader(split, 1, config.train.global_batch, dist.get_rank(), dist.get_world_size(), True)
-    engine = build_engine(config, Layout(dist.get_world_size(), zero), torch.device("cpu"))
+    engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), torch.device("cpu"))
     results = [engine.step(loader.batch(step), 1e-3) for step in range(3)]
     return [(r.loss, r.grad_norm) for r in results]
 

@@ -251,6 +251,36 @@ def generate(
     typer.echo()
 
 
+@app.command(
+    epilog="Examples: `mikoshi layout configs/runs/gpt2-124m.toml --world 8 parallel.tp=2 parallel.pp=2`, "
+    "`mikoshi layout run.toml --world 64 --node 4 --svg layout.svg`"
+)
+def layout(
+    config: Config,
+    overrides: Overrides = None,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="ranks to lay out (default: this machine's GPUs, else 1)", show_default=False)
+    ] = None,
+    node: Annotated[int, typer.Option(min=1, help="GPUs of a node")] = 8,
+    svg: Annotated[Path | None, typer.Option(help="also draw it, into this file", show_default=False)] = None,
+) -> None:
+    """Show what every rank would carry, before a GPU or the data is touched: layers, heads, experts, tokens, rows, bubble."""
+    from rich.console import Console
+
+    from trainer.config import load_config
+
+    run = load_config(config, overrides or [])
+    from trainer.layout_svg import write_drawing
+    from trainer.layout_text import print_layout
+    from trainer.layout_view import layout_view
+
+    view = layout_view(run, world or _local_gpus(run), node)
+    print_layout(view, Console(highlight=False, soft_wrap=True, width=500))
+    if svg is not None:
+        write_drawing(view, svg)
+        typer.echo(f"drawing: {svg}")
+
+
 @app.command(epilog="Example: `mikoshi report runs/quickstart`, then open runs/quickstart/report.html in a browser.")
 def report(
     run: Run,

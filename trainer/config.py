@@ -82,9 +82,28 @@ class OptimSection(_Section):
 
 
 class ParallelSection(_Section):
+    """Degrees of parallelism. The ranks that tp, pp and cp leave over are data ranks: each reads other rows."""
+
     zero: Literal[0, 1, 2, 3] = Field(
         2, description="what the data ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters"
     )
+    replicas: Count | None = Field(
+        None, description="groups of data ranks that each hold a whole state (hybrid sharding: one a node); default 1"
+    )
+    tp: Count = Field(1, description="tensor and sequence parallel ranks, inside a node")
+    pp: Count = Field(1, description="pipeline parallel ranks")
+    schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev"] = "1f1b"
+    virtual_stages: Count | None = Field(None, description="stages a pipeline rank (default: 2 where the schedule has them)")
+    cp: Count = Field(1, description="context parallel ranks: each holds a part of every row's tokens")
+    context_kind: Literal["all-gather", "ulysses"] = Field(
+        "all-gather", description="how attention sees the whole row: keys and values gathered, or heads exchanged"
+    )
+    ep: Count = Field(1, description="expert parallel ranks, taken from those that the other axes use for tokens")
+    expert_tp: Count | None = Field(None, description="tensor parallel ranks inside an expert: 1 or tp (default tp)")
+    offload: Literal["none", "optimizer"] = Field(
+        "none", description="optimizer: master weights and optimizer state in the host's memory, the step taken there"
+    )
+    async_tp: bool = Field(False, description="overlap tensor-parallel collectives with products (CUDA, compiled)")
 
 
 class EngineSection(_Section):

@@ -70,10 +70,10 @@ def generate(model: GPT, prompt: list[int], tokens: int, sampling: Sampling, end
     half and its keys and values are made again.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
-    device = model.embed.weight.device
+    device, dtype = model.head_weight.device, model.head_weight.dtype
     room = model.config.context if model.config.position == "learned" else len(prompt) + tokens
     ids = list(prompt)
-    fresh, cache = ids[-room:], KVCache.empty(model.config, 1, room, device, model.embed.weight.dtype)
+    fresh, cache = ids[-room:], KVCache.empty(model.config, 1, room, device, dtype)
     for _ in range(tokens):
         if cache.length + len(fresh) > room:
             fresh, cache.length = ids[-max(1, room // 2) :], 0

@@ -20,6 +20,7 @@ from trainer.config import RunConfig, differences, parse_config, to_toml
 from trainer.console import TrainConsole
 from trainer.engines import build_engine
 from trainer.engines.base import Engine, StepResult
+from trainer.engines.carry import layout_of
 from trainer.errors import CheckpointError
 from trainer.metrics import MetricLog, flops_per_token, memory_bytes, peak_flops
 from trainer.optim import learning_rate
@@ -41,11 +42,12 @@ def fit(config: RunConfig, world: World, device: torch.device) -> bool:
 
 
 def _fit(config: RunConfig, world: World, device: torch.device) -> bool:
-    folder, layout, steps = RunFolder(config.run.path), Layout(world.size, config.parallel.zero), config.train.steps
+    folder, layout, steps = RunFolder(config.run.path), layout_of(config, world.size), config.train.steps
     split, info = open_split(config.data.path, TRAIN, config.train.context)
     held_out, _ = open_split(config.data.path, HELD_OUT, config.train.context)
     mask, batch = config.data.document_mask, config.train.global_batch
-    loader = Loader(split, config.run.seed, batch, world.rank, world.size, mask)
+    data_rank = layout.coordinates(world.rank).data
+    loader = Loader(split, config.run.seed, batch, data_rank, layout.data_ranks, mask)
     engine = build_engine(config, layout, device)
     start, refused = resume(config, engine, info, folder)
     log = RunLog(config, folder, layout, device, info, start, silent=world.rank > 0)
@@ -53,7 +55,7 @@ def _fit(config: RunConfig, world: World, device: torch.device) -> bool:
     saved = start
 
     def evaluate(done: int) -> None:
-        batches = evaluation_batches(held_out, batch, config.eval.batches, world.rank, world.size, mask)
+        batches = evaluation_batches(held_out, batch, config.eval.batches, data_rank, layout.data_ranks, mask)
         log.evaluation(done, engine.evaluate(batches))
 
     with log.console, StopRequest() as stop:
@@ -161,7 +163,7 @@ class RunLog:
         values: dict[str, Any] = {
             "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "tokens": result.tokens,
             "step_seconds": seconds, "data_seconds": self.waited, "tokens_per_second": result.tokens / seconds,
-            "memory_bytes": memory_bytes(self.device),
+            "memory_bytes": memory_bytes(self.device), **result.more,
         }  # fmt: skip
         if self.peak:
             values["mfu"] = self.flops * values["tokens_per_second"] / self.peak

@@ -45,12 +45,16 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def flops_per_token(config: ModelConfig, context: int) -> float:
     """FLOPs of forward and backward for one token: 6 a matrix element, 12 x heads x head_dim x keys for attention
     (Chowdhery et al. 2022, arXiv:2204.02311, appendix B). `keys` is the context, or the window where it is shorter;
-    causal masking is not subtracted, as is usual. Recomputed activations do not count."""
+    causal masking is not subtracted, as is usual. Of routed experts only the top_k that a token is sent to count; recomputed
+    activations do not."""
     with torch.device("meta"):
         model = GPT(config)
-    looked_up = 0 if config.tied else model.embed.weight.numel()
+    looked_up = 0 if config.tied or model.embed is None else model.embed.weight.numel()
     positions = 0 if model.position is None else model.position.weight.numel()
     matrices = sum(p.numel() for p in model.parameters() if p.ndim == 2) - looked_up - positions
+    if config.moe is not None:  # a layer's experts are stacked in three dimensions
+        stacked = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+        matrices += stacked * config.moe.top_k // config.moe.experts
     keys = (min(context, config.window(i) or context) for i in range(config.layers))
     return 6.0 * matrices + sum(12.0 * config.heads * config.d_head * k for k in keys)
 

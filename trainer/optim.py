@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
 
+from parallel.sharding import like, local
 from trainer.config import OptimSection, ScheduleSection
 
 
@@ -75,41 +76,61 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     return out
 
 
-def build_optimizers(named: Iterable[tuple[str, nn.Parameter]], config: OptimSection) -> list[Optimizer]:
-    """The optimizers of a model's parameters, with their state made at once so that it can be saved and restored."""
-    named = list(named)
-    for_muon = [p for name, p in named if config.kind == "muon" and p.ndim == 2 and name.startswith("blocks.")]
-    chosen = {id(p) for p in for_muon}
-    rest = [p for _, p in named if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    adamw = AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
-    for p in rest:
-        adamw.state[p] = {
-            "step": torch.zeros((), dtype=torch.float32, device=p.device),
-            "exp_avg": torch.zeros_like(p, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
-        }
-    if not for_muon:
-        return [adamw]
-    muon = Muon(for_muon, config.lr, config.momentum, config.weight_decay)
-    for p in for_muon:
-        muon.state[p] = {"momentum_buffer": torch.zeros_like(p, requires_grad=False)}
-    return [adamw, muon]
+class Optimizers:
+    """The optimizers of a rank's parameters, with their state made at once so that it can be saved and restored.
 
+    AdamW works element by element, so it is given the plain pieces that this rank holds; Muon needs to know the whole.
+    What takes no gradient (a router's bias) is moved by other hands and has no state.
+    """
 
-def optimizer_state(named: Iterable[tuple[str, nn.Parameter]], optimizers: list[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """The live state tensors under canonical names, `optim.<parameter>.<moment>`."""
-    for name, p in named:
-        for optimizer in optimizers:
-            if p in optimizer.state:
-                for key, value in optimizer.state[p].items():
-                    yield f"optim.{name}.{key}", value
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimSection) -> None:
+        self.named = [(name, p) for name, p in named if p.requires_grad]
+        hidden = [p for name, p in self.named if p.ndim == 2 and name.startswith("blocks.")]
+        muon = hidden if config.kind == "muon" else []
+        chosen = set(muon)
+        self.leaves = {p: local(p).detach() for _, p in self.named if p not in chosen}
+        groups = [
+            {"params": [leaf for p, leaf in self.leaves.items() if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [leaf for p, leaf in self.leaves.items() if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
+        self.optimizers: list[Optimizer] = [AdamW([g], **options) for g in groups if g["params"]]
+        self.moments: dict[nn.Parameter, dict[str, Tensor]] = {}
+        for p, leaf in self.leaves.items():
+            self.moments[p] = {
+                "step": torch.zeros((), dtype=torch.float32, device=leaf.device),
+                "exp_avg": torch.zeros_like(leaf),
+                "exp_avg_sq": torch.zeros_like(leaf),
+            }
+        for p in muon:
+            self.moments[p] = {"momentum_buffer": torch.zeros_like(p, requires_grad=False)}
+        if muon:
+            self.optimizers.append(Muon(muon, config.lr, config.momentum, config.weight_decay))
+        owner = {id(leaf): p for p, leaf in self.leaves.items()}
+        for optimizer in self.optimizers:
+            for q in optimizer.param_groups[0]["params"]:
+                optimizer.state[q] = self.moments[owner.get(id(q), q)]
 
+    def step(self, lr: float) -> None:
+        """Update every parameter that has a gradient."""
+        for p, leaf in self.leaves.items():
+            leaf.data = local(p).detach()  # FSDP2 may have moved it since
+            leaf.grad = None if p.grad is None else local(p.grad)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        for leaf in self.leaves.values():
+            leaf.grad = None
 
-def set_learning_rate(optimizers: list[Optimizer], lr: float) -> None:
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """The live state tensors under canonical names, `optim.<parameter>.<moment>`, cut as their parameters are."""
+        for name, p in self.named:
+            for key, value in self.moments[p].items():
+                cut = key != "step" and p in self.leaves
+                yield f"optim.{name}.{key}", like(value, p) if cut else value
+
+    def pairs(self, first: nn.Parameter, second: nn.Parameter) -> Iterator[tuple[Tensor, Tensor]]:
+        """The moments of two parameters that are to be the same, one by one."""
+        for key, value in self.moments[first].items():
+            yield value, self.moments[second][key]

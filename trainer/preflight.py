@@ -9,9 +9,9 @@ from data.loader import open_split
 from data.prepare import HELD_OUT, TRAIN
 from data.shards import TOKENIZER, DatasetInfo
 from data.tokenizer import load_tokenizer
-from parallel.layout import Layout
 from parallel.world import check_device
 from trainer.config import RunConfig
+from trainer.engines.carry import layout_of
 from trainer.errors import ConfigError
 from trainer.runfolder import RunFolder
 
@@ -28,7 +28,7 @@ def preflight(config: RunConfig, ranks: int) -> DatasetInfo:
     tokenizer = load_tokenizer(config.data.path / TOKENIZER)
     if tokenizer.fingerprint != info.tokenizer:
         raise DataError(f"{config.data.path / TOKENIZER}: not the tokenizer that made the data; prepare the data again")
-    Layout(ranks, config.parallel.zero).rows_per_rank(config.train.global_batch)
+    layout_of(config, ranks)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')
     check_device(config.engine.device)

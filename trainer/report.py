@@ -14,8 +14,11 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from data.atomic import write_file
-from trainer.config import parse_config
+from parallel.errors import LayoutError
+from trainer.config import RunConfig, parse_config
 from trainer.errors import RunError
+from trainer.layout_svg import draw
+from trainer.layout_view import layout_view
 from trainer.runfolder import RunFolder, read_jsonl
 
 _BLUE, _ORANGE, _GREY = "#2457a6", "#d9762b", "#8a8f98"
@@ -33,12 +36,12 @@ def write_report(folder: RunFolder, target: Path) -> None:
     if missing := {"grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second"} - steps[-1].keys():
         raise RunError(f"{folder.metrics}: records without {', '.join(sorted(missing))}: not a log of mikoshi train")
     config_text = folder.config.read_text(encoding="utf-8")
-    name = parse_config(config_text, str(folder.config)).run.name
+    config = parse_config(config_text, str(folder.config))
     page = _PAGE.substitute(
-        title=html.escape(name),
+        title=html.escape(config.run.name),
         tiles=_tiles(steps, evaluations, events),
         charts="\n".join(_charts(steps, evaluations, events)),
-        layout=_layout(events),
+        layout=_layout(config, events),
         events=_event_rows(events),
         config=html.escape(config_text),
         plotly=get_plotlyjs(),
@@ -56,7 +59,7 @@ def _charts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], even
     if evaluations:
         held_out = ([r["step"] for r in evaluations], [r["eval_loss"] for r in evaluations])
         loss.append(_line(*held_out, "held-out", _ORANGE, markers=True))
-    unigram = next((e["unigram_nats"] for e in events if e["event"] == "start"), None)
+    unigram = next((e.get("unigram_nats") for e in events if e["event"] == "start"), None)
     if unigram is not None:
         loss.append(_line([x[0], x[-1]], [unigram] * 2, "token frequencies alone, held-out", _GREY))
     speed = [_line(x, [r["tokens_per_second"] for r in steps], "tokens/s", _BLUE)]
@@ -141,18 +144,21 @@ def _tiles(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], event
     return "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles)
 
 
-def _layout(events: list[dict[str, Any]]) -> str:
+def _layout(config: RunConfig, events: list[dict[str, Any]]) -> str:
     start = next((e for e in reversed(events) if e["event"] == "start"), None)
     if start is None:
         return ""
     shares = {0: "nothing: every rank holds everything", 1: "the optimizer's state", 2: "the optimizer's state and gradients",
               3: "the optimizer's state, gradients and parameters"}  # fmt: skip
-    boxes = "".join(f"<i>rank {rank}</i>" for rank in range(min(start["ranks"], 64)))
-    more = f" and {start['ranks'] - 64} more" if start["ranks"] > 64 else ""
-    return (
-        f"<p>{start['ranks']} data-parallel rank(s) on {html.escape(start['device'])}, torch {html.escape(start['torch'])}. "
-        f"ZeRO {start['zero']}: the ranks share out {shares[start['zero']]}.</p><p class='ranks'>{boxes}{more}</p>"
+    told = (
+        f"<p>{start['ranks']} rank(s) on {html.escape(start['device'])}, torch {html.escape(start['torch'])}. "
+        f"ZeRO {start['zero']}: the data ranks share out {shares[start['zero']]}.</p>"
     )
+    try:
+        drawing = draw(layout_view(config, start["ranks"]))
+    except LayoutError:  # of a run from before its layout was refused
+        return told
+    return f"{told}<div class='layout'>{drawing}</div>"
 
 
 def _event_rows(events: list[dict[str, Any]]) -> str:
@@ -187,8 +193,7 @@ _PAGE = Template("""<!doctype html>
  td:last-child { overflow-wrap: anywhere; } th { color: var(--soft); font-weight: 500; }
  tr.skip td { color: #c0392b; } tr.resume td, tr.stop td { color: #8a5a00; }
  .scroll { max-height: 340px; overflow: auto; } pre { margin: 0; font-size: 12.5px; }
- .ranks i { display: inline-block; font-style: normal; border: 1px solid #b9c6dd; background: #eef3fb; border-radius: 5px;
-   padding: 2px 9px; margin: 0 6px 6px 0; } .ranks { margin: 0; } section p { margin: 0 0 8px; }
+ .layout { overflow-x: auto; } .layout svg { display: block; width: 100%; min-width: 760px; } section p { margin: 0 0 8px; }
  .grid section:last-child:nth-child(even) { grid-column: 1 / -1; }
  @media (max-width: 760px) { .grid { grid-template-columns: 1fr; } }
 </style>

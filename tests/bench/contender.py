@@ -48,9 +48,9 @@ def rows(case, rank, world, step):
 
 def ours(case, rank, world, device, precision):
     from data.loader import Batch
-    from parallel.layout import Layout
     from trainer.config import RunConfig
     from trainer.engines import build_engine
+    from trainer.engines.carry import layout_of
 
     config = RunConfig.model_validate(
         {
@@ -66,7 +66,7 @@ def ours(case, rank, world, device, precision):
             "engine": {"precision": precision},
         }
     )  # fmt: skip
-    engine = build_engine(config, Layout(world, config.parallel.zero), device)
+    engine = build_engine(config, layout_of(config, world), device)
 
     def step(number):
         data = rows(case, rank, world, number)

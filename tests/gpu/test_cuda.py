@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from data.loader import Loader, open_split
-from parallel.layout import Layout
 from parallel.world import World, join, leave
-from runs import GPT2_MODEL, TINY_MODEL, run_config
+from runs import GPT2_MODEL, TINY_MODEL, data_layout, run_config
 from trainer.engines import build_engine
 from trainer.model import attention, loss
 from trainer.model.gpt import GPT
@@ -28,7 +27,7 @@ def group():
 def steps(config, device, count=4):
     split, _ = open_split(config.data.path, "train", config.train.context)
     loader = Loader(split, 1, config.train.global_batch, 0, 1, config.data.document_mask)
-    engine = build_engine(config, Layout(1, 0), device)
+    engine = build_engine(config, data_layout(config, 1, 0), device)
     first = {name: p.detach().float().cpu().clone() for name, p in engine.named}
     return first, [engine.step(loader.batch(step), 1e-3) for step in range(count)]
 
@@ -71,7 +70,7 @@ def test_compiled_flex_attention_is_the_dense_mask(window, alibi):
     docs = (torch.arange(512, device=CUDA) // 150).expand(2, -1)
     slopes = attention.alibi_slopes(8, CUDA) if alibi else None
     positions = torch.arange(512, device=CUDA)
-    flex = attention.flex_mask(window, 512, docs, slopes, CUDA)
+    flex = attention.flex_mask(window, 512, None, docs, slopes, CUDA)
     dense = attention.dense_mask(window, positions, positions, docs, slopes, torch.float32)
     ours, theirs = attention.attend(q, k, v, flex), attention.attend(q, k, v, dense)
     torch.testing.assert_close(ours, theirs, atol=5e-3, rtol=5e-3)

@@ -2,8 +2,6 @@
 
 import pytest
 
-from parallel.errors import LayoutError
-from parallel.layout import Layout, micro_rows
 from parallel.world import World, first_host, world_from
 
 
@@ -39,23 +37,3 @@ def test_srun():
 )
 def test_first_of_slurms_compressed_lists(nodes, first):
     assert first_host(nodes) == first
-
-
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_replicas_and_shards_make_the_world(zero):
-    layout = Layout(6, zero)
-    assert layout.replicas * layout.shards == 6
-    assert (layout.shards == 1) == (zero == 0)
-    assert layout.rows_per_rank(12) == 2
-
-
-def test_uneven_batches_are_refused_with_what_works():
-    with pytest.raises(LayoutError, match=r"global_batch 16 cannot be shared evenly by 6 ranks: start 2, 4 or 8 ranks, or use"):
-        Layout(6, 2).rows_per_rank(16)
-    with pytest.raises(LayoutError, match=r"use train\.global_batch=3"):
-        Layout(3, 2).rows_per_rank(1)
-
-
-@pytest.mark.parametrize(("rows", "most", "micro"), [(8, None, 8), (8, 4, 4), (8, 3, 2), (7, 3, 1), (2, 100, 2)])
-def test_micro_batches_divide_the_ranks_rows(rows, most, micro):
-    assert micro_rows(rows, most) == micro

@@ -51,6 +51,16 @@ def _call(function, args, rank, world, store):
         return function(*args)
     finally:
         dist.destroy_process_group()
+        _forget_meshes()
+
+
+def _forget_meshes():
+    """DTensor caches plans by the value of a mesh; that of the next test may be equal, but its groups are new."""
+    from torch.distributed.tensor import _redistribute
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _redistribute._gen_transform_infos.cache_clear()
+    _clear_sharding_prop_cache()
 
 
 class RankPool:

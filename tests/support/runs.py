@@ -2,8 +2,13 @@
 
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from data.prepare import Recipe, prepare
+from parallel.sharding import local, place
 from trainer.config import RunConfig
+from trainer.engines.carry import layout_of
 
 VOCAB = 384
 
@@ -42,3 +47,26 @@ def run_config(dataset: Path, folder: Path, **sections) -> RunConfig:
     for name, values in sections.items():
         plain[name] = {**plain.get(name, {}), **values}
     return RunConfig.model_validate(plain)
+
+
+def data_layout(config: RunConfig, world: int, zero: int):
+    """All ranks for data, whatever the config says of ZeRO."""
+    parallel = config.parallel.model_copy(update={"zero": zero})
+    return layout_of(config.model_copy(update={"parallel": parallel}), world)
+
+
+def whole_state(state):
+    """The whole tensors of a state dict of pieces, put together from what every rank says it holds, with no help of
+    DTensor's own: names of all ranks, each element from some rank that has it. Collective."""
+    mine = {name: (tuple(t.shape), *place(t), local(t).detach().clone()) for name, t in state.items()}
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    found, filled = {}, {}
+    for rank in everyone:
+        for name, (shape, offset, size, values) in rank.items():
+            into = found.setdefault(name, torch.full(shape, float("nan"), dtype=values.dtype))
+            box = tuple(slice(o, o + n) for o, n in zip(offset, size, strict=True))
+            into[box] = values
+            filled.setdefault(name, torch.zeros(shape, dtype=torch.bool))[box] = True
+    assert all(f.all() for f in filled.values()), [name for name, f in filled.items() if not f.all()]
+    return found

@@ -7,8 +7,7 @@ import shutil
 import pytest
 import torch
 
-from parallel.layout import Layout
-from runs import GPT2_MODEL, run_config
+from runs import GPT2_MODEL, data_layout, run_config
 from trainer import checkpoint
 from trainer.engines import build_engine
 from trainer.errors import CheckpointError
@@ -38,7 +37,7 @@ def trained(config, zero):
 
     from data.loader import Loader, open_split
 
-    engine = build_engine(config, Layout(dist.get_world_size(), zero), torch.device("cpu"))
+    engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), torch.device("cpu"))
     split, _ = open_split(config.data.path, "train", config.train.context)
     loader = Loader(split, 1, 8, dist.get_rank(), dist.get_world_size(), True)
     for step in range(2):
@@ -59,7 +58,7 @@ def save_trained(config, zero, folder):
 def restore_fresh(config, zero, folder):
     import torch.distributed as dist
 
-    engine = build_engine(config, Layout(dist.get_world_size(), zero), torch.device("cpu"))
+    engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), torch.device("cpu"))
     path, manifest, _ = checkpoint.newest_valid(folder)
     state = engine.state()
     checkpoint.load(path, manifest, state)

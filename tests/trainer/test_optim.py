@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from trainer.config import OptimSection, ScheduleSection
-from trainer.optim import build_optimizers, learning_rate, orthogonalise
+from trainer.optim import Optimizers, learning_rate, orthogonalise
 
 
 def rates(kind, steps=100, **settings):
@@ -53,23 +53,22 @@ def test_decay_touches_matrices_only():
     before = {n: p.clone() for n, p in m.named_parameters()}
     for p in m.parameters():
         p.grad = torch.zeros_like(p)
-    (adamw,) = build_optimizers(m.named_parameters(), OptimSection(lr=0.1, weight_decay=0.5))
-    adamw.step()
+    Optimizers(m.named_parameters(), OptimSection(weight_decay=0.5)).step(lr=0.1)
     for name, p in m.named_parameters():
         torch.testing.assert_close(p, before[name] * (0.95 if p.ndim == 2 else 1.0), msg=name)
 
 
 def test_muon_is_torchs_on_one_rank_and_only_for_hidden_matrices():
     ours, theirs = model(), model()
-    optimizers = build_optimizers(ours.named_parameters(), OptimSection(kind="muon", lr=0.01, weight_decay=0.1))
-    adamw, muon = optimizers
+    optimizers = Optimizers(ours.named_parameters(), OptimSection(kind="muon", weight_decay=0.1))
+    *adamw, muon = optimizers.optimizers
     assert [p.shape for g in muon.param_groups for p in g["params"]] == [(8, 6)]
-    assert sum(len(g["params"]) for g in adamw.param_groups) == 4
+    assert sum(len(g["params"]) for a in adamw for g in a.param_groups) == 4
     torchs = torch.optim.Muon(
         [theirs["blocks"]["0"].weight], lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
     )
     for _ in range(3):
-        muon.step()
+        optimizers.step(lr=0.01)
         torchs.step()
     # torch iterates in bf16, ours on CPU in fp32: they agree to bf16's rounding of an update of 0.01 x 0.2 x sqrt(8).
     torch.testing.assert_close(ours["blocks"]["0"].weight, theirs["blocks"]["0"].weight, atol=3e-4, rtol=0)

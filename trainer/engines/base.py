@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -17,12 +17,14 @@ class StepResult:
 
     loss: nats a predicted token, over the global batch. tokens: predicted tokens of the global batch.
     grad_norm: before clipping. applied: False if the norm was not finite and no rank changed anything.
+    more: further figures for the metrics, by name.
     """
 
     loss: float
     tokens: int
     grad_norm: float
     applied: bool
+    more: dict[str, float] = field(default_factory=dict)
 
 
 class Engine(Protocol):

@@ -1,147 +1,173 @@
-"""The native engine: the plain GPT carried by FSDP2, with torch's own optimizers."""
+"""The native engine: the plain GPT carried by any layout, with torch's own optimizers."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch import Tensor, nn
 
 from data.loader import Batch
-from parallel.layout import Layout, micro_rows
+from parallel.context import tokens_of
+from parallel.layout import Layout
+from parallel.mesh import make_groups
+from parallel.pipeline import Inputs, Pipeline
 from parallel.sharding import local, place, sum_of_squares
-from parallel.zero import set_gradient_sync, shard_model
 from trainer.config import RunConfig
 from trainer.engines.base import StepResult
-from trainer.model.gpt import GPT, Block
+from trainer.engines.carry import build_parts, compute_dtype, cores_per_rank
 from trainer.model.init import Region, fill, initial
-from trainer.optim import build_optimizers, optimizer_state, set_learning_rate
+from trainer.model.moe import MoE
+from trainer.optim import Optimizers
 
-_KEPT_OPS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.higher_order.flex_attention,
-}
+_FIGURES = 3  # loss, tokens, squared gradient norm
 
 
 class NativeEngine:
-    """`Engine` on FSDP2. Builds collectively: every rank makes its own piece of every parameter, and no more."""
+    """`Engine` on FSDP2, DTensor and pipeline schedules. Builds collectively: every rank makes its own piece of every
+    parameter, and no more."""
 
-    def __init__(self, config: RunConfig, layout: Layout, device: torch.device) -> None:
-        """Needs the process group of `layout.world` ranks. Raises LayoutError if the batch cannot be shared."""
+    def __init__(
+        self, config: RunConfig, layout: Layout, device: torch.device, fill_weights: Callable[..., None] = fill
+    ) -> None:
+        """Needs the process group of `layout.world` ranks. `fill_weights` writes a parameter's initial values."""
         self.config, self.layout, self.device = config, layout, device
-        self.micro_rows = micro_rows(layout.rows_per_rank(config.train.global_batch), config.train.micro_batch)
-        with torch.device("meta"):
-            self.model = GPT(config.model)
-        blocks = [block for block in self.model.blocks.values() if isinstance(block, Block)]
-        _wrap_forwards(blocks, config.engine.recompute, compiles(config, device))
-        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-        shard_model(self.model, blocks, layout, layout.mesh(device.type), dtype)
-        self.model.to_empty(device=device)
-        self.named = list(self.model.named_parameters())
+        self.here = layout.coordinates(dist.get_rank())
+        self.groups = make_groups(layout, device.type, config.model.moe is not None, config.model.tied)
+        self.parts = build_parts(config, layout, self.groups, self.here, device)
+        self.named = [pair for part in self.parts.values() for pair in part.named_parameters()]
         self.parameters = [p for _, p in self.named]
-        threads = torch.get_num_threads() if device.type == "cpu" else _cores_per_rank()
         for name, p in self.named:
             region = Region(*place(p), tuple(p.shape))
-            fill(local(p), name, region, initial(name, config.model), config.run.seed, threads)
-        self.optimizers = build_optimizers(self.named, config.optim)
+            fill_weights(local(p), name, region, initial(name, config.model), config.run.seed, cores_per_rank(device))
+        self.optimizers = Optimizers(self.named, config.optim)
+        # A tied embedding is with the first and with the last stage; it counts once, as the first stage's.
+        ends = [
+            cast(nn.Parameter, part.embed.weight)
+            for part in self.parts.values()
+            if part.embed is not None and layout.stages > 1
+        ]
+        self.tied = ends if config.model.tied else []
+        copies = [part.embed for part in self.parts.values() if part.embed is not None and not part.part.first]
+        self.counted = [p for p in self.parameters if all(p is not copy.weight for copy in copies)]
+        self.index = None
+        if layout.cp > 1:
+            self.index = tokens_of(self.here.cp, layout.cp, config.train.context, layout.context_kind)
+        self.experts = [
+            (int(name), block.mlp)
+            for part in self.parts.values() for name, block in part.blocks.items() if isinstance(block.mlp, MoE)
+        ]  # fmt: skip
+        hidden = (config.train.context // (layout.cp * layout.tp), config.model.width)
+        self.pipeline = Pipeline(self.parts, layout, self.groups.pp, hidden, compute_dtype(config), device)
 
     def step(self, rows: Batch, lr: float) -> StepResult:
-        loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        starts = range(0, len(rows.tokens), self.micro_rows)
-        for start in starts:
-            set_gradient_sync(self.model, self.layout, last=start == starts[-1])
-            micro_loss = self._loss(rows.rows(start, start + self.micro_rows))
-            micro_loss.backward()
-            loss += micro_loss.detach()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        loss_sum, tokens, squares = self._sums(loss, rows, sum_of_squares(gradients, self.layout.world))
-        norm = float(squares**0.5 / max(tokens, 1))
+        loss = self.pipeline.step(self._micro_batches(rows))
+        self._join_ends()
+        gradients = [p.grad for p in self.counted if p.grad is not None]
+        squares = sum_of_squares(gradients, self.layout.stage_ranks)
+        loss_sum, tokens, squares_sum, loads = self._sums(loss, rows, squares)
+        norm = squares_sum**0.5 / max(tokens, 1)
         applied = norm < float("inf")  # false for NaN too
         if applied:
             # The gradients are of the summed loss: to the mean and to the clipped length in one product.
             shrink = min(1.0, self.config.optim.clip / max(norm, 1e-12)) if self.config.optim.clip else 1.0
-            torch._foreach_mul_([local(g) for g in gradients], shrink / max(tokens, 1))
-            set_learning_rate(self.optimizers, lr)
-            for optimizer in self.optimizers:
-                optimizer.step()
+            torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], shrink / max(tokens, 1))
+            self.optimizers.step(lr)
+            self._balance_experts(loads)
         for p in self.parameters:
             p.grad = None
-        return StepResult(loss_sum / max(tokens, 1), int(tokens), norm, applied)
+        return StepResult(loss_sum / max(tokens, 1), tokens, norm, applied, expert_metrics(loads))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        loss_sum = tokens = 0.0
+        loss_sum, tokens = 0.0, 0
         for rows in batches:
-            loss = torch.zeros((), dtype=torch.float64, device=self.device)
-            for start in range(0, len(rows.tokens), self.micro_rows):
-                loss += self._loss(rows.rows(start, start + self.micro_rows))
-            batch_loss, batch_tokens, _ = self._sums(loss, rows, torch.zeros_like(loss))
+            losses = self.pipeline.forward(self._micro_batches(rows))
+            loss = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
+            batch_loss, batch_tokens, _, _ = self._sums(loss, rows, torch.zeros_like(loss))
             loss_sum, tokens = loss_sum + batch_loss, tokens + batch_tokens
         return loss_sum / max(tokens, 1)
 
     def state(self) -> dict[str, Tensor]:
-        weights = {f"model.{name}": p.detach() for name, p in self.named}
-        return weights | dict(optimizer_state(self.named, self.optimizers))
+        weights = {f"model.{name}": p.detach() for name, p in reversed(self.named)}  # of a tied pair, the first stage's
+        return weights | dict(reversed(list(self.optimizers.state())))
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.state().items():
             if local(tensor).data_ptr() != local(state[name]).data_ptr():
                 tensor.copy_(state[name])
+        if len(self.tied) == 2:  # both ends are on this rank, and the state names one
+            first, last = self.tied
+            for source, target in [(first.detach(), last.detach()), *self.optimizers.pairs(first, last)]:
+                local(target).copy_(local(source))
 
-    def _loss(self, rows: Batch) -> Tensor:
-        """Summed loss of some rows on this rank."""
-        inputs = (None if a is None else _to(a, self.device) for a in (rows.tokens, rows.labels, rows.docs, rows.positions))
-        loss: Tensor = self.model(*inputs)
-        return loss
+    def _micro_batches(self, rows: Batch) -> list[Inputs]:
+        """This rank's part of every micro-batch, as arguments of the model's forward."""
+        index, context = self.index, self.config.train.context
+        part = rows if index is None else rows.part(index.numpy())
+        rest: dict[str, Any] = {"length": context}
+        if index is not None and self.layout.context_kind == "all-gather":
+            rest["queries_T"] = index.to(self.device)
+        size = self.layout.micro_rows
+        out: list[Inputs] = []
+        for start in range(0, len(rows.tokens), size):
+            micro, whole = part.rows(start, start + size), rows.rows(start, start + size)
+            arrays = {"x": micro.tokens, "labels_BT": micro.labels, "docs_BS": whole.docs, "positions_BT": micro.positions}
+            out.append({key: None if a is None else _to(a, self.device) for key, a in arrays.items()} | rest)
+        return out
 
-    def _sums(self, loss: Tensor, rows: Batch, squares: Tensor) -> list[float]:
-        """Loss, predicted tokens and squared gradient norm over all ranks: the step's one extra collective."""
-        mine = torch.stack([loss, torch.tensor(float((rows.labels >= 0).sum()), dtype=torch.float64).to(loss), squares])
+    def _join_ends(self) -> None:
+        """A tied embedding's gradient is the sum of the first stage's and the last's."""
+        gradients = [local(p.grad) for p in self.tied if p.grad is not None]
+        if self.groups.ends is not None:
+            for gradient in gradients:
+                dist.all_reduce(gradient, group=self.groups.ends)
+        elif len(gradients) == 2:
+            gradients[0].add_(gradients[1])
+            gradients[1].copy_(gradients[0])
+
+    def _sums(self, loss: Tensor, rows: Batch, squares: Tensor) -> tuple[float, int, float, Tensor]:
+        """Loss, predicted tokens, squared gradient norm and every expert's rows, over all ranks: the step's one extra
+        collective. Ranks that know the same of these each give an equal share."""
+        layout, moe = self.layout, self.config.model.moe
+        same_rows = layout.world // layout.data_ranks
+        counted = float((rows.labels >= 0).sum()) / same_rows
+        figures = [loss / layout.tp, torch.tensor(counted, dtype=torch.float64), squares]
+        loads = torch.zeros(0 if moe is None else self.config.model.layers, 0 if moe is None else moe.experts)
+        loads = loads.to(self.device, torch.float64)
+        for layer, module in self.experts:
+            loads[layer] = module.take_load()
+        mine = torch.cat((torch.stack([figure.to(loss) for figure in figures]), loads.flatten()))
         dist.all_reduce(mine)
-        sums: list[float] = mine.tolist()
-        return sums
+        loss_sum, tokens, squares_sum = mine[:_FIGURES].tolist()
+        return loss_sum, round(tokens), squares_sum, mine[_FIGURES:].view_as(loads)
+
+    @torch.no_grad()
+    def _balance_experts(self, loads: Tensor) -> None:
+        """Move the bias of experts that had too much to do down and of the others up (DeepSeek-AI 2024, arXiv:2412.19437,
+        section 2.1.2)."""
+        for layer, module in self.experts:
+            bias, rate = module.router.bias, module.moe.bias_rate
+            if bias is not None and rate:
+                load = loads[layer]
+                offset, shape = place(bias)
+                mine = (load.mean() - load).sign()[offset[0] : offset[0] + shape[0]]
+                local(bias).add_(mine.to(local(bias)), alpha=rate)
 
 
-def compiles(config: RunConfig, device: torch.device) -> bool:
-    return config.engine.compile == "on" or (config.engine.compile == "auto" and device.type == "cuda")
+def expert_metrics(loads: Tensor) -> dict[str, float]:
+    """How evenly the experts were used in a step: the busiest one's rows over the mean, worst layer and mean of layers,
+    and the number of experts that had nothing to do. Empty for a dense model. loads: [layers, experts]."""
+    used = loads[loads.sum(1) > 0] if loads.numel() else loads
+    if not len(used):
+        return {}
+    busiest = used.amax(1) / used.mean(1)
+    values = torch.stack((busiest.max(), busiest.mean(), (used == 0).sum().double())).tolist()
+    return dict(zip(("expert_load_worst", "expert_load_mean", "experts_idle"), values, strict=True))
 
 
 def _to(array: Any, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array)
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
-
-
-def _wrap_forwards(blocks: list[Block], recompute: str, compiled: bool) -> None:
-    """Recompute and compile a block inside its `forward`: parameter names and FSDP's hooks, outside, see neither."""
-    for block in blocks:
-        forward: Callable[..., Any] = block.forward
-        if recompute != "none":
-            context: dict[str, Any] = {} if recompute == "full" else {"context_fn": _keep_products}
-            forward = partial(checkpoint, forward, use_reentrant=False, **context)
-        if compiled:
-            forward = torch.compile(forward)
-        block.forward = forward  # type: ignore[method-assign]
-
-
-def _keep_products() -> Any:
-    """Selective recompute: what took matrix products or attention is kept, the cheap rest is made again."""
-
-    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in _KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
-
-
-def _cores_per_rank() -> int:
-    return max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.model.config import ModelConfig, RopeConfig
+from trainer.model.config import ModelConfig, MoEConfig, RopeConfig
 
 
 class InteropError(ValueError):
@@ -26,6 +26,7 @@ _GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tan
 _ONLY = {
     "apply_residual_connection_post_layernorm": False, "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True,
     "attention_bias": False, "mlp_bias": False, "use_qk_norm": False, "add_cross_attention": False,
+    "router_jitter_noise": 0.0,
 }  # fmt: skip
 
 
@@ -43,8 +44,8 @@ def model_config(hf: Any) -> ModelConfig:
             position="alibi", norm="layernorm", norm_eps=hf.layer_norm_epsilon, mlp="gelu_tanh", bias=True,
             embedding_norm=True, tied=hf.tie_word_embeddings,
         )  # fmt: skip
-    if family not in ("llama", "mistral", "qwen2", "qwen3", "cohere"):
-        known = "gpt2, openai-gpt, bloom, llama, mistral, qwen2, qwen3, cohere"
+    if family not in ("llama", "mistral", "qwen2", "qwen3", "cohere", "mixtral", "qwen3_moe"):
+        known = "gpt2, openai-gpt, bloom, llama, mistral, qwen2, qwen3, cohere, mixtral, qwen3_moe"
         raise InteropError(f"model_type {family!r} is not one of {known}")
     if hf.hidden_act != "silu":
         raise InteropError(f"hidden_act {hf.hidden_act!r}: only silu is known for {family}")
@@ -56,8 +57,38 @@ def model_config(hf: Any) -> ModelConfig:
         norm_eps=hf.layer_norm_eps if family == "cohere" else hf.rms_norm_eps,
         block="parallel" if family == "cohere" else "serial",
         logit_scale=hf.logit_scale if family == "cohere" else 1.0,
-        mlp="swiglu", qkv_bias=family == "qwen2", qk_norm=family == "qwen3", windows=_windows(hf),
-        tied=hf.tie_word_embeddings,
+        mlp="swiglu", qkv_bias=family == "qwen2", qk_norm=family in ("qwen3", "qwen3_moe"), windows=_windows(hf),
+        tied=hf.tie_word_embeddings, moe=_moe(hf),
+    )  # fmt: skip
+
+
+def _moe(hf: Any) -> MoEConfig | None:
+    if hf.model_type == "mixtral":
+        return MoEConfig(experts=hf.num_local_experts, top_k=hf.num_experts_per_tok)
+    if hf.model_type != "qwen3_moe":
+        return None
+    step, dense = hf.decoder_sparse_step, set(hf.mlp_only_layers)
+    sparse = [i for i in range(hf.num_hidden_layers) if i not in dense and (i + 1) % step == 0 and hf.num_experts > 0]
+    if not sparse:
+        return None
+    first, every = sparse[0], sparse[1] - sparse[0] if len(sparse) > 1 else hf.num_hidden_layers
+    if sparse != list(range(first, hf.num_hidden_layers, every)):
+        raise InteropError(
+            f"decoder_sparse_step = {step} with mlp_only_layers = {sorted(dense)}: layers with experts must follow at "
+            f"even distances from the first to the last, and they are {sparse}"
+        )
+    return MoEConfig(
+        experts=hf.num_experts, top_k=hf.num_experts_per_tok, width=hf.moe_intermediate_size,
+        normalise=hf.norm_topk_prob, first=first, every=every,
+    )  # fmt: skip
+
+
+def deepseek_moe_config(hf: Any) -> MoEConfig:
+    """The experts of a DeepSeek-V3 config object; its attention (MLA) is not one of ours. bias_rate as in training."""
+    return MoEConfig(
+        experts=hf.n_routed_experts, top_k=hf.num_experts_per_tok, width=hf.moe_intermediate_size,
+        shared=hf.n_shared_experts or 0, router="sigmoid", normalise=hf.norm_topk_prob, scale=hf.routed_scaling_factor,
+        groups=hf.n_group, top_groups=hf.topk_group, bias_rate=0.001, first=hf.first_k_dense_replace,
     )  # fmt: skip
 
 
@@ -127,7 +158,13 @@ def _halves(t: Tensor, c: ModelConfig) -> Tensor:
     return out
 
 
+def _half(which: int) -> Read:
+    """gate or up of every expert, [E, F, C], out of the fused [E, 2F, C]."""
+    return lambda t, _c: t.chunk(2, dim=1)[which].contiguous()
+
+
 Row = tuple[str, str, Read]
+"""Their owner of `.weight` and `.bias`, or a whole name; ours; and how the tensor is read."""
 
 _GPT2: list[Row] = [
     ("wte", "embed", _same), ("wpe", "position", _same), ("ln_f", "norm", _same),
@@ -153,6 +190,16 @@ _LLAMA: list[Row] = [
     *((rf"layers.#.self_attn.{p}_norm", f"blocks.#.attn.{p}_norm", _same) for p in "qk"),
     *((rf"layers.#.mlp.{p}_proj", f"blocks.#.mlp.{p}", _same) for p in ("gate", "up", "down")),
 ]  # fmt: skip
+_EXPERTS: list[Row] = [
+    ("layers.#.mlp.gate", "blocks.#.mlp.router", _same),
+    *(("layers.#.mlp.experts.gate_up_proj", f"blocks.#.mlp.experts.{p}", _half(i)) for i, p in enumerate(("gate", "up"))),
+    ("layers.#.mlp.experts.down_proj", "blocks.#.mlp.experts.down", _same),
+]
+_DEEPSEEK_MOE: list[Row] = [
+    ("gate.e_score_correction_bias", "router.bias", _same),
+    *((theirs.removeprefix("layers.#.mlp."), ours.removeprefix("blocks.#.mlp."), read) for theirs, ours, read in _EXPERTS),
+    *((f"shared_experts.{p}_proj", f"shared.{p}", _same) for p in ("gate", "up", "down")),
+]
 _COHERE = [(hf, ours, _halves if ours.endswith((".q", ".k")) else read) for hf, ours, read in _LLAMA]
 
 TABLES: dict[str, list[Row]] = {
@@ -161,17 +208,41 @@ TABLES: dict[str, list[Row]] = {
     "bloom": _BLOOM,
     "cohere": _COHERE,
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("mixtral", "qwen3_moe"), _LLAMA + _EXPERTS),
+    "deepseek_moe": _DEEPSEEK_MOE,
 }
 # Buffers that some releases keep among the weights: nothing is learned in them.
 _NOT_WEIGHTS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
+# Released files keep every expert apart, under two spellings; the classes hold them stacked, gate and up fused.
+_ONE_EXPERT = re.compile(r"^(.*)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight$")
+_MIXTRAL_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def _stacked(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    apart: dict[str, dict[tuple[str, int], Tensor]] = {}
+    for name, tensor in state.items():
+        if found := _ONE_EXPERT.match(name):
+            owner, number, part = found.groups()
+            apart.setdefault(f"{owner}.mlp.experts", {})[_MIXTRAL_PARTS.get(part, part), int(number)] = tensor
+        else:
+            out[name.replace(".block_sparse_moe.gate.", ".mlp.gate.")] = tensor
+    experts = range(config.moe.experts if config.moe else 0)
+    for owner, parts in apart.items():
+        if parts.keys() != {(part, e) for part in ("gate_proj", "up_proj", "down_proj") for e in experts}:
+            raise InteropError(f"{owner}: not the gate, up and down matrices of {len(experts)} experts")
+        out[f"{owner}.gate_up_proj"] = torch.stack([torch.cat((parts["gate_proj", e], parts["up_proj", e])) for e in experts])
+        out[f"{owner}.down_proj"] = torch.stack([parts["down_proj", e] for e in experts])
+    return out
 
 
 def convert_state(family: str, state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Weights (or gradients) under Hugging Face's names as a state dict of our GPT. Raises InteropError for a name
-    that the family's table does not know: nothing is dropped silently."""
+    that the family's table does not know: nothing is dropped silently. Family "deepseek_moe" is one DeepseekV3MoE block
+    as one of our MoE layers, not a whole model."""
     ours: dict[str, Tensor] = {}
     unknown: list[str] = []
-    for name, tensor in state.items():
+    for name, tensor in _stacked(state, config).items():
         bare = re.sub(r"^(transformer|model)\.", "", name)
         if _NOT_WEIGHTS.search(bare):
             continue
@@ -194,7 +265,9 @@ def _matching(table: Iterable[Row], name: str) -> Iterable[tuple[str, Read]]:
     layer = re.search(r"\.(\d+)\.", name)
     number = layer.group(1) if layer else ""
     for theirs, target, read in table:
-        if theirs.replace("#", number) == owner:
+        if theirs.replace("#", number) == name:
+            yield target.replace("#", number), read
+        elif theirs.replace("#", number) == owner and leaf in ("weight", "bias"):
             yield f"{target.replace('#', number)}.{leaf}", read
 
 

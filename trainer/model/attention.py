@@ -51,11 +51,11 @@ def dense_mask(
 ) -> Tensor:
     """The rule as a tensor [B or 1, H or 1, T, S] to add to the scores: ALiBi's bias, and -inf where none may look.
 
-    `q_T`, `k_S`: positions in the row. `docs_BS`: document of every key; the queries are the last T of them.
+    `q_T`, `k_S`: positions in the row, of the keys all from 0 on. `docs_BS`: document of every key.
     """
     allowed = may_see(q_T[:, None], k_S[None, :], window)[None, None]
     if docs_BS is not None:
-        docs_BT = docs_BS[:, -q_T.shape[0] :]
+        docs_BT = docs_BS[:, q_T]
         allowed = allowed & (docs_BT[:, None, :, None] == docs_BS[:, None, None, :])
     bias = torch.zeros((), dtype=torch.float32, device=q_T.device)
     if slopes_H is not None:
@@ -63,20 +63,26 @@ def dense_mask(
     return torch.where(allowed, bias, -torch.inf).to(dtype)
 
 
-def flex_mask(window: int, length: int, docs_BT: Tensor | None, slopes_H: Tensor | None, device: torch.device) -> FlexMask:
-    """The same rule for FlexAttention over a whole row of `length` positions."""
+def flex_mask(
+    window: int, length: int, queries_T: Tensor | None, docs_BS: Tensor | None, slopes_H: Tensor | None, device: torch.device
+) -> FlexMask:
+    """The same rule for FlexAttention over a row of `length` keys. `queries_T`: positions of the queries; None: all."""
+
+    def place(q: Tensor) -> Tensor:
+        return q if queries_T is None else queries_T[q]
 
     def rule(b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        allowed = may_see(q, k, window)
-        return allowed if docs_BT is None else allowed & (docs_BT[b, q] == docs_BT[b, k])
+        allowed = may_see(place(q), k, window)
+        return allowed if docs_BS is None else allowed & (docs_BS[b, place(q)] == docs_BS[b, k])
 
     def alibi(score: Tensor, _b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         assert slopes_H is not None
-        return score + slopes_H[h] * (k - q)
+        return score + slopes_H[h] * (k - place(q))
 
-    batch = None if docs_BT is None else docs_BT.shape[0]
+    batch = None if docs_BS is None else docs_BS.shape[0]
+    queries = length if queries_T is None else len(queries_T)
     make = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-    blocks = make(rule, batch, None, length, length, device=str(device))
+    blocks = make(rule, batch, None, queries, length, device=str(device))
     return FlexMask(blocks, None if slopes_H is None else alibi)
 
 

@@ -7,6 +7,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Count = Annotated[int, Field(gt=0)]
+Natural = Annotated[int, Field(ge=0)]
+
+GATED = ("swiglu", "geglu")
+"""The kinds of MLP with a gate beside the up projection."""
 
 
 class RopeConfig(BaseModel):
@@ -23,6 +27,41 @@ class RopeConfig(BaseModel):
     high_freq_factor: float = Field(4.0, gt=0, description="llama3: wavelengths under original_context/this are kept")
     beta_fast: float = Field(32.0, gt=0, description="yarn: rotations in the context above which a frequency is kept")
     beta_slow: float = Field(1.0, gt=0, description="yarn: rotations in the context below which it is interpolated")
+
+
+class MoEConfig(BaseModel):
+    """Mixture of experts in place of the dense MLP (Shazeer et al. 2017, arXiv:1701.06538), no token dropped."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    experts: Count
+    top_k: Count = Field(description="experts a token is sent to")
+    width: Count | None = Field(None, description="mlp width of one expert (default: the model's mlp_width)")
+    shared: Natural = Field(0, description="experts that see every token, as one dense MLP of shared x width")
+    router: Literal["softmax", "sigmoid"] = Field("softmax", description="how logits become scores")
+    normalise: bool = Field(True, description="the chosen experts' weights are divided by their sum")
+    scale: float = Field(1.0, gt=0, description="multiplies the routed weights (DeepSeek's routed_scaling_factor)")
+    groups: Count = Field(1, description="experts in this many equal groups, scored by the sum of their two best")
+    top_groups: Count = Field(1, description="groups a token may choose from")
+    aux_loss: float = Field(0.0, ge=0, description="weight of the load balancing loss, taken over each row")
+    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp of the router's logits")
+    bias_rate: float | None = Field(
+        None, ge=0, description="step of the bias that balances the choice without a loss (DeepSeek-V3); none: no bias"
+    )
+    first: Natural = Field(0, description="layers before this one are dense")
+    every: Count = Field(1, description="from `first` on, each `every`-th layer has experts")
+
+    @model_validator(mode="after")
+    def _choice_is_possible(self) -> MoEConfig:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is more than experts {self.experts}")
+        if self.experts % self.groups:
+            raise ValueError(f"experts {self.experts} is not divisible by groups {self.groups}")
+        if self.top_groups > self.groups:
+            raise ValueError(f"top_groups {self.top_groups} is more than groups {self.groups}")
+        if self.top_k > (reach := self.experts // self.groups * self.top_groups):
+            raise ValueError(f"top_k {self.top_k} is more than the {reach} experts in top_groups {self.top_groups} groups")
+        return self
 
 
 class ModelConfig(BaseModel):
@@ -46,6 +85,7 @@ class ModelConfig(BaseModel):
     norm_order: Literal["pre", "post"] = Field("pre", description="post: GPT-1, norm after the residual sum")
     block: Literal["serial", "parallel"] = Field("serial", description="parallel: PaLM, attention and MLP side by side")
     mlp: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = "swiglu"
+    moe: MoEConfig | None = Field(None, description="experts in place of the MLP (default: every layer is dense)")
     bias: bool = Field(False, description="biases in every linear layer and LayerNorm")
     qkv_bias: bool | None = Field(None, description="biases of q, k, v alone (default: bias)")
     qk_norm: bool = Field(False, description="RMSNorm of queries and keys per head, before the rotation")
@@ -84,6 +124,9 @@ class ModelConfig(BaseModel):
     def window(self, layer: int) -> int:
         return self.windows[layer % len(self.windows)]
 
+    def is_moe(self, layer: int) -> bool:
+        return self.moe is not None and layer >= self.moe.first and (layer - self.moe.first) % self.moe.every == 0
+
     @model_validator(mode="after")
     def _shapes_agree(self) -> ModelConfig:
         if self.head_dim is None and self.width % self.heads:
@@ -94,4 +137,11 @@ class ModelConfig(BaseModel):
             raise ValueError(f"rope.fraction {self.rope.fraction} leaves nothing of head_dim {self.d_head} to rotate")
         if self.block == "parallel" and self.norm_order == "post":
             raise ValueError('block "parallel" has no post-norm form: use norm_order = "pre"')
+        if self.moe is not None:
+            if self.mlp not in GATED:
+                raise ValueError(f'experts are gated MLPs: mlp "{self.mlp}" is not one of {", ".join(GATED)}')
+            if self.bias:
+                raise ValueError("experts have no biases: use bias = false (qkv_bias = true is possible)")
+            if self.moe.first >= self.layers:
+                raise ValueError(f"moe.first {self.moe.first} leaves none of {self.layers} layers with experts: drop moe")
         return self

@@ -5,6 +5,7 @@ Shapes: B batch, T positions, C width, H heads, K key/value heads, D head elemen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from trainer.model.attention import Mask, alibi_slopes, attend, dense_mask, flex_mask
 from trainer.model.config import ModelConfig
 from trainer.model.loss import next_token_loss
+from trainer.model.mlp import MLP
+from trainer.model.moe import MoE
 from trainer.model.rotary import rotate, rotation
 
 Rotation = tuple[Tensor, Tensor]
@@ -66,6 +69,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.heads * d, c, bias=config.bias)
         self.q_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
+        self.attend: Callable[[Tensor, Tensor, Tensor, Mask], Tensor] = attend
 
     def forward(self, x_BTC: Tensor, rotary: Rotation | None, mask: Mask, cache: LayerCache | None, past: int) -> Tensor:
         q, k, v = (part(x_BTC).unflatten(-1, (-1, self.d_head)) for part in (self.q, self.k, self.v))  # each [B, T, heads, D]
@@ -76,41 +80,19 @@ class Attention(nn.Module):
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
             k, v = cache.append(k, v, past)
-        y_BHTD = attend(q, k, v, mask)
+        y_BHTD = self.attend(q, k, v, mask)
         out: Tensor = self.out(y_BHTD.transpose(1, 2).flatten(2))
         return out
 
 
-class MLP(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.kind = config.mlp
-        gated = config.mlp in ("swiglu", "geglu")
-        self.gate = nn.Linear(config.width, config.d_mlp, bias=config.bias) if gated else None
-        self.up = nn.Linear(config.width, config.d_mlp, bias=config.bias)
-        self.down = nn.Linear(config.d_mlp, config.width, bias=config.bias)
-
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        up_BTF = self.up(x_BTC)
-        if self.gate is not None:
-            gate = self.gate(x_BTC)
-            h_BTF = (F.silu(gate) if self.kind == "swiglu" else F.gelu(gate)) * up_BTF
-        elif self.kind == "relu":
-            h_BTF = F.relu(up_BTF)
-        else:
-            h_BTF = F.gelu(up_BTF, approximate="tanh" if self.kind == "gelu_tanh" else "none")
-        out: Tensor = self.down(h_BTF)
-        return out
-
-
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.post, self.parallel = config.norm_order == "post", config.block == "parallel"
         self.attn_norm = make_norm(config, config.width)
         self.attn = Attention(config)
         self.mlp_norm = None if self.parallel else make_norm(config, config.width)
-        self.mlp = MLP(config)
+        self.mlp = MoE(config) if config.is_moe(layer) else MLP(config)
 
     def forward(self, x: Tensor, rotary: Rotation | None, mask: Mask, cache: LayerCache | None = None, past: int = 0) -> Tensor:
         if self.mlp_norm is None:
@@ -126,76 +108,118 @@ class Block(nn.Module):
         return out
 
 
-class GPT(nn.Module):
-    """One decoder-only transformer, GPT-1 to Qwen3 by `ModelConfig` alone. Holds parameters only, no buffers."""
+def logits(x_BTC: Tensor, w_VC: Tensor, scale: float) -> Tensor:
+    return F.linear(x_BTC, w_VC) * scale
 
-    def __init__(self, config: ModelConfig) -> None:
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of the GPT a module holds: some layers, in order, and whether the embedding and the head."""
+
+    layers: range
+    first: bool
+    last: bool
+
+    @classmethod
+    def whole(cls, config: ModelConfig) -> Part:
+        return cls(range(config.layers), first=True, last=True)
+
+
+class GPT(nn.Module):
+    """One decoder-only transformer, GPT-1 to Qwen3 and Mixtral by `ModelConfig` alone, or a part of its layers.
+
+    Some attributes let a part of the work be done elsewhere, and are the whole by default: `heads`, the query heads that
+    attention is computed for here; each attention's `attend`; `predict` and `logits`, the loss and the scores of the head.
+    """
+
+    def __init__(self, config: ModelConfig, part: Part | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab, config.width)
-        self.position = nn.Embedding(config.context, config.width) if config.position == "learned" else None
-        self.embed_norm = make_norm(config, config.width) if config.embedding_norm else None
+        self.part = part = part or Part.whole(config)
+        learned, tied_head = config.position == "learned", part.last and config.tied
+        self.embed = nn.Embedding(config.vocab, config.width) if part.first or tied_head else None
+        self.position = nn.Embedding(config.context, config.width) if learned and part.first else None
+        self.embed_norm = make_norm(config, config.width) if config.embedding_norm and part.first else None
         # Keyed by the global layer number, so that a part of the layers keeps its parameters' names.
-        self.blocks = nn.ModuleDict({str(i): Block(config) for i in range(config.layers)})
-        self.norm = make_norm(config, config.width) if config.norm_order == "pre" else None
-        self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.blocks = nn.ModuleDict({str(i): Block(config, i) for i in part.layers})
+        self.norm = make_norm(config, config.width) if config.norm_order == "pre" and part.last else None
+        self.head = nn.Linear(config.width, config.vocab, bias=False) if part.last and not config.tied else None
+        self.heads = slice(0, config.heads)
+        self.predict: Callable[[Tensor, Tensor, Tensor, float], Tensor] = next_token_loss
+        self.logits: Callable[[Tensor, Tensor, float], Tensor] = logits
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, C]: the head's own, or the embedding's where they are tied."""
-        return self.embed.weight if self.head is None else self.head.weight
+        """[V, C]: the head's own, or the embedding's where they are tied. Only the last part has it."""
+        owner = self.embed if self.head is None else self.head
+        assert owner is not None
+        return owner.weight
 
     def forward(
         self,
-        tokens_BT: Tensor,
+        x: Tensor,
         labels_BT: Tensor | None = None,
-        docs_BT: Tensor | None = None,
+        docs_BS: Tensor | None = None,
         positions_BT: Tensor | None = None,
         cache: KVCache | None = None,
+        queries_T: Tensor | None = None,
+        length: int | None = None,
     ) -> Tensor:
         """Logits [B, T, V], or with labels the summed next-token loss, a scalar in nats (see next_token_loss).
 
-        docs_BT: which document each position belongs to; attention stays inside it. None: one document a row.
+        x: token ids [B, T]; for a part that is not the first, the hidden states [B, T, C] of the part before it. A part
+        that is not the last returns hidden states.
+        docs_BS: which document each position of the row belongs to; attention stays inside it. None: one document a row.
         positions_BT: position of each token in its document, for rotary and learned positions; default 0, 1, 2...
-        cache: keys and values of earlier positions; `tokens_BT` are the next ones and are added to it.
+        cache: keys and values of earlier positions; `x` are the next tokens and are added to it.
+        queries_T, length: where in a row of `length` the queries of attention stand, when `x` is a part of the row and
+        `attend` brings in the rest; by default they are all of it, one after another.
         """
         past = 0 if cache is None else cache.length
-        span = past + tokens_BT.shape[1]
+        span = past + x.shape[1] if length is None else length
         if positions_BT is None:
-            positions_BT = torch.arange(past, span, device=tokens_BT.device)[None]
-        x_BTC = self.embed(tokens_BT)
-        if self.position is not None:
-            x_BTC = x_BTC + self.position(positions_BT)
-        if self.embed_norm is not None:
-            x_BTC = self.embed_norm(x_BTC)
+            positions_BT = torch.arange(past, span, device=x.device)[None]
+        x_BTC = self.enter(x, positions_BT) if self.part.first else x
         rotary = None
         if self.config.position == "rotary":
             rotary = rotation(self.config.rope, self.config.d_rotary, positions_BT, max(span, 1))
-        masks = self.masks(past, span, docs_BT, x_BTC)
+        masks = self.masks(past, span, docs_BS, queries_T, x_BTC)
         for name, block in self.blocks.items():
             layer = int(name)
             layer_cache = None if cache is None else cache.layers[layer]
             x_BTC = block(x_BTC, rotary, masks[self.config.window(layer)], layer_cache, past)
         if cache is not None:
             cache.length = span
+        return self.leave(x_BTC, labels_BT) if self.part.last else x_BTC
+
+    def enter(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        assert self.embed is not None
+        x_BTC: Tensor = self.embed(tokens_BT)
+        if self.position is not None:
+            x_BTC = x_BTC + self.position(positions_BT)
+        return x_BTC if self.embed_norm is None else self.embed_norm(x_BTC)
+
+    def leave(self, x_BTC: Tensor, labels_BT: Tensor | None) -> Tensor:
         if self.norm is not None:
             x_BTC = self.norm(x_BTC)
         if labels_BT is not None:
-            return next_token_loss(x_BTC, self.head_weight, labels_BT, self.config.logit_scale)
-        return F.linear(x_BTC, self.head_weight) * self.config.logit_scale
+            return self.predict(x_BTC, self.head_weight, labels_BT, self.config.logit_scale)
+        return self.logits(x_BTC, self.head_weight, self.config.logit_scale)
 
-    def masks(self, past: int, span: int, docs_BT: Tensor | None, like: Tensor) -> dict[int, Mask]:
+    def masks(self, past: int, span: int, docs_BS: Tensor | None, queries_T: Tensor | None, like: Tensor) -> dict[int, Mask]:
         """The mask of every window the layers use, made once a pass. `span`: positions seen in all; `past` cached."""
         device = like.device
-        slopes = alibi_slopes(self.config.heads, device) if self.config.position == "alibi" else None
+        slopes = alibi_slopes(self.config.heads, device)[self.heads] if self.config.position == "alibi" else None
         made: dict[int, Mask] = {}
-        for window in set(self.config.windows):
+        whole = queries_T is None and (past == 0 or span - past == 1)
+        for window in {self.config.window(layer) for layer in self.part.layers}:
             reach = 0 if window >= span else window
-            if not reach and docs_BT is None and slopes is None and (past == 0 or span - past == 1):
+            if not reach and docs_BS is None and slopes is None and whole:
                 made[window] = None
             elif like.is_cuda and past == 0:
-                made[window] = flex_mask(reach, span, docs_BT, slopes, device)
+                made[window] = flex_mask(reach, span, queries_T, docs_BS, slopes, device)
             else:
                 k_pos = torch.arange(span, device=device)
-                made[window] = dense_mask(reach, k_pos[past:], k_pos, docs_BT, slopes, like.dtype)
+                q_pos = k_pos[past:] if queries_T is None else queries_T
+                made[window] = dense_mask(reach, q_pos, k_pos, docs_BS, slopes, like.dtype)
         return made

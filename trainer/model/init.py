@@ -58,7 +58,7 @@ def initial(name: str, config: ModelConfig) -> Initial:
         return Initial("constant", 1.0)
     if owners[-1] == "embed":
         return Initial("normal", config.embedding_std or config.init_std)
-    if owners[-1] in ("out", "down") and config.init_residual_scaled:
+    if (owners[-1] in ("out", "down") or leaf == "down") and config.init_residual_scaled:
         return Initial("normal", config.init_std / math.sqrt(2 * config.layers))
     return Initial("normal", config.init_std)
 

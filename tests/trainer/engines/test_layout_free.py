@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from data.loader import Loader, evaluation_batches, open_split
-from parallel.layout import Layout
 from parallel.sharding import local
-from runs import GPT2_MODEL, run_config
+from runs import GPT2_MODEL, data_layout, run_config
 from trainer.engines import build_engine
 from trainer.model import init
 from trainer.optim import learning_rate
@@ -54,7 +53,7 @@ def initial_bits(config, zero):
     indices, init._indices = init._indices, watched
     try:
         with Largest() as tensors:
-            engine = build_engine(config, Layout(dist.get_world_size(), zero), CPU)
+            engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), CPU)
     finally:
         init._indices = indices
     held = sum(local(p).numel() for p in engine.parameters)
@@ -68,7 +67,7 @@ def train(config, zero):
     split, _ = open_split(config.data.path, "train", config.train.context)
     held_out, _ = open_split(config.data.path, "held_out", config.train.context)
     loader = Loader(split, config.run.seed, config.train.global_batch, rank, world, config.data.document_mask)
-    engine = build_engine(config, Layout(world, zero), CPU)
+    engine = build_engine(config, data_layout(config, world, zero), CPU)
     steps = config.train.steps
     results = []
     for step in range(steps):
@@ -160,13 +159,13 @@ def test_bf16_follows_fp32_closely_and_is_layout_free_in_its_own_precision(ranks
 def non_finite(config, zero):
     import torch.distributed as dist
 
-    engine = build_engine(config, Layout(dist.get_world_size(), zero), CPU)
+    engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), CPU)
     before = digests(engine.state())
     split, _ = open_split(config.data.path, "train", config.train.context)
     batch = Loader(split, 1, 8, dist.get_rank(), dist.get_world_size(), True).batch(0)
     if dist.get_rank() == 1:
-        forward = engine.model.norm.forward
-        engine.model.norm.forward = lambda x: forward(x) * float("nan")
+        forward = engine.parts[0].norm.forward
+        engine.parts[0].norm.forward = lambda x: forward(x) * float("nan")
     result = engine.step(batch, 1e-3)
     return result.applied, digests(engine.state()) == before
 

@@ -42,7 +42,7 @@ def test_packed_documents_are_as_if_alone(model):
     tokens = torch.randint(0, 101, (2, 32))
     docs = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths)).expand(2, -1)
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
-    packed = model(tokens, docs_BT=docs, positions_BT=positions)
+    packed = model(tokens, docs_BS=docs, positions_BT=positions)
     alone = torch.cat([model(part) for part in tokens.split(lengths, dim=1)], dim=1)
     torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
 
@@ -63,7 +63,7 @@ def test_flex_attention_agrees_with_the_dense_mask():
     slopes = attention.alibi_slopes(4)
     positions = torch.arange(64)
     for window, d, s in [(0, docs, None), (9, None, None), (9, docs, slopes), (0, None, slopes)]:
-        flex = attention.flex_mask(window, 64, d, s, torch.device("cpu"))
+        flex = attention.flex_mask(window, 64, None, d, s, torch.device("cpu"))
         dense = attention.dense_mask(window, positions, positions, d, s, torch.float32)
         torch.testing.assert_close(attention.attend(q, k, v, flex), attention.attend(q, k, v, dense), atol=1e-5, rtol=1e-5)
 

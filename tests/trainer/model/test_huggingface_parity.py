@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 from trainer.interop.huggingface import InteropError, convert_state, load_into, model_config
 from trainer.model.gpt import GPT
@@ -13,6 +14,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_pos
 SMALL = dict(vocab_size=199, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80,
              max_position_embeddings=64)  # fmt: skip
 GPT2 = dict(vocab_size=199, n_positions=64, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+QWEN3_MOE = dict(**SMALL, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24)
 
 CASES = {
     "gpt1": lambda: hf.OpenAIGPTConfig(**GPT2),
@@ -33,6 +35,15 @@ CASES = {
         **SMALL, num_key_value_heads=2, head_dim=16, use_sliding_window=True, sliding_window=5,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
+    "mixtral": lambda: hf.MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=6, num_experts_per_tok=2),
+    "mixtral-window-tied": lambda: hf.MixtralConfig(
+        **SMALL, num_key_value_heads=2, sliding_window=7, num_local_experts=4, num_experts_per_tok=3, tie_word_embeddings=True,
+    ),
+    "qwen3-moe": lambda: hf.Qwen3MoeConfig(**QWEN3_MOE, norm_topk_prob=True),
+    "qwen3-moe-some-dense": lambda: hf.Qwen3MoeConfig(**QWEN3_MOE, decoder_sparse_step=2, tie_word_embeddings=True),
+    "qwen3-moe-window": lambda: hf.Qwen3MoeConfig(
+        **QWEN3_MOE, mlp_only_layers=[0], use_sliding_window=True, sliding_window=5
+    ),
     # Cohere is PaLM's block: attention and MLP side by side, LayerNorm without bias, SwiGLU, one key/value head.
     "palm-as-cohere": lambda: hf.CohereConfig(**SMALL, num_key_value_heads=1, logit_scale=0.5),
 }  # fmt: skip
@@ -41,7 +52,7 @@ CASES = {
 def pair(case):
     torch.manual_seed(0)
     config = CASES[case]()
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     theirs = hf.AutoModelForCausalLM.from_config(config).float()
     for name, p in theirs.named_parameters():  # norms and biases too: a constant would hide a mix-up
         torch.nn.init.normal_(p, mean=1.0 if "norm" in name or ".ln_" in name else 0.0, std=0.1)
@@ -70,6 +81,20 @@ def test_same_logits_and_gradients(case):
 
 def ours_family(model):
     return model.config.model_type
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3-moe-some-dense"])
+def test_released_files_with_every_expert_apart(case, tmp_path):
+    theirs, ours = pair(case)
+    theirs.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    assert any(".experts.0." in name for name in state)
+    found = convert_state(ours_family(theirs), state, ours.config)
+    assert found.keys() == ours.state_dict().keys()
+    assert all(torch.equal(value, found[name]) for name, value in ours.state_dict().items())
+    missing = {name: value for name, value in state.items() if ".experts.1." not in name}
+    with pytest.raises(InteropError, match="experts"):
+        convert_state(ours_family(theirs), missing, ours.config)
 
 
 def test_dynamic_rope_matches_beyond_the_trained_context():

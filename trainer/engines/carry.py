@@ -1,0 +1,187 @@
+"""From the plain GPT to the parts of it that this rank carries: cut into stages, then each part as the layout says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from parallel.context import exchanged_heads, gathered_keys
+from parallel.expert import expert_parallel, experts_in, share_balance
+from parallel.layout import Asked, Batch, Coordinates, Layout, ModelFacts, plan
+from parallel.mesh import Groups
+from parallel.pipeline import split_layers
+from parallel.tensor import distribute, tensor_parallel, vocabulary_parallel, whole_logits
+from parallel.zero import shard_model
+from trainer.config import RunConfig
+from trainer.model.config import ModelConfig
+from trainer.model.gpt import GPT, Attention, Block, Part
+
+_KEPT_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._grouped_mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
+def facts(model: ModelConfig) -> ModelFacts:
+    """The numbers of a model that a layout must divide."""
+    dense = any(not model.is_moe(layer) for layer in range(model.layers))
+    moe = model.moe
+    width = 0 if moe is None else moe.width or model.d_mlp
+    return ModelFacts(
+        layers=model.layers,
+        heads=model.heads,
+        kv_heads=model.n_kv,
+        vocab=model.vocab,
+        mlp=model.d_mlp if dense else 0,
+        experts=0 if moe is None else moe.experts,
+        expert_mlp=width,
+        shared_mlp=0 if moe is None else moe.shared * width,
+    )
+
+
+def layout_of(config: RunConfig, world: int) -> Layout:
+    """The layout of a run on `world` ranks. Raises LayoutError with the reason and the nearest layouts that can be."""
+    p = config.parallel
+    asked = Asked(
+        zero=p.zero,
+        replicas=p.replicas,
+        tp=p.tp,
+        pp=p.pp,
+        cp=p.cp,
+        ep=p.ep,
+        expert_tp=p.expert_tp,
+        virtual_stages=p.virtual_stages,
+        schedule=p.schedule,
+        context_kind=p.context_kind,
+    )
+    batch = Batch(config.train.global_batch, config.train.micro_batch, config.train.context)
+    return plan(asked, world, facts(config.model), batch)
+
+
+def compute_dtype(config: RunConfig) -> torch.dtype:
+    return torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+
+
+def build_parts(config: RunConfig, layout: Layout, groups: Groups, here: Coordinates, device: torch.device) -> dict[int, GPT]:
+    """This rank's stages, their parameters allocated but not filled."""
+    layers = stage_layers(config.model, config.train.context, layout.stages)
+    parts = {}
+    for stage in layout.stages_of(here.pp):
+        part = Part(layers[stage], first=stage == 0, last=stage == layout.stages - 1)
+        with torch.device("meta"):
+            model = GPT(config.model, part)
+        _carry(model, config, layout, groups, here, device)
+        parts[stage] = model.to_empty(device="cpu" if config.parallel.offload == "optimizer" else device)
+    return parts
+
+
+def _carry(model: GPT, config: RunConfig, layout: Layout, groups: Groups, here: Coordinates, device: torch.device) -> None:
+    few = config.model.n_kv < layout.tp
+    distribute(model, None if groups.tp is None else groups.dense["tp"], _expert_mesh(groups), few)
+    for layer in experts_in(model):
+        if groups.experts is not None:
+            expert_parallel(layer.experts, groups.ep, groups.expert_tp)
+        if groups.row is not None:
+            share_balance(layer, groups.row)
+    attentions = [m for m in model.modules() if isinstance(m, Attention)]
+    heads = config.model.heads // layout.tp
+    model.heads = slice(here.tp * heads, (here.tp + 1) * heads)
+    if groups.cp is not None and layout.context_kind == "ulysses":
+        first, own = model.heads.start, heads // layout.cp
+        model.heads = slice(first + here.cp * own, first + (here.cp + 1) * own)
+        for attention in attentions:
+            attention.attend = exchanged_heads(attention.attend, groups.cp)  # type: ignore[arg-type]
+    elif groups.cp is not None:
+        for attention in attentions:
+            attention.attend = gathered_keys(attention.attend, groups.cp, config.train.context)  # type: ignore[arg-type]
+    if groups.tp is not None:
+        tensor_parallel(model, groups.tp, config.model.n_kv)
+        model.predict = vocabulary_parallel(model.predict, groups.tp)
+        model.logits = whole_logits(groups.tp)
+    blocks = [block for block in model.blocks.values() if isinstance(block, Block)]
+    _wrap_forwards(blocks, config.engine.recompute, compiles(config, device))
+    shard_model(model, blocks, layout, groups, compute_dtype(config), config.parallel.offload == "optimizer")
+
+
+def _expert_mesh(groups: Groups) -> Any:
+    return None if groups.experts is None else groups.experts["ep", "expert_tp"]
+
+
+def compiles(config: RunConfig, device: torch.device) -> bool:
+    return config.engine.compile == "on" or (config.engine.compile == "auto" and device.type == "cuda")
+
+
+def cores_per_rank(device: torch.device) -> int:
+    """Threads that this rank may use on its host for filling weights."""
+    if device.type == "cpu":
+        return torch.get_num_threads()
+    return max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))
+
+
+def stage_layers(model: ModelConfig, context: int, stages: int) -> list[range]:
+    """The layers of each pipeline stage, by the FLOPs of every layer and of the head."""
+    if stages == 1:
+        return [range(model.layers)]
+    costs = [layer_flops(model, context, layer) for layer in range(model.layers)]
+    return split_layers(costs, before=0.0, after=head_flops(model, context), stages=stages)
+
+
+def layer_flops(model: ModelConfig, context: int, layer: int) -> float:
+    """FLOPs of one layer's forward pass over one row, counted by running it on fake tensors."""
+    return _counted_flops(model, context, model.window(layer), layer if model.is_moe(layer) else None)
+
+
+@lru_cache(maxsize=256)
+def _counted_flops(model: ModelConfig, context: int, window: int, moe_layer: int | None) -> float:
+    same = (n for n in range(model.layers) if model.window(n) == window and model.is_moe(n) == (moe_layer is not None))
+    layer = next(same)
+    return _flops(model, Part(range(layer, layer + 1), first=False, last=False), context)
+
+
+@lru_cache(maxsize=64)
+def head_flops(model: ModelConfig, context: int) -> float:
+    """The same of the final norm and the head, for one row."""
+    return _flops(model, Part(range(0), first=False, last=True), context)
+
+
+def _flops(model: ModelConfig, part: Part, context: int) -> float:
+    counter = FlopCounterMode(display=False)
+    with FakeTensorMode(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        GPT(model, part)(torch.empty(1, context, model.width))
+    return float(counter.get_total_flops())
+
+
+def _wrap_forwards(blocks: list[Block], recompute: str, compiled: bool) -> None:
+    """Recompute and compile a block inside its `forward`: parameter names and FSDP's hooks, outside, see neither."""
+    for block in blocks:
+        forward: Callable[..., Any] = block.forward
+        if recompute != "none":
+            context: dict[str, Any] = {} if recompute == "full" else {"context_fn": _keep_products}
+            forward = partial(checkpoint, forward, use_reentrant=False, **context)
+        if compiled:
+            forward = torch.compile(forward)
+        block.forward = forward  # type: ignore[method-assign]
+
+
+def _keep_products() -> Any:
+    """Selective recompute: what took matrix products or attention is kept, the cheap rest is made again."""
+
+    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in _KEPT_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
