@@ -41,7 +41,8 @@ class Batch:
     def part(self, index: Ids) -> Batch:
         """Some positions of every row; `docs` then numbers documents of those positions only."""
         docs = None if self.docs is None else self.docs[:, index]
-        positions = np.arange(self.tokens.shape[1])[None] if self.positions is None else self.positions
+        shape = self.tokens.shape
+        positions = np.broadcast_to(np.arange(shape[1]), shape) if self.positions is None else self.positions
         return Batch(self.tokens[:, index], self.labels[:, index], docs, np.ascontiguousarray(positions[:, index]))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -20,20 +22,20 @@ from parallel.layout import ContextKind
 Attend = Callable[[Tensor, Tensor, Tensor, object], Tensor]
 
 
-def tokens_of(rank: int, size: int, context: int, kind: ContextKind) -> Tensor:
-    """Positions in the row that a context-parallel rank holds, int64 [context / size]."""
-    index = torch.arange(context)
+def tokens_of(rank: int, size: int, context: int, kind: ContextKind) -> npt.NDArray[np.int64]:
+    """Positions in the row that a context-parallel rank holds, [context / size]."""
+    index = np.arange(context, dtype=np.int64)
     if kind == "ulysses":
-        return index.chunk(size)[rank]
-    chunks = index.chunk(2 * size)
-    return torch.cat((chunks[rank], chunks[2 * size - 1 - rank]))
+        return np.split(index, size)[rank]
+    chunks = np.split(index, 2 * size)
+    return np.concatenate((chunks[rank], chunks[2 * size - 1 - rank]))
 
 
 def gathered_keys(attend: Attend, group: ProcessGroup, context: int) -> Attend:
     """Attention of this rank's queries to the keys and values of the whole row."""
     size = dist.get_world_size(group)
-    held = torch.cat([tokens_of(rank, size, context, "all-gather") for rank in range(size)])
-    in_order = held.argsort()
+    held = np.concatenate([tokens_of(rank, size, context, "all-gather") for rank in range(size)])
+    in_order = torch.from_numpy(held.argsort())
 
     def attend_row(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: object) -> Tensor:
         order = in_order.to(k_BKTD.device)

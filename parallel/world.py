@@ -13,6 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed.tensor._redistribute import _gen_transform_infos
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from parallel.errors import LayoutError
 
@@ -115,5 +117,9 @@ def die_with_parent() -> None:
 
 
 def leave() -> None:
+    """Leave the process group, if there is one, so that this process may join another."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # DTensor caches its plans by the value of a mesh: an equal one of the next world has other groups.
+        _gen_transform_infos.cache_clear()
+        _clear_sharding_prop_cache()

@@ -281,6 +281,48 @@ def layout(
         typer.echo(f"drawing: {svg}")
 
 
+@app.command(
+    epilog="Examples: `mikoshi dryrun configs/runs/gpt2-124m.toml --world 8 parallel.tp=2`, "
+    "`mikoshi dryrun configs/runs/gpt3-175b.toml --world 1536 --rank all --memory 80`"
+)
+def dryrun(
+    config: Config,
+    overrides: Overrides = None,
+    world: Annotated[
+        int | None, typer.Option(min=1, help="ranks of the run (default: this machine's GPUs, else 1)", show_default=False)
+    ] = None,
+    rank: Annotated[
+        str, typer.Option(help="a rank's number; ends: one of the first and one of the last stage; all: one of every stage")
+    ] = "ends",
+    memory: Annotated[
+        float | None, typer.Option(min=0, help="GiB of a GPU: exit 2 when a rank needs more", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the figures as JSON")] = False,
+) -> None:
+    """Build the run and take a step at any world size in this process, without a GPU: memory, traffic and FLOPs of a rank.
+
+    The engine's own code runs, on tensors without memory and among ranks that are not there. Peak memory is that of
+    tensors: an allocator's fragmentation, CUDA's context and NCCL's buffers come on top (keep some GiB for them).
+    """
+    from rich.console import Console
+
+    from trainer.config import load_config
+
+    run = load_config(config, overrides or [])
+    from trainer.dryrun_text import print_dry_runs, run_ranks
+
+    results = run_ranks(run, world or _local_gpus(run), rank)
+    if as_json:
+        typer.echo(json.dumps([result.as_json() for result in results], indent=2))
+    else:
+        print_dry_runs(results, memory, Console(highlight=False, soft_wrap=True, width=500))
+    if memory is not None and max(result.peak for result in results) > memory * 2**30:
+        from parallel.errors import LayoutError
+
+        worst = max(results, key=lambda result: result.peak)
+        raise LayoutError(f"rank {worst.rank} needs {worst.peak / 2**30:.1f} GiB, more than the {memory:g} GiB of --memory")
+
+
 @app.command(epilog="Example: `mikoshi report runs/quickstart`, then open runs/quickstart/report.html in a browser.")
 def report(
     run: Run,

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from parallel.context import tokens_of
@@ -126,7 +127,7 @@ def _tokens(layout: Layout, cp: int, context: int) -> tuple[range, ...]:
     if layout.cp == 1:
         return (range(context),)
     positions = tokens_of(cp, layout.cp, context, layout.context_kind)
-    cuts = [0, *((positions.diff() != 1).nonzero().flatten() + 1).tolist(), len(positions)]
+    cuts = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
     return tuple(range(int(positions[a]), int(positions[b - 1]) + 1) for a, b in itertools.pairwise(cuts))
 
 

@@ -1,13 +1,15 @@
 """One contender of the training benchmark, as a process (or as one rank of several): prints one JSON line.
 
-All train the same GPT-2-shaped model on the same rows with the same optimizer and clipping; each is written as its
-own users would write it. Step times leave out the first steps; memory is the process's peak resident set on CPU and
-the allocator's peak on CUDA.
+All train the same GPT-2-shaped model on the same rows, from the same initial weights, with the same optimizer and
+clipping, so that their losses agree; each is written as its own users would write it. All join the same process group
+and have the same allocator settings. Step times leave out the first steps; memory is the process's peak resident set
+on CPU and the allocator's peak on CUDA.
 """
 
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import time
@@ -46,6 +48,37 @@ def rows(case, rank, world, step):
     return data[rank * share : (rank + 1) * share]
 
 
+def model_of(case):
+    return {
+        "vocab": case.vocab, "context": case.context, "layers": case.layers, "width": case.width, "heads": case.heads,
+        "position": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": True, "tied": True,
+    }  # fmt: skip
+
+
+def fill(model, case, places):
+    """The initial weights of Mikoshi's model, into another's. `places`: in our names, what it calls something else; a
+    name that begins with "T " holds the matrix transposed. Theirs keep queries, keys and values in one matrix."""
+    from trainer.model.config import ModelConfig
+    from trainer.model.gpt import GPT
+    from trainer.model.init import Region, initial
+    from trainer.model.init import fill as fill_ours
+
+    config = ModelConfig(**model_of(case))
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in GPT(config).named_parameters()}
+    targets = dict(model.named_parameters())
+    for name, shape in shapes.items():
+        values = torch.empty(shape)
+        fill_ours(values, name, Region.all_of(shape), initial(name, config), 0, torch.get_num_threads())
+        part = re.search(r"\.attn\.([qkv])\.", name)
+        for ours, theirs in places.items():
+            name = name.replace(ours, theirs)
+        target = targets[name.replace("T ", "")].data
+        target = target.T if "T " in name and target.ndim == 2 else target
+        (target if part is None else target.chunk(3)["qkv".index(part[1])]).copy_(values)
+    return model
+
+
 def ours(case, rank, world, device, precision):
     from data.loader import Batch
     from trainer.config import RunConfig
@@ -54,18 +87,15 @@ def ours(case, rank, world, device, precision):
 
     config = RunConfig.model_validate(
         {
-            "model": {
-                "vocab": case.vocab, "context": case.context, "layers": case.layers, "width": case.width,
-                "heads": case.heads, "position": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": True,
-                "tied": True,
-            },
+            "model": model_of(case),
             "data": {"path": "unused"},
             "train": {"steps": 1000, "global_batch": case.batch, "context": case.context},
             "optim": {"lr": LR, "betas": BETAS, "weight_decay": DECAY, "clip": CLIP},
             "parallel": {"zero": int(os.environ.get("BENCH_ZERO", "2"))},
             "engine": {"precision": precision},
+            "run": {"seed": 0},
         }
-    )  # fmt: skip
+    )
     engine = build_engine(config, layout_of(config, world), device)
 
     def step(number):
@@ -82,16 +112,23 @@ def decay_groups(model):
     ]
 
 
+HUGGING_FACE = {
+    "embed": "transformer.wte", "position": "transformer.wpe", "blocks": "transformer.h", "attn_norm": "ln_1",
+    "mlp_norm": "ln_2", "attn.out": "T attn.c_proj", "attn.q": "T attn.c_attn", "attn.k": "T attn.c_attn",
+    "attn.v": "T attn.c_attn", "mlp.up": "T mlp.c_fc", "mlp.down": "T mlp.c_proj", "norm": "transformer.ln_f",
+}  # fmt: skip
+
+
 def hugging_face(case, rank, world, device, precision):
     from accelerate import Accelerator
     from transformers import GPT2Config, GPT2LMHeadModel
 
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if precision == "bf16" else "no")
-    torch.manual_seed(0)
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=case.vocab, n_positions=case.context, n_embd=case.width, n_layer=case.layers,
                    n_head=case.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     )  # fmt: skip
+    fill(model, case, HUGGING_FACE)
     if device.type == "cuda":
         model = torch.compile(model)
     optimizer = torch.optim.AdamW(decay_groups(model), lr=LR, betas=BETAS, fused=True)
@@ -132,9 +169,6 @@ class PlainGPT(torch.nn.Module):
         self.position = torch.nn.Embedding(case.context, case.width)
         self.blocks = torch.nn.ModuleList(PlainBlock(case) for _ in range(case.layers))
         self.norm = torch.nn.LayerNorm(case.width)
-        for p in self.parameters():
-            if p.ndim == 2:
-                torch.nn.init.normal_(p, std=0.02)
 
     def forward(self, tokens, labels):
         x = self.embed(tokens) + self.position.weight[: tokens.shape[1]]
@@ -144,9 +178,14 @@ class PlainGPT(torch.nn.Module):
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
+PLAIN = {
+    "attn_norm": "norm1", "mlp_norm": "norm2", "attn.out": "out", "attn.q": "qkv", "attn.k": "qkv", "attn.v": "qkv",
+    "mlp.": "",
+}  # fmt: skip
+
+
 def plain(case, rank, world, device, precision):
-    torch.manual_seed(0)
-    model = PlainGPT(case).to(device)
+    model = fill(PlainGPT(case), case, PLAIN).to(device)
     if device.type == "cuda":
         model = torch.compile(model)
     optimizer = torch.optim.AdamW(decay_groups(model), lr=LR, betas=BETAS, fused=True)
@@ -167,7 +206,38 @@ def plain(case, rank, world, device, precision):
     return step
 
 
-CONTENDERS = {"mikoshi": ours, "hugging_face": hugging_face, "plain": plain}
+def deepspeed(case, rank, world, device, precision):
+    import deepspeed
+
+    # Its all-reduce in shared memory is compiled on the spot, and serves inference only.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model = fill(PlainGPT(case), case, PLAIN)
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.AdamW(decay_groups(model), lr=LR, betas=BETAS, fused=True),
+        config={
+            "train_batch_size": case.batch,
+            "train_micro_batch_size_per_gpu": case.batch // world,
+            "gradient_clipping": CLIP,
+            "bf16": {"enabled": precision == "bf16"},
+            "zero_optimization": {
+                "stage": 2, "contiguous_gradients": True, "overlap_comm": True, "reduce_scatter": True,
+                "reduce_bucket_size": 5e8, "allgather_bucket_size": 5e8,
+            },
+        },
+    )  # fmt: skip
+
+    def step(number):
+        data = torch.from_numpy(rows(case, rank, world, number)).to(device)
+        loss = engine(data[:, :-1], data[:, 1:])
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    return step
+
+
+CONTENDERS = {"mikoshi": ours, "hugging_face": hugging_face, "plain": plain, "deepspeed": deepspeed}
 
 
 def main():
@@ -182,8 +252,7 @@ def main():
 
     place = world_from(os.environ) or World()
     device = pick_device("auto", place)
-    if args.contender != "hugging_face":
-        join(place, device)
+    join(place, device)
     case = CASES[args.case]
     step = CONTENDERS[args.contender](case, place.rank, place.size, device, args.precision)
     seconds, losses = [], []
@@ -191,13 +260,17 @@ def main():
         start = time.perf_counter()
         losses.append(step(number))
         seconds.append(time.perf_counter() - start)
+    # Ours says the loss of the whole batch, the others that of their own rows: the mean over the ranks is the same.
+    mean = torch.tensor(losses, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(mean)
+    losses = (mean / place.size).tolist()
     if place.rank == 0:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
         median = statistics.median(seconds[args.skip :])
         print(json.dumps({"seconds": median, "tokens_per_s": case.tokens / median, "peak_bytes": peak,
-                          "first_loss": losses[0], "last_loss": losses[-1]}))  # fmt: skip
+                          "losses": losses}))  # fmt: skip
     leave()
 
 

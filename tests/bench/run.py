@@ -1,11 +1,14 @@
 """The benchmark: our step beside others' on the same work, alternating, medians; then start-up and the loop's overhead.
 
-    python tests/bench/run.py [--gpu] [--rounds N] [--only step|startup|overhead]
+    python tests/bench/run.py [--gpu] [--rounds N] [--only step|startup|overhead] [--ranks 1|2]
 
-Prints Markdown tables with the device, the versions and the commit. Every contender is a fresh process each time.
+Prints Markdown tables with the device, the versions and the commit. Every contender is a fresh process each time, with
+the same number of threads a rank. Contenders whose losses are not the same are refused: they would not do the same work.
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -21,13 +24,15 @@ import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-NAMES = {"mikoshi": "Mikoshi", "hugging_face": "Hugging Face + accelerate", "plain": "plain PyTorch loop"}
+NAMES = {
+    "mikoshi": "Mikoshi, ZeRO-2", "hugging_face": "Hugging Face + accelerate", "plain": "plain PyTorch loop, DDP",
+    "deepspeed": "DeepSpeed ZeRO-2",
+}  # fmt: skip
+# Of a loss of about 9: rounding, and what a few steps of AdamW make of it.
+SAME_LOSS = {"fp32": 1e-4, "bf16": 3e-2}
 
 
 def machine():
-    import accelerate
-    import transformers
-
     if torch.cuda.is_available():
         device = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
     else:
@@ -37,10 +42,9 @@ def machine():
     if shutil.which("git"):
         asked = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         commit = asked.stdout.strip()
-    return (
-        f"{device}; Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"accelerate {accelerate.__version__}; commit {commit or 'unknown'}"
-    )
+    libraries = [name for name in ("torch", "transformers", "accelerate", "deepspeed") if importlib.util.find_spec(name)]
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in libraries)
+    return f"{device}; Python {platform.python_version()}, {versions}; commit {commit or 'unknown'}"
 
 
 def measure(contender, case, ranks, steps, precision):
@@ -56,6 +60,12 @@ def measure(contender, case, ranks, steps, precision):
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
 
 
+def check_losses(case, precision, ours, theirs, name):
+    furthest = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
+    if not furthest <= SAME_LOSS[precision]:
+        raise SystemExit(f"{case}: the losses of {name} are up to {furthest:.2g} away from Mikoshi's: not the same work")
+
+
 def step_table(case, ranks, rounds, steps, precision, contenders):
     results = {name: [] for name in contenders}
     for number in range(rounds):
@@ -63,18 +73,21 @@ def step_table(case, ranks, rounds, steps, precision, contenders):
         for name in order:
             results[name].append(measure(name, case, ranks, steps, precision))
             print(f"  {case}, {ranks} rank(s), round {number + 1}, {name}: {results[name][-1]}", file=sys.stderr)
+    for name in contenders:
+        check_losses(case, precision, results["mikoshi"][0], results[name][0], name)
     rate = {name: statistics.median(r["tokens_per_s"] for r in runs) for name, runs in results.items()}
     peak = {name: statistics.median(r["peak_bytes"] for r in runs) for name, runs in results.items()}
     print(f"\n{case}, {precision}, {ranks} rank(s), medians of {rounds} alternating runs of {steps} steps:\n")
-    print("| | tokens/s | Mikoshi's speed | peak memory | " + ("MFU |" if torch.cuda.is_available() else ""))
+    print("| | tokens/s | Mikoshi's speed | peak memory a rank | " + ("MFU |" if torch.cuda.is_available() else ""))
     print("|---|---|---|---|" + ("---|" if torch.cuda.is_available() else ""))
     for name in contenders:
-        ratio = statistics.median(
+        ratios = [
             ours["tokens_per_s"] / theirs["tokens_per_s"]
             for ours, theirs in zip(results["mikoshi"], results[name], strict=True)
-        )
-        told = "" if name == "mikoshi" else f"{ratio:.2f}x"
-        row = f"| {NAMES[name]} | {rate[name]:,.0f} | {told} | {peak[name] / 2**20:,.0f} MiB |"
+        ]
+        told = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}x to {max(ratios):.2f}x)" if name != "mikoshi" else ""
+        called = NAMES[name] if ranks > 1 else NAMES[name].split(", ")[0]
+        row = f"| {called} | {rate[name]:,.0f} | {told} | {peak[name] / 2**20:,.0f} MiB |"
         print(row + (f" {mfu(case, rate[name] / ranks):.1%} |" if torch.cuda.is_available() else ""))
 
 
@@ -186,6 +199,7 @@ def main():
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=["step", "startup", "overhead"])
+    parser.add_argument("--ranks", type=int, choices=[1, 2], help="of the steps; default: both")
     args = parser.parse_args()
     sys.path.insert(0, str(HERE))
     if str(ROOT) not in sys.path:
@@ -199,8 +213,13 @@ def main():
             step_table(case, 1, min(args.rounds, 2), 20, "bf16", ["mikoshi", "hugging_face", "plain"])
         return
     if args.only in (None, "step"):
-        for ranks in (1, 2):
-            step_table("cpu", ranks, args.rounds, 8, "fp32", ["mikoshi", "hugging_face", "plain"])
+        for ranks in (args.ranks,) if args.ranks else (1, 2):
+            contenders = ["mikoshi", "hugging_face", "plain"]
+            if ranks > 1 and importlib.util.find_spec("deepspeed"):
+                contenders.append("deepspeed")
+            elif ranks > 1:
+                print("\ndeepspeed: not installed, skipped (pip install -c constraints.txt -e '.[bench]')")
+            step_table("cpu", ranks, args.rounds, 8, "fp32", contenders)
     if args.only in (None, "startup"):
         startup(min(args.rounds, 3), 2)
     if args.only in (None, "overhead"):

@@ -44,23 +44,15 @@ def _module(file):
 def _call(function, args, rank, world, store):
     import torch.distributed as dist
 
+    from parallel.world import leave
+
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     try:
         return function(*args)
     finally:
-        dist.destroy_process_group()
-        _forget_meshes()
-
-
-def _forget_meshes():
-    """DTensor caches plans by the value of a mesh; that of the next test may be equal, but its groups are new."""
-    from torch.distributed.tensor import _redistribute
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-
-    _redistribute._gen_transform_infos.cache_clear()
-    _clear_sharding_prop_cache()
+        leave()
 
 
 class RankPool:

@@ -121,7 +121,7 @@ def test_damaged_index(run, config_file, tmp_path, content):
 
 def test_world_size_that_does_not_divide_the_batch(run, config_file):
     one_error(
-        run("train", config_file, "--ranks", 3), "train.global_batch 4 cannot be shared evenly by 3 ranks",
+        run("train", config_file, "--ranks", 3), "train.global_batch 4 cannot be shared evenly by 3 data ranks",
         "start 1, 2 or 4 ranks", "train.global_batch=6",
     )  # fmt: skip
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from parallel.layout import Layout
+from parallel.mesh import make_groups
 from trainer.config import RunConfig
 from trainer.engines.base import Engine
+from trainer.engines.carry import build_parts
 from trainer.engines.native import NativeEngine
 
 
 def build_engine(config: RunConfig, layout: Layout, device: torch.device) -> Engine:
-    """The engine of the config, its weights initialised. Collective; see the engine's own constructor for errors."""
-    return NativeEngine(config, layout, device)
+    """The engine of the config, its weights initialised. Needs the process group of `layout.world` ranks; collective."""
+    groups = make_groups(layout, device.type, config.model.moe is not None, config.model.tied)
+    parts = build_parts(config, layout, groups, layout.coordinates(dist.get_rank()), device)
+    return NativeEngine(config, layout, device, groups, parts)

@@ -78,7 +78,7 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def build_parts(config: RunConfig, layout: Layout, groups: Groups, here: Coordinates, device: torch.device) -> dict[int, GPT]:
-    """This rank's stages, their parameters allocated but not filled."""
+    """This rank's stages, cut and wrapped as the layout says, on the meta device still."""
     layers = stage_layers(config.model, config.train.context, layout.stages)
     parts = {}
     for stage in layout.stages_of(here.pp):
@@ -86,7 +86,7 @@ def build_parts(config: RunConfig, layout: Layout, groups: Groups, here: Coordin
         with torch.device("meta"):
             model = GPT(config.model, part)
         _carry(model, config, layout, groups, here, device)
-        parts[stage] = model.to_empty(device="cpu" if config.parallel.offload == "optimizer" else device)
+        parts[stage] = model
     return parts
 
 

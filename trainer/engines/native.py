@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,17 +14,19 @@ from torch import Tensor, nn
 from data.loader import Batch
 from parallel.context import tokens_of
 from parallel.layout import Layout
-from parallel.mesh import make_groups
+from parallel.mesh import Groups
 from parallel.pipeline import Inputs, Pipeline
 from parallel.sharding import local, place, sum_of_squares
 from trainer.config import RunConfig
 from trainer.engines.base import StepResult
-from trainer.engines.carry import build_parts, compute_dtype, cores_per_rank
+from trainer.engines.carry import compute_dtype, cores_per_rank
+from trainer.model.gpt import GPT
 from trainer.model.init import Region, fill, initial
 from trainer.model.moe import MoE
 from trainer.optim import Optimizers
 
-_FIGURES = 3  # loss, tokens, squared gradient norm
+Loads = npt.NDArray[np.float64]
+"""Rows that went to each expert in a step, [layers, experts]; no rows for a dense model."""
 
 
 class NativeEngine:
@@ -30,18 +34,30 @@ class NativeEngine:
     parameter, and no more."""
 
     def __init__(
-        self, config: RunConfig, layout: Layout, device: torch.device, fill_weights: Callable[..., None] = fill
+        self,
+        config: RunConfig,
+        layout: Layout,
+        device: torch.device,
+        groups: Groups,
+        parts: dict[int, GPT],
+        fill_weights: Callable[[str, Tensor, RunConfig, torch.device], None] | None = None,
+        read: Callable[[Tensor], list[float]] = Tensor.tolist,
     ) -> None:
-        """Needs the process group of `layout.world` ranks. `fill_weights` writes a parameter's initial values."""
-        self.config, self.layout, self.device = config, layout, device
+        """`groups`: what make_groups makes of the layout; `parts`: what build_parts does, on the meta device.
+
+        `fill_weights` writes a parameter's initial values (default: fill_initial) and `read` brings a step's figures to
+        the host: a dry run, whose tensors hold nothing, gives others.
+        """
+        self.config, self.layout, self.device, self.read = config, layout, device, read
         self.here = layout.coordinates(dist.get_rank())
-        self.groups = make_groups(layout, device.type, config.model.moe is not None, config.model.tied)
-        self.parts = build_parts(config, layout, self.groups, self.here, device)
+        self.groups = groups
+        home = torch.device("cpu") if config.parallel.offload == "optimizer" else device
+        fill_weights = fill_weights or fill_initial
+        self.parts = {stage: part.to_empty(device=home) for stage, part in parts.items()}
         self.named = [pair for part in self.parts.values() for pair in part.named_parameters()]
         self.parameters = [p for _, p in self.named]
         for name, p in self.named:
-            region = Region(*place(p), tuple(p.shape))
-            fill_weights(local(p), name, region, initial(name, config.model), config.run.seed, cores_per_rank(device))
+            fill_weights(name, p, config, device)
         self.optimizers = Optimizers(self.named, config.optim)
         # A tied embedding is with the first and with the last stage; it counts once, as the first stage's.
         ends = [
@@ -106,10 +122,10 @@ class NativeEngine:
     def _micro_batches(self, rows: Batch) -> list[Inputs]:
         """This rank's part of every micro-batch, as arguments of the model's forward."""
         index, context = self.index, self.config.train.context
-        part = rows if index is None else rows.part(index.numpy())
+        part = rows if index is None else rows.part(index)
         rest: dict[str, Any] = {"length": context}
         if index is not None and self.layout.context_kind == "all-gather":
-            rest["queries_T"] = index.to(self.device)
+            rest["queries_T"] = _to(index, self.device)
         size = self.layout.micro_rows
         out: list[Inputs] = []
         for start in range(0, len(rows.tokens), size):
@@ -128,7 +144,7 @@ class NativeEngine:
             gradients[0].add_(gradients[1])
             gradients[1].copy_(gradients[0])
 
-    def _sums(self, loss: Tensor, rows: Batch, squares: Tensor) -> tuple[float, int, float, Tensor]:
+    def _sums(self, loss: Tensor, rows: Batch, squares: Tensor) -> tuple[float, int, float, Loads]:
         """Loss, predicted tokens, squared gradient norm and every expert's rows, over all ranks: the step's one extra
         collective. Ranks that know the same of these each give an equal share."""
         layout, moe = self.layout, self.config.model.moe
@@ -141,31 +157,36 @@ class NativeEngine:
             loads[layer] = module.take_load()
         mine = torch.cat((torch.stack([figure.to(loss) for figure in figures]), loads.flatten()))
         dist.all_reduce(mine)
-        loss_sum, tokens, squares_sum = mine[:_FIGURES].tolist()
-        return loss_sum, round(tokens), squares_sum, mine[_FIGURES:].view_as(loads)
+        loss_sum, tokens, squares_sum, *told = self.read(mine)
+        return loss_sum, round(tokens), squares_sum, np.reshape(told, loads.shape)
 
     @torch.no_grad()
-    def _balance_experts(self, loads: Tensor) -> None:
+    def _balance_experts(self, loads: Loads) -> None:
         """Move the bias of experts that had too much to do down and of the others up (DeepSeek-AI 2024, arXiv:2412.19437,
         section 2.1.2)."""
         for layer, module in self.experts:
             bias, rate = module.router.bias, module.moe.bias_rate
             if bias is not None and rate:
-                load = loads[layer]
-                offset, shape = place(bias)
-                mine = (load.mean() - load).sign()[offset[0] : offset[0] + shape[0]]
-                local(bias).add_(mine.to(local(bias)), alpha=rate)
+                (first,), (count,) = place(bias)
+                way = np.sign(loads[layer].mean() - loads[layer])[first : first + count]
+                local(bias).add_(torch.from_numpy(way).to(local(bias)), alpha=rate)
 
 
-def expert_metrics(loads: Tensor) -> dict[str, float]:
+def fill_initial(name: str, p: Tensor, config: RunConfig, device: torch.device) -> None:
+    """Write the initial values of this rank's piece of a parameter."""
+    region = Region(*place(p), tuple(p.shape))
+    fill(local(p), name, region, initial(name, config.model), config.run.seed, cores_per_rank(device))
+
+
+def expert_metrics(loads: Loads) -> dict[str, float]:
     """How evenly the experts were used in a step: the busiest one's rows over the mean, worst layer and mean of layers,
-    and the number of experts that had nothing to do. Empty for a dense model. loads: [layers, experts]."""
-    used = loads[loads.sum(1) > 0] if loads.numel() else loads
-    if not len(used):
+    and the number of experts that had nothing to do. Empty for a dense model."""
+    used = loads[loads.sum(1) > 0]
+    if not used.size:
         return {}
-    busiest = used.amax(1) / used.mean(1)
-    values = torch.stack((busiest.max(), busiest.mean(), (used == 0).sum().double())).tolist()
-    return dict(zip(("expert_load_worst", "expert_load_mean", "experts_idle"), values, strict=True))
+    busiest = used.max(1) / used.mean(1)
+    idle = float((used == 0).sum())
+    return {"expert_load_worst": float(busiest.max()), "expert_load_mean": float(busiest.mean()), "experts_idle": idle}
 
 
 def _to(array: Any, device: torch.device) -> Tensor:

@@ -11,7 +11,7 @@ IGNORED = -100
 """Label of a position that is not predicted: padding, or the first token of another document."""
 
 # Logits per chunk: on CPU a chunk stays near the caches, on a GPU it is enough to fill the matrix units.
-_CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
+CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 
 class Vocabulary(Protocol):
@@ -27,7 +27,7 @@ class Vocabulary(Protocol):
 
 def chunk_rows(vocab: int, device: torch.device) -> int:
     """Rows of hidden states whose logits are made together."""
-    return max(16, _CHUNK_ELEMENTS.get(device.type, 1 << 25) // vocab)
+    return max(16, CHUNK_ELEMENTS.get(device.type, 1 << 25) // vocab)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -1,0 +1,69 @@
+"""A dry run tells what the real ranks then use: memory within 2%, the same collectives, the FLOPs of the formula."""
+
+import pytest
+import torch
+
+from data.loader import Loader, open_split
+from parallel.errors import LayoutError
+from runs import run_config
+from trainer.dryrun import axis_names, dry_run, kinds_of
+from trainer.engines import build_engine
+from trainer.engines.carry import layout_of
+from trainer.ledger import Ledger
+from trainer.metrics import flops_per_token
+
+BASE = {"vocab": 1024, "context": 64, "layers": 4, "width": 64, "heads": 4, "kv_heads": 2}
+MOE = {"moe": {"experts": 4, "top_k": 4, "width": 64, "aux_loss": 0.01}}  # every expert for every token: no luck of routing
+LAYOUTS = [
+    (1, {}, {}), (2, {}, {"zero": 0}), (2, {}, {"zero": 2}), (4, {}, {"zero": 3}), (2, {"tied": True}, {"tp": 2}),
+    (4, {}, {"tp": 2, "zero": 1}), (2, {}, {"pp": 2}), (4, {"tied": True}, {"pp": 2, "schedule": "zbv"}),
+    (2, {}, {"pp": 2, "schedule": "gpipe"}), (2, {}, {"cp": 2}), (2, MOE, {"ep": 2}), (4, MOE, {"tp": 2, "ep": 2}),
+    (4, {}, {"tp": 2, "pp": 2}),
+]  # fmt: skip
+
+
+def measured(config):
+    """The second step of every rank, counted on real tensors."""
+    import torch.distributed as dist
+
+    layout = layout_of(config, dist.get_world_size())
+    split, _ = open_split(config.data.path, "train", config.train.context)
+    data = layout.coordinates(dist.get_rank()).data
+    loader = Loader(split, 1, config.train.global_batch, data, layout.data_ranks, False)
+    engine = build_engine(config, layout, torch.device("cpu"))
+    engine.step(loader.batch(0), 1e-4)
+    with Ledger(kinds_of(engine)) as ledger:
+        engine.step(loader.batch(1), 1e-4)
+    axes = axis_names(engine)
+    traffic = {(axes.get(g, g), name): (t.calls, t.bytes) for (g, name), t in ledger.traffic.items()}
+    return ledger.peak, ledger.by_kind(), ledger.flops, traffic
+
+
+@pytest.mark.parametrize(("world", "model", "layout"), LAYOUTS, ids=str)
+def test_it_tells_what_real_ranks_use(ranks, dataset, tmp_path, world, model, layout):
+    config = run_config(
+        dataset, tmp_path, model=BASE | model, parallel=layout, train={"global_batch": 16, "micro_batch": 2},
+        data={"document_mask": False}, engine={"device": "cpu"},
+    )  # fmt: skip
+    found = ranks.run(measured, config, world=world)
+    for rank in {0, world - 1}:
+        peak, kinds, flops, traffic = found[rank]
+        dry = dry_run(config, world, rank)
+        assert dry.peak == pytest.approx(peak, rel=0.02)
+        for kind in ("parameters", "optimizer"):
+            assert dry.memory[kind] == pytest.approx(kinds[kind], rel=0.02)
+        assert sum(dry.memory.values()) == dry.peak
+        assert dry.flops == pytest.approx(flops, rel=1e-3)
+        assert {(c.axis, c.name): (c.calls, c.bytes) for c in dry.collectives} == traffic
+
+
+def test_flops_are_the_formulas(dataset, tmp_path):
+    config = run_config(dataset, tmp_path, model=BASE)
+    tokens = config.train.global_batch * config.train.context
+    # The formula counts whole squares of attention as it is usual; so does the ledger.
+    assert dry_run(config, 1, 0).flops == pytest.approx(flops_per_token(config.model, 64) * tokens, rel=0.05)
+
+
+def test_it_refuses_what_cannot_be(dataset, tmp_path):
+    with pytest.raises(LayoutError, match=r"parallel\.tp 3 does not divide model\.heads 4"):
+        dry_run(run_config(dataset, tmp_path, model=BASE, parallel={"tp": 3}), 3, 0)

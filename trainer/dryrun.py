@@ -1,0 +1,198 @@
+"""The real run at any world size in one CPU process: the engine's own code builds the model and takes a step, on tensors
+that have a shape and no memory, among ranks that answer at once and are not there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from data.loader import Batch
+from parallel.errors import LayoutError
+from parallel.layout import Layout
+from parallel.mesh import make_groups
+from parallel.sharding import local
+from parallel.world import leave
+from trainer.config import RunConfig
+from trainer.engines.carry import build_parts, layout_of, stage_layers
+from trainer.engines.native import NativeEngine
+from trainer.ledger import Ledger
+from trainer.model.loss import CHUNK_ELEMENTS
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective over one axis in a step: calls, and bytes that the rank puts in."""
+
+    axis: str
+    name: str
+    calls: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a step costs one rank. memory: bytes by kind at the peak; they add up to `peak`. flops: of the rank's part of
+    the step, recomputation included. seconds, host_bytes: what the dry run itself took."""
+
+    rank: int
+    pp: int
+    stages: list[str]
+    parameters: int
+    memory: dict[str, int]
+    peak: int
+    flops: float
+    collectives: list[Collective]
+    seconds: float
+    host_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+KINDS = ("parameters", "gathered", "gradients", "optimizer", "activations", "buffers")
+
+
+def dry_run(config: RunConfig, world: int, rank: int) -> DryRun:
+    """Build rank `rank` of `world` and take one step. Needs a process that has no process group; leaves none.
+
+    Unless engine.device is "cpu" the figures are a GPU's: the loss is made in a GPU's chunks, and attention has no dense
+    mask, as there FlexAttention needs none (the rows are read as one document each). Raises LayoutError if the layout
+    cannot be.
+    """
+    config = config.model_copy(update={"engine": config.engine.model_copy(update={"compile": "off"})})
+    started = time.perf_counter()
+    layout = layout_of(config, world)
+    stages = stage_layers(config.model, config.train.context, layout.stages)
+    _join_nobody(rank, world)
+    try:
+        rows = layout.micro_rows * layout.micro_batches
+        shape = (rows, config.train.context)
+        batch = Batch(np.zeros(shape, np.int64), np.zeros(shape, np.int64), None, None)
+        groups = make_groups(layout, "cpu", config.model.moe is not None, config.model.tied)
+        parts = build_parts(config, layout, groups, layout.coordinates(rank), torch.device("cpu"))
+        with ExitStack() as held:
+            held.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            engine = NativeEngine(config, layout, torch.device("cpu"), groups, parts, _leave_empty, _ones)
+            if config.engine.device != "cpu":
+                held.enter_context(mock.patch.dict(CHUNK_ELEMENTS, {"cpu": CHUNK_ELEMENTS["cuda"]}))
+                for part in engine.parts.values():
+                    part.masks = _no_masks(part)  # type: ignore[method-assign]
+            ledger = held.enter_context(Ledger(kinds_of(engine)))
+            engine.step(batch, lr=1e-4)
+        here = engine.here
+        return DryRun(
+            rank=rank,
+            pp=here.pp,
+            stages=[f"{r.start}-{r.stop - 1}" for r in (stages[s] for s in layout.stages_of(here.pp))],
+            parameters=sum(p.numel() for p in engine.parameters),
+            memory={kind: ledger.by_kind().get(kind, 0) for kind in KINDS},
+            peak=ledger.peak,
+            flops=ledger.flops,
+            collectives=_collectives(ledger, engine),
+            seconds=time.perf_counter() - started,
+            host_bytes=_peak_host_bytes(),
+        )
+    finally:
+        leave()
+
+
+def _join_nobody(rank: int, world: int) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+
+
+def _leave_empty(*_: Any) -> None:
+    """The initial values of weights that have no memory."""
+
+
+def _ones(figures: Tensor) -> list[float]:
+    return [1.0] * figures.numel()
+
+
+def _no_masks(part: Any) -> Any:
+    return lambda *_: {part.config.window(layer): None for layer in part.part.layers}
+
+
+def _peak_host_bytes() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def kinds_of(engine: NativeEngine) -> Any:
+    """For a Ledger: the engine's parameters, gradients and optimizer state at the time of asking."""
+    gathered: dict[int, nn.Parameter] = {}
+
+    def known() -> Mapping[str, Iterable[Tensor]]:
+        for part in engine.parts.values():
+            for p in part.parameters():  # what FSDP2 has put in their place while it is gathered
+                gathered[id(p)] = p
+        gradients = [p.grad for p in [*engine.parameters, *gathered.values()] if p.grad is not None]
+        own = {id(p) for p in engine.parameters}
+        return {
+            "gathered": [p.detach() for key, p in gathered.items() if key not in own],
+            "parameters": [p.detach() for p in engine.parameters],
+            "gradients": [*gradients, *_accumulated(engine.parts.values())],
+            "optimizer": [t for moments in engine.optimizers.moments.values() for t in moments.values()],
+        }
+
+    return known
+
+
+def _accumulated(parts: Iterable[nn.Module]) -> list[Tensor]:
+    """Whole gradients in reduce precision that FSDP2 keeps between the micro-batches of bf16."""
+    found = []
+    for module in (m for part in parts for m in part.modules() if isinstance(m, FSDPModule)):
+        state = fully_shard.state(module)  # type: ignore[attr-defined]
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in (g for g in groups if g is not None):
+            found += [p.unsharded_accumulated_grad for p in group.fsdp_params if p.unsharded_accumulated_grad is not None]
+    return [local(t) for t in found]
+
+
+def _collectives(ledger: Ledger, engine: NativeEngine) -> list[Collective]:
+    axes = axis_names(engine)
+    return sorted(
+        (Collective(axes.get(group, group), name, t.calls, t.bytes) for (group, name), t in ledger.traffic.items()),
+        key=lambda c: -c.bytes,
+    )
+
+
+def axis_names(engine: NativeEngine) -> dict[str, str]:
+    """Process group's name -> axis of the layout. Groups of one rank carry nothing and are left out by their size."""
+    groups = engine.groups
+    names: dict[str, str] = {dist.group.WORLD.group_name: "all"} if dist.group.WORLD is not None else {}
+    for mesh, kind in ((groups.experts, "expert "), (groups.dense, "")):
+        if mesh is not None:
+            for axis in mesh.mesh_dim_names or ():
+                plain = axis in ("ep", "expert_tp", "tp", "pp")
+                names[mesh.get_group(axis).group_name] = axis if plain else kind + axis
+    for axis, group in (("cp", groups.cp), ("row", groups.row), ("ends", groups.ends)):
+        if group is not None:
+            names[group.group_name] = axis
+    return names
+
+
+def ranks_of(layout: Layout, which: str) -> list[int]:
+    """The ranks meant by a number, "ends" or "all": one of every kind, as all ranks of a stage cost the same. Raises
+    LayoutError for anything else."""
+    kinds = [pp * layout.stage_ranks for pp in range(layout.pp)]
+    if which == "all":
+        return kinds
+    if which == "ends":
+        return list(dict.fromkeys((kinds[0], kinds[-1])))
+    if which.isdigit() and int(which) < layout.world:
+        return [int(which)]
+    raise LayoutError(f'--rank {which}: give a number below {layout.world}, "ends" or "all"')
