@@ -142,8 +142,8 @@ def kinds_of(engine: NativeEngine) -> Any:
         gradients = [p.grad for p in [*engine.parameters, *gathered.values()] if p.grad is not None]
         own = {id(p) for p in engine.parameters}
         return {
-            "gathered": [p.detach() for key, p in gathered.items() if key not in own],
-            "parameters": [p.detach() for p in engine.parameters],
+            "gathered": [p for key, p in gathered.items() if key not in own],
+            "parameters": engine.parameters,
             "gradients": [*gradients, *_accumulated(engine.parts.values())],
             "optimizer": [t for moments in engine.optimizers.moments.values() for t in moments.values()],
         }
