@@ -3,7 +3,9 @@
     python tests/bench/run.py [--gpu] [--rounds N] [--only step|startup|overhead] [--ranks 1|2]
 
 Prints Markdown tables with the device, the versions and the commit. Every contender is a fresh process each time, with
-the same number of threads a rank. Contenders whose losses are not the same are refused: they would not do the same work.
+the same number of threads a rank. On CPU they wait side by side and take one step each in turn, so that whatever else
+the machine does meets all of them; a ratio is that of two steps of the same turn. Contenders whose losses are not the
+same are refused: they would not do the same work.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -28,6 +31,7 @@ NAMES = {
     "mikoshi": "Mikoshi, ZeRO-2", "hugging_face": "Hugging Face + accelerate", "plain": "plain PyTorch loop, DDP",
     "deepspeed": "DeepSpeed ZeRO-2",
 }  # fmt: skip
+SKIP = 2  # steps to warm up
 # Of a loss of about 9: rounding, and what a few steps of AdamW make of it.
 SAME_LOSS = {"fp32": 1e-4, "bf16": 3e-2}
 
@@ -47,17 +51,42 @@ def machine():
     return f"{device}; Python {platform.python_version()}, {versions}; commit {commit or 'unknown'}"
 
 
-def measure(contender, case, ranks, steps, precision):
+def start(contender, case, ranks, steps, precision, store, folder):
     command = [sys.executable, str(HERE / "contender.py"), contender, "--case", case, "--steps", str(steps)]
-    command += ["--precision", precision]
+    command += ["--skip", str(SKIP), "--precision", precision, "--turns", str(store.port)]
     env = dict(os.environ)
     if ranks > 1:
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         env["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // ranks))
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise SystemExit(f"{contender}, {ranks} rank(s) failed:\n{done.stderr[-3000:]}")
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))
+    with (folder / f"{contender}.out").open("w") as out, (folder / f"{contender}.err").open("w") as err:
+        return subprocess.Popen(command, stdout=out, stderr=err, env=env)
+
+
+def race(contenders, case, ranks, steps, precision):
+    """What each contender says of itself, by name. All have taken a step before any takes the next."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory() as name:
+        folder, running, results = Path(name), {}, {}
+        try:
+            for contender in contenders:
+                running[contender] = start(contender, case, ranks, steps, precision, store, folder)
+            for number in range(SKIP + steps):
+                for contender in contenders if number % 2 == 0 else contenders[::-1]:
+                    store.set(f"{contender}/{number}", "")
+                    done = [f"{contender}/{number}/{rank}" for rank in range(ranks)]
+                    while not store.check(done) and running[contender].poll() is None:
+                        time.sleep(0.002)
+            for contender, process in running.items():
+                if process.wait():
+                    error = (folder / f"{contender}.err").read_text()[-3000:]
+                    raise SystemExit(f"{contender}, {ranks} rank(s) failed:\n{error}")
+                lines = (folder / f"{contender}.out").read_text().splitlines()
+                results[contender] = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
+        finally:
+            for process in running.values():
+                process.terminate()
+                process.wait()
+    return results
 
 
 def check_losses(case, precision, ours, theirs, name):
@@ -69,26 +98,27 @@ def check_losses(case, precision, ours, theirs, name):
 def step_table(case, ranks, rounds, steps, precision, contenders):
     results = {name: [] for name in contenders}
     for number in range(rounds):
-        order = contenders if number % 2 == 0 else contenders[::-1]
-        for name in order:
-            results[name].append(measure(name, case, ranks, steps, precision))
-            print(f"  {case}, {ranks} rank(s), round {number + 1}, {name}: {results[name][-1]}", file=sys.stderr)
+        together = [[name] for name in contenders] if torch.cuda.is_available() else [contenders]  # a GPU may not hold all
+        for group in together:
+            for name, result in race(group, case, ranks, steps, precision).items():
+                results[name].append(result)
+                shown = f"{statistics.median(result['seconds']):.3f} s, {result['peak_bytes'] / 2**20:,.0f} MiB"
+                print(f"  {case}, {ranks} rank(s), round {number + 1}, {name}: {shown}", file=sys.stderr)
     for name in contenders:
         check_losses(case, precision, results["mikoshi"][0], results[name][0], name)
-    rate = {name: statistics.median(r["tokens_per_s"] for r in runs) for name, runs in results.items()}
+    seconds = {name: [s for result in runs for s in result["seconds"]] for name, runs in results.items()}
     peak = {name: statistics.median(r["peak_bytes"] for r in runs) for name, runs in results.items()}
-    print(f"\n{case}, {precision}, {ranks} rank(s), medians of {rounds} alternating runs of {steps} steps:\n")
+    tokens = results["mikoshi"][0]["tokens"]
+    print(f"\n{case}, {precision}, {ranks} rank(s), medians of {rounds} x {steps} steps; in brackets, half of the ratios:\n")
     print("| | tokens/s | Mikoshi's speed | peak memory a rank | " + ("MFU |" if torch.cuda.is_available() else ""))
     print("|---|---|---|---|" + ("---|" if torch.cuda.is_available() else ""))
     for name in contenders:
-        ratios = [
-            ours["tokens_per_s"] / theirs["tokens_per_s"]
-            for ours, theirs in zip(results["mikoshi"], results[name], strict=True)
-        ]
-        told = f"{statistics.median(ratios):.2f}x ({min(ratios):.2f}x to {max(ratios):.2f}x)" if name != "mikoshi" else ""
+        rate = tokens / statistics.median(seconds[name])
+        low, middle, high = statistics.quantiles(a / b for a, b in zip(seconds[name], seconds["mikoshi"], strict=True))
+        told = f"{middle:.2f}x ({low:.2f}x to {high:.2f}x)" if name != "mikoshi" else ""
         called = NAMES[name] if ranks > 1 else NAMES[name].split(", ")[0]
-        row = f"| {called} | {rate[name]:,.0f} | {told} | {peak[name] / 2**20:,.0f} MiB |"
-        print(row + (f" {mfu(case, rate[name] / ranks):.1%} |" if torch.cuda.is_available() else ""))
+        row = f"| {called} | {rate:,.0f} | {told} | {peak[name] / 2**20:,.0f} MiB |"
+        print(row + (f" {mfu(case, rate / ranks):.1%} |" if torch.cuda.is_available() else ""))
 
 
 def mfu(case_name, tokens_per_s):
@@ -197,7 +227,7 @@ def overhead(steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=["step", "startup", "overhead"])
     parser.add_argument("--ranks", type=int, choices=[1, 2], help="of the steps; default: both")
     args = parser.parse_args()
@@ -219,7 +249,7 @@ def main():
                 contenders.append("deepspeed")
             elif ranks > 1:
                 print("\ndeepspeed: not installed, skipped (pip install -c constraints.txt -e '.[bench]')")
-            step_table("cpu", ranks, args.rounds, 8, "fp32", contenders)
+            step_table("cpu", ranks, args.rounds, 16, "fp32", contenders)
     if args.only in (None, "startup"):
         startup(min(args.rounds, 3), 2)
     if args.only in (None, "overhead"):

@@ -1,0 +1,121 @@
+"""Any layout that is accepted for a model builds and steps, as one rank does; any other is refused before a rank starts."""
+
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+
+from data.loader import Loader, open_split
+from parallel.errors import LayoutError
+from parallel.schedule import Schedule
+from runs import run_config
+from trainer.engines import build_engine
+from trainer.engines.carry import layout_of
+
+MODELS = st.fixed_dictionaries(
+    {
+        "vocab": st.sampled_from([384, 400, 386]),
+        "layers": st.integers(1, 6),
+        "width": st.sampled_from([32, 48]),
+        "heads": st.sampled_from([2, 4, 6]),
+        "kv_heads": st.sampled_from([1, 2]),
+        "head_dim": st.just(8),
+        "mlp_width": st.sampled_from([48, 64]),
+        "position": st.sampled_from(["rotary", "learned", "alibi"]),
+        "norm": st.sampled_from(["rmsnorm", "layernorm"]),
+        "norm_order": st.sampled_from(["pre", "post"]),
+        "qk_norm": st.booleans(),
+        "tied": st.booleans(),
+        "windows": st.sampled_from([(0,), (8, 0), (5,)]),
+        "moe": st.none()
+        | st.fixed_dictionaries(
+            {
+                "experts": st.sampled_from([2, 4, 6]),
+                "top_k": st.sampled_from([1, 2]),
+                "width": st.sampled_from([16, 24]),
+                "shared": st.sampled_from([0, 1]),
+                "router": st.sampled_from(["softmax", "sigmoid"]),
+                "aux_loss": st.sampled_from([0.0, 0.01]),
+                "bias_rate": st.sampled_from([None, 0.01]),
+            }
+        ),
+    }
+)
+LAYOUTS = st.fixed_dictionaries(
+    {
+        "zero": st.sampled_from([0, 1, 2, 3]),
+        "tp": st.sampled_from([1, 1, 2, 4]),
+        "pp": st.sampled_from([1, 1, 2, 4]),
+        "cp": st.sampled_from([1, 1, 2]),
+        "ep": st.sampled_from([1, 1, 2, 4]),
+        "expert_tp": st.sampled_from([None, 1]),
+        "replicas": st.sampled_from([None, None, 2]),
+        "schedule": st.sampled_from(get_args(Schedule)),
+        "context_kind": st.sampled_from(["all-gather", "ulysses"]),
+    }
+)
+
+
+def two_steps(config):
+    import torch.distributed as dist
+
+    layout = layout_of(config, dist.get_world_size())
+    split, _ = open_split(config.data.path, "train", config.train.context)
+    data = layout.coordinates(dist.get_rank()).data
+    loader = Loader(split, 1, config.train.global_batch, data, layout.data_ranks, config.data.document_mask)
+    engine = build_engine(config, layout, torch.device("cpu"))
+    results = [engine.step(loader.batch(step), 1e-3) for step in range(2)]
+    return [(r.loss, r.grad_norm, r.tokens, r.applied) for r in results]
+
+
+accepted, refused = [], []
+
+
+def check(ranks, dataset, folder, world, model, layout, mask):
+    made = {k: v for k, v in model.items() if v is not None}
+    config = run_config(
+        dataset, folder, model=made, parallel={k: v for k, v in layout.items() if v is not None},
+        train={"context": 32, "global_batch": 16}, data={"document_mask": mask},
+    )  # fmt: skip
+    try:
+        layout_of(config, world)
+    except LayoutError as error:
+        refused.append(str(error))
+        return
+    accepted.append(layout)
+    note(str(config.parallel))
+    (alone,) = ranks.run(two_steps, run_config(dataset, folder, model=made, train={"context": 32, "global_batch": 16},
+                                               data={"document_mask": mask}), world=1)  # fmt: skip
+    for found in ranks.run(two_steps, config, world=world):
+        for (loss, norm, tokens, applied), (loss1, norm1, tokens1, _) in zip(found, alone, strict=True):
+            assert applied
+            assert tokens == tokens1
+            assert loss == pytest.approx(loss1, rel=1e-5)
+            assert norm == pytest.approx(norm1, rel=1e-5)
+
+
+QUIET = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
+DRAWN = (st.sampled_from([2, 4]), MODELS, LAYOUTS, st.booleans())
+
+
+def test_some_layouts(ranks, dataset, tmp_path):
+    @given(*DRAWN)
+    @settings(max_examples=60, **QUIET)
+    def some(world, model, layout, mask):
+        check(ranks, dataset, tmp_path, world, model, layout, mask)
+
+    some()
+    assert len(accepted) >= 5, "the draw must reach layouts that run"
+    assert len(refused) >= 5
+
+
+@pytest.mark.slow
+def test_many_layouts(ranks, dataset, tmp_path):
+    @given(*DRAWN)
+    @settings(max_examples=600, **QUIET)
+    def many(world, model, layout, mask):
+        check(ranks, dataset, tmp_path, world, model, layout, mask)
+
+    many()
