@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
     from parallel.world import World
     from trainer.config import RunConfig
+    from trainer.generate import Sampling
+    from trainer.runfolder import RunFolder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -218,7 +221,10 @@ def _leave_message(text: str) -> None:
     Path(file).write_text(json.dumps({"message": message}))
 
 
-@app.command(epilog='Example: `mikoshi generate runs/quickstart --prompt "def main():" --tokens 200 --seed 1`')
+@app.command(
+    epilog='Examples: `mikoshi generate runs/quickstart --prompt "def main():" --tokens 200 --seed 1`, '
+    "`mikoshi generate runs/big --ranks 4 --tp 2 --pp 2`"
+)
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="text to go on from; empty: the start of a document")] = "",
@@ -228,8 +234,15 @@ def generate(
     top_p: Annotated[float, typer.Option(help="choose among the likeliest that together reach p")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed writes the same text")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where the model runs")] = "auto",
+    ranks: Annotated[int, typer.Option(min=1, help="ranks that carry the model together")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="of them, tensor parallel")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="and pipeline parallel; the rest hold shards (ZeRO)")] = 1,
 ) -> None:
-    """Write text with a run's newest checkpoint."""
+    """Write text with a run's newest checkpoint.
+
+    On one rank keys and values are kept from token to token. A model too large for that is carried by several `--ranks`,
+    and each token is a pass of the whole window through all of them.
+    """
     from trainer.errors import ConfigError
     from trainer.generate import Sampling, text_stream
     from trainer.runfolder import open_run
@@ -239,7 +252,19 @@ def generate(
     except UnicodeError:
         raise ConfigError("--prompt is not UTF-8 text") from None
     folder, sampling = open_run(run), Sampling(temperature, top_k, top_p, seed)
-    from parallel.world import World, pick_device
+    from parallel.world import World, pick_device, world_from
+
+    place = world_from(os.environ)
+    if place is not None:
+        _generate_rank(folder, place, device, prompt, tokens, sampling, {"tp": tp, "pp": pp})
+    if ranks > 1:
+        from launch.local import run_ranks
+
+        _check_generation(folder, ranks, {"tp": tp, "pp": pp})
+        again = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "top-k": top_k, "top-p": top_p}
+        again |= {"seed": seed, "device": device, "tp": tp, "pp": pp}
+        options = [f"--{name}={value}" for name, value in again.items()]
+        raise typer.Exit(run_ranks(ranks, ["generate", str(run), *options]))
     from trainer.generate import generate as write
     from trainer.generate import load_model
 
@@ -249,6 +274,40 @@ def generate(
     for piece in text_stream(tokenizer, start, write(model, start, tokens, sampling, tokenizer.separator)):
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+def _check_generation(folder: RunFolder, ranks: int, degrees: dict[str, int]) -> None:
+    """Refuse a layout that cannot be before any rank starts."""
+    from trainer.config import load_config
+    from trainer.engines.carry import layout_of
+    from trainer.generate import spread
+
+    layout_of(spread(load_config(folder.path), degrees, ranks), ranks)
+
+
+def _generate_rank(
+    folder: RunFolder, place: World, device: str, prompt: str, tokens: int, sampling: Sampling, degrees: dict[str, int]
+) -> NoReturn:
+    """This process's part of a generation, as one rank of several; rank 0 writes the text."""
+    from parallel.world import die_with_parent, join, leave, pick_device
+    from trainer.generate import generate_together, load_engine, text_stream
+
+    die_with_parent()
+    try:
+        here = pick_device(device, place)
+        join(place, here)
+        engine, tokenizer = load_engine(folder, degrees, place, here)
+        start = tokenizer.encode(prompt) or [tokenizer.separator]
+        pieces = text_stream(tokenizer, start, generate_together(engine, start, tokens, sampling, tokenizer.separator))
+        for piece in itertools.chain([prompt], pieces, ["\n"]):
+            if place.rank == 0:
+                typer.echo(piece, nl=False)
+        leave()
+    except Exception as error:
+        code = _say(error, place.rank)
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(DONE)
 
 
 @app.command(

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from data.tokenizer import Tokenizer, load_tokenizer
+from parallel.world import World
 from trainer import checkpoint
 from trainer.config import RunConfig, parse_config
+from trainer.engines import build_engine
+from trainer.engines.base import Engine
+from trainer.engines.carry import layout_of
 from trainer.errors import CheckpointError, ConfigError
 from trainer.model.gpt import GPT, KVCache
 from trainer.runfolder import RunFolder
@@ -84,6 +88,42 @@ def generate(model: GPT, prompt: list[int], tokens: int, sampling: Sampling, end
         ids.append(token)
         fresh = [token]
         yield token
+
+
+def generate_together(engine: Engine, prompt: list[int], tokens: int, sampling: Sampling, end: int) -> Iterator[int]:
+    """The same with a model that many ranks carry: every token is a pass of the whole window through all stages, without
+    kept keys and values. Collective; every rank gets the same ids."""
+    generator = torch.Generator().manual_seed(sampling.seed)
+    ids = list(prompt)
+    for _ in range(tokens):
+        token = choose(engine.next_logits(ids).cpu(), sampling, generator)
+        if token == end:
+            return
+        ids.append(token)
+        yield token
+
+
+def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, device: torch.device) -> tuple[Engine, Tokenizer]:
+    """The newest valid checkpoint's model over all ranks of `place`, under the run's own layout changed by `overrides` of
+    [parallel]. Collective. Raises CheckpointError or LayoutError."""
+    found = checkpoint.newest_valid(folder.checkpoints, set_aside=False)
+    if found is None:
+        raise CheckpointError(f"{folder.path}: there is no checkpoint yet; train first, or wait for one")
+    path, manifest, _ = found
+    config = spread(parse_config(manifest.record["config"], str(path)), overrides, place.size)
+    engine = build_engine(config, layout_of(config, place.size), device)
+    state = {name: tensor for name, tensor in engine.state().items() if name.startswith("model.")}
+    checkpoint.load(path, manifest, state)
+    engine.load_state(state)
+    return engine, load_tokenizer(folder.tokenizer)
+
+
+def spread(config: RunConfig, overrides: dict[str, int], world: int) -> RunConfig:
+    """The config of a run for passes without a backward: its degrees, but no schedule that needs many micro-batches."""
+    plain: dict[str, object] = {"schedule": "1f1b", "virtual_stages": None, "replicas": None, "offload": "none"}
+    parallel = config.parallel.model_copy(update=plain | overrides)
+    train = config.train.model_copy(update={"global_batch": world, "micro_batch": None})
+    return config.model_copy(update={"parallel": parallel, "train": train})
 
 
 def text_stream(tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int]) -> Iterator[str]:

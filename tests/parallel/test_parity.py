@@ -11,29 +11,12 @@ import pytest
 import torch
 
 from data.loader import Loader, evaluation_batches, open_split
+from layouts import BASE, MODELS, degrees
 from runs import run_config, whole_state
 from trainer.engines import build_engine
 from trainer.engines.carry import layout_of
 
 CPU = torch.device("cpu")
-BASE = {"vocab": 384, "context": 64, "layers": 4, "width": 64, "heads": 4, "mlp_width": 96}
-GPT2 = {"position": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "bias": True, "tied": True}
-MODELS = {
-    "llama": {"kv_heads": 2},
-    "gpt2": GPT2,
-    "gpt1": GPT2 | {"norm_order": "post"},
-    "bloom": {"position": "alibi", "norm": "layernorm", "mlp": "gelu_tanh", "bias": True, "embedding_norm": True, "tied": True},
-    "palm": {"block": "parallel", "kv_heads": 1, "tied": True},
-    "qwen3": {"kv_heads": 2, "qk_norm": True, "layers": 8},
-    "mistral": {"kv_heads": 2, "windows": [24, 0]},
-    "mixtral": {"kv_heads": 2, "moe": {"experts": 4, "top_k": 2, "aux_loss": 0.01, "z_loss": 0.001}},
-    "deepseek": {
-        "layers": 8,
-        "moe": {"experts": 8, "top_k": 2, "width": 48, "shared": 1, "router": "sigmoid", "groups": 4, "top_groups": 2,
-                "bias_rate": 0.01, "aux_loss": 0.001, "first": 1, "scale": 1.5},
-    },
-}  # fmt: skip
-
 # Model, ranks, layout. The data ranks are what the degrees leave over.
 CASES = [
     # each dimension alone
@@ -74,11 +57,6 @@ CASES = [
     ("mixtral", 8, "ep=4 cp=2 zero=3"), ("mixtral", 8, "ep=2 tp=2 cp=2"),
 ]  # fmt: skip
 FAST = {"zero=3 replicas=2", "tp=4", "cp=4", "ep=2 tp=2 pp=2", "cp=2 tp=2 pp=2", "tp=2 pp=2 zero=1 schedule=zbv"}
-
-
-def degrees(text):
-    pairs = (pair.split("=") for pair in text.split())
-    return {key: int(value) if value.isdigit() else value for key, value in pairs}
 
 
 def digest(tensor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -38,11 +38,15 @@ class Engine(Protocol):
         """Loss in nats a token over this rank's batches and its peers'; changes nothing."""
         ...
 
+    def next_logits(self, ids: Sequence[int]) -> Tensor:
+        """Logits [V] of the token that follows `ids`, of which as many as the training context are read; on every rank."""
+        ...
+
     def state(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs, under canonical names: `model.<parameter>` and
         `optim.<parameter>.<moment>`, tensors or DTensors; filled in place by a restore."""
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state`, a filled dict of `state()`'s shape."""
+        """Go on from `state`, a filled dict of `state()`'s shape or a part of it."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -106,13 +106,29 @@ class NativeEngine:
             loss_sum, tokens = loss_sum + batch_loss, tokens + batch_tokens
         return loss_sum / max(tokens, 1)
 
+    @torch.no_grad()
+    def next_logits(self, ids: Sequence[int]) -> Tensor:
+        context, here = self.config.train.context, self.here
+        ids = ids[-context:]
+        tokens = np.zeros((1, context), dtype=np.int64)  # what follows the last token is not seen by it
+        tokens[0, : len(ids)] = ids
+        (micro,) = self._micro_batches(Batch(tokens, tokens, None, None))
+        outputs = self.pipeline.forward([{key: value for key, value in micro.items() if key != "labels_BT"}])
+        told = torch.zeros(self.config.model.vocab, device=self.device)
+        held = np.arange(context) if self.index is None else self.index
+        mine = np.flatnonzero(held == len(ids) - 1)
+        if outputs and len(mine) and here.tp == 0 and here.data == 0:
+            told += outputs[0][0, mine[0]].float()
+        dist.all_reduce(told)
+        return told
+
     def state(self) -> dict[str, Tensor]:
         weights = {f"model.{name}": p.detach() for name, p in reversed(self.named)}  # of a tied pair, the first stage's
         return weights | dict(reversed(list(self.optimizers.state())))
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         for name, tensor in self.state().items():
-            if local(tensor).data_ptr() != local(state[name]).data_ptr():
+            if name in state and local(tensor).data_ptr() != local(state[name]).data_ptr():
                 tensor.copy_(state[name])
         if len(self.tied) == 2:  # both ends are on this rank, and the state names one
             first, last = self.tied
@@ -126,7 +142,7 @@ class NativeEngine:
         rest: dict[str, Any] = {"length": context}
         if index is not None and self.layout.context_kind == "all-gather":
             rest["queries_T"] = _to(index, self.device)
-        size = self.layout.micro_rows
+        size = min(self.layout.micro_rows, len(rows.tokens))
         out: list[Inputs] = []
         for start in range(0, len(rows.tokens), size):
             micro, whole = part.rows(start, start + size), rows.rows(start, start + size)

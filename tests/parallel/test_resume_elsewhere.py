@@ -1,0 +1,66 @@
+"""A run saved under one layout goes on under any other: the same state to the bit, and the same next losses."""
+
+import pytest
+import torch
+
+from data.loader import Loader, open_split
+from layouts import BASE, MODELS, degrees
+from runs import run_config, whole_state
+from trainer import checkpoint
+from trainer.engines import build_engine
+from trainer.engines.carry import layout_of
+
+
+def steps(engine, config, layout, numbers):
+    import torch.distributed as dist
+
+    split, _ = open_split(config.data.path, "train", config.train.context)
+    data = layout.coordinates(dist.get_rank()).data
+    loader = Loader(split, 1, config.train.global_batch, data, layout.data_ranks, True)
+    return [(r.loss, r.grad_norm) for r in (engine.step(loader.batch(n), 1e-3) for n in numbers)]
+
+
+def save_after_two(config, folder):
+    import torch.distributed as dist
+
+    layout = layout_of(config, dist.get_world_size())
+    engine = build_engine(config, layout, torch.device("cpu"))
+    steps(engine, config, layout, range(2))
+    checkpoint.save(folder, 2, engine.state(), {"config": "", "fingerprint": "f", "samples": 32}, keep=3)
+    return whole_state(engine.state()), steps(engine, config, layout, range(2, 4))
+
+
+def go_on(config, folder):
+    import torch.distributed as dist
+
+    layout = layout_of(config, dist.get_world_size())
+    engine = build_engine(config, layout, torch.device("cpu"))
+    path, manifest, _ = checkpoint.newest_valid(folder)
+    state = engine.state()
+    checkpoint.load(path, manifest, state)
+    engine.load_state(state)
+    return whole_state(engine.state()), steps(engine, config, layout, range(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("model", "saved", "elsewhere"),
+    [
+        ("gpt2", (4, "tp=2 pp=2 schedule=zbv"), [(1, ""), (4, "tp=2 cp=2"), (2, "pp=2"), (4, "pp=2 schedule=zbv zero=3")]),
+        ("llama", (4, "tp=4"), [(2, "tp=2"), (4, "pp=4"), (4, "zero=3 replicas=2")]),
+        ("deepseek", (4, "ep=2 tp=2"), [(1, ""), (4, "ep=4"), (4, "pp=2 ep=2 schedule=interleaved")]),
+    ],
+)
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_saved_here_gone_on_there(ranks, dataset, tmp_path, model, saved, elsewhere, optim):
+    def config(layout):
+        return run_config(
+            dataset, tmp_path, model=BASE | MODELS[model], parallel=degrees(layout), train={"global_batch": 16},
+            optim={"kind": optim},
+        )  # fmt: skip
+
+    (state, after), *_ = ranks.run(save_after_two, config(saved[1]), tmp_path / "saved", world=saved[0])
+    for world, layout in elsewhere:
+        for found, then in ranks.run(go_on, config(layout), tmp_path / "saved", world=world):
+            assert found.keys() == state.keys()
+            assert all(torch.equal(found[name], state[name]) for name in state), "the same state, to the bit"
+            assert then == [pytest.approx(pair, rel=1e-5) for pair in after]
