@@ -168,3 +168,13 @@ def whole_logits(group: ProcessGroup) -> Callable[[Tensor, Tensor, float], Tenso
         return gather(F.linear(gather(x, _SEQUENCE, group), own(weight)), -1, group) * scale
 
     return logits
+
+
+def overlap_collectives(group: ProcessGroup) -> None:
+    """Async tensor parallelism: have torch.compile break a gather and the product after it, or a product and the
+    reduce-scatter after it, into pieces that overlap (CUDA with symmetric memory only)."""
+    import torch._inductor.config as inductor
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    enable_symm_mem_for_group(group.group_name)
+    inductor._micro_pipeline_tp = True

@@ -41,9 +41,9 @@ def shard_model(
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     # The halves of a split backward pass need the same gathered parameters.
     reshard = layout.zero == 3 and not splits_backward(layout.schedule)
-    wrap = partial(
-        fully_shard, reshard_after_forward=reshard, offload_policy=CPUOffloadPolicy() if offload else OffloadPolicy()
-    )
+    pinned = groups.dense.device_type == "cuda"
+    place = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
+    wrap = partial(fully_shard, reshard_after_forward=reshard, offload_policy=place)
     mesh, blocks = _mesh(groups.dense, layout.state_grid), list(blocks)
     for name, module in model.named_modules():
         if name.endswith(".experts") and groups.experts is not None:
@@ -96,6 +96,8 @@ def gather_gradients(model: nn.Module, layout: Layout, last: bool) -> None:
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or layout.zero >= 2)
+        # Below ZeRO 3 parameters stay gathered from one micro-batch to the next: they do not change in between.
+        model.set_reshard_after_backward(last or layout.zero == 3)
 
 
 def hold_gradients(model: nn.Module, layout: Layout) -> None:

@@ -143,6 +143,8 @@ class RunConfig(_Section):
                 f"train.context {self.train.context} is longer than the model's {self.model.context} learned positions: "
                 "lower it or raise model.context"
             )
+        if self.parallel.async_tp and (self.engine.device == "cpu" or self.engine.compile == "off"):
+            raise ValueError("parallel.async_tp needs CUDA and compiled blocks: unset it, or engine.device and engine.compile")
         schedule = self.optim.schedule
         if schedule.kind == "wsd" and not schedule.decay:
             raise ValueError('optim.schedule.kind = "wsd" needs optim.schedule.decay, the steps of its final decay')

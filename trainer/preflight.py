@@ -31,6 +31,6 @@ def preflight(config: RunConfig, ranks: int) -> DatasetInfo:
     layout_of(config, ranks)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')
-    check_device(config.engine.device)
+    check_device("cuda" if config.parallel.async_tp else config.engine.device)
     RunFolder(config.run.path).make()
     return info

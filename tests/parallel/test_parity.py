@@ -127,6 +127,13 @@ def test_the_same_run(ranks, dataset, tmp_path, model, world, layout):
     assert_same_run(ranks.run(train, config_of(dataset, tmp_path, model, layout), world=world), alone)
 
 
+@pytest.mark.parametrize(("world", "layout"), [(1, "zero=2"), (4, "tp=2 zero=3"), (4, "pp=2 zero=2")])
+def test_optimizer_state_in_the_hosts_memory(ranks, dataset, tmp_path, world, layout):
+    alone = reference(ranks, config_of(dataset, tmp_path, "gpt2"))
+    config = config_of(dataset, tmp_path, "gpt2", f"{layout} offload=optimizer")
+    assert_same_run(ranks.run(train, config, world=world), alone)
+
+
 @pytest.mark.parametrize("layout", ["cp=2 tp=2", "cp=4 context_kind=ulysses", "pp=2 tp=2"])
 def test_rows_read_as_one_document(ranks, dataset, tmp_path, layout):
     alone = reference(ranks, config_of(dataset, tmp_path, "llama", mask=False))

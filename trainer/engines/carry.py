@@ -18,7 +18,7 @@ from parallel.expert import expert_parallel, experts_in, share_balance
 from parallel.layout import Asked, Batch, Coordinates, Layout, ModelFacts, plan
 from parallel.mesh import Groups
 from parallel.pipeline import split_layers
-from parallel.tensor import distribute, tensor_parallel, vocabulary_parallel, whole_logits
+from parallel.tensor import distribute, overlap_collectives, tensor_parallel, vocabulary_parallel, whole_logits
 from parallel.zero import shard_model
 from trainer.config import RunConfig
 from trainer.model.config import ModelConfig
@@ -111,6 +111,8 @@ def _carry(model: GPT, config: RunConfig, layout: Layout, groups: Groups, here: 
             attention.attend = gathered_keys(attention.attend, groups.cp, config.train.context)  # type: ignore[arg-type]
     if groups.tp is not None:
         tensor_parallel(model, groups.tp, config.model.n_kv)
+        if config.parallel.async_tp:
+            overlap_collectives(groups.tp)
         model.predict = vocabulary_parallel(model.predict, groups.tp)
         model.logits = whole_logits(groups.tp)
     blocks = [block for block in model.blocks.values() if isinstance(block, Block)]
