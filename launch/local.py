@@ -16,7 +16,7 @@ import psutil
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from trainer.exit_codes import DONE, FAULT, PREEMPTED, USER_ERROR
+from trainer.exit_codes import DONE, FAULT, LOST_PEER, PREEMPTED, USER_ERROR
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -96,7 +96,8 @@ def _outcome(failures: Iterable[ProcessFailure]) -> int:
             print(f"error: {by_code[USER_ERROR][0].message}", file=sys.stderr)
         return USER_ERROR
     ended = (PREEMPTED, -signal.SIGTERM, -signal.SIGINT)
-    first = [f for code, group in by_code.items() if code not in ended for f in group]
+    first = [f for code, group in by_code.items() if code not in (*ended, LOST_PEER) for f in group]
+    first = first or by_code.get(LOST_PEER, [])
     if not first:
         return PREEMPTED
     how = f"exit code {first[0].exitcode}" if first[0].exitcode > 0 else signal.Signals(-first[0].exitcode).name

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from trainer.errors import USER_ERRORS
-from trainer.exit_codes import DONE, FAULT, PREEMPTED, USER_ERROR
+from trainer.exit_codes import DONE, FAULT, LOST_PEER, PREEMPTED, USER_ERROR
 
 if TYPE_CHECKING:
     import torch
@@ -200,14 +200,29 @@ def _fit(run: RunConfig, place: World, device: torch.device) -> int:
 def _say(error: Exception, rank: int) -> int:
     """Tell what ended this rank; its exit code."""
     text = _told(error)
+    if text is None and _lost_peer(error):
+        # Not a word on stderr but one line: the traceback that matters is that of the rank that was lost.
+        print(f"rank {rank}: another rank is gone: {str(error).splitlines()[0][:200]}", file=sys.stderr)
+        return LOST_PEER
     if text is None:
-        traceback.print_exc()
+        print(f"rank {rank} failed:", file=sys.stderr)
+        traceback.print_exception(error)
         return FAULT
     if rank == 0:
         print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
     else:
         _leave_message(text)
     return USER_ERROR
+
+
+def _lost_peer(error: Exception) -> bool:
+    """Whether an error says that the other end of a collective is gone: then the fault is not this rank's."""
+    from torch.distributed import DistBackendError, DistNetworkError
+
+    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "Write error")
+    return isinstance(error, (DistBackendError, DistNetworkError)) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error) and any(text in str(error) for text in gone)
+    )
 
 
 def _leave_message(text: str) -> None:
