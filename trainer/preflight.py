@@ -18,6 +18,7 @@ from trainer.runfolder import RunFolder
 
 def preflight(config: RunConfig, ranks: int) -> DatasetInfo:
     """Check a run of `ranks` ranks. Raises ConfigError, DataError, LayoutError or RunError, one line each."""
+    layout_of(config, ranks)
     _, info = open_split(config.data.path, TRAIN, config.train.context)
     open_split(config.data.path, HELD_OUT, config.train.context)
     if config.model.vocab < info.vocab:
@@ -28,7 +29,6 @@ def preflight(config: RunConfig, ranks: int) -> DatasetInfo:
     tokenizer = load_tokenizer(config.data.path / TOKENIZER)
     if tokenizer.fingerprint != info.tokenizer:
         raise DataError(f"{config.data.path / TOKENIZER}: not the tokenizer that made the data; prepare the data again")
-    layout_of(config, ranks)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')
     check_device("cuda" if config.parallel.async_tp else config.engine.device)

@@ -330,7 +330,7 @@ def test_jsonl_and_parquet_sources_and_their_mistakes(run, config_file, tmp_path
 def test_help_and_schema(run):
     code, out, _ = run("--help")
     assert code == 0
-    for verb in ("prepare", "train", "generate", "report", "config"):
+    for verb in ("prepare", "train", "generate", "layout", "dryrun", "report", "config"):
         assert verb in out
     code, out, _ = run("config", "--schema")
     assert "RunConfig" in json.loads(out)["title"]

@@ -31,7 +31,10 @@ if os.environ.get("RANK") == "3":
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("raise RuntimeError('the fault of rank three')", ["rank 3 failed:", "Traceback", "the fault of rank three", "error: rank 3 ended with exit code 1"]),
+        (
+            "raise RuntimeError('the fault of rank three')",
+            ["rank 3 failed:", "Traceback", "the fault of rank three", "error: rank 3 ended with exit code 1"],
+        ),
         ("os.kill(os.getpid(), 9)", ["error: rank 3 ended with SIGKILL"]),
     ],
     ids=["raises", "killed"],
