@@ -228,9 +228,11 @@ def _uneven_rows(layout: Layout, batch: Batch) -> Iterator[str]:
     inner = layout.world // layout.data_ranks
     fit = sorted((n for n in range(1, batch.rows + 1) if batch.rows % n == 0), key=lambda n: abs(n - layout.data_ranks))[:3]
     up = -(-batch.rows // layout.data_ranks) * layout.data_ranks
+    *most, last = (str(n * inner) for n in sorted(fit))
+    start = f"{', '.join(most)} or {last}" if most else last
     yield (
         f"train.global_batch {batch.rows} cannot be shared evenly by {layout.data_ranks} data ranks: "
-        f"start {' or '.join(str(n * inner) for n in sorted(fit))} ranks, or use train.global_batch={up}"
+        f"start {start} ranks, or use train.global_batch={up}"
     )
 
 

@@ -6,19 +6,24 @@ A model that is not cut into stages is the pipeline of one stage, and its progra
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 from torch.distributed import ProcessGroup
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.pipelining._backward import stage_backward_input
+from torch.torch_version import TorchVersion
 
 from parallel.layout import Layout
 from parallel.schedule import Action, forward_programs, programs, rank_of
 from parallel.zero import gather_gradients, hold_gradients, release_gradients
+
+# Before torch 2.13 the node of a custom function does not outlive the graph that stage_backward_input lets go of.
+_NODES_DIE = TorchVersion(torch.__version__) < "2.13"
 
 Inputs = Mapping[str, Any]
 """What a micro-batch gives a stage: `x`, the tokens, used by the first stage alone, and the other arguments of forward."""
@@ -146,17 +151,19 @@ class _Run:
         if stage == 0:  # there is no input to differentiate: all of it waits
             self.deferred[stage, micro] = (out, upstream)
             return
+        graph = out.view_as(out) if _NODES_DIE else None
         parameters = self.pipeline.stages[stage].parameters()
         into = [torch.ones_like(out) if upstream is None else upstream]
         (gradient,), groups = stage_backward_input([out], into, [x], parameters)
-        self.deferred[stage, micro] = groups
+        self.deferred[stage, micro] = (groups, graph)
         self._keep(stage, micro, gradient)
 
     def _backward_weight(self, stage: int, micro: int) -> None:
         if stage == 0:
             torch.autograd.backward(*self.deferred.pop((stage, micro)))
         else:
-            stage_backward_weight(self.pipeline.stages[stage].parameters(), self.deferred.pop((stage, micro)))
+            groups, _graph = self.deferred.pop((stage, micro))
+            _weight_gradients(self.pipeline.stages[stage].parameters(), groups)
 
     def _keep(self, stage: int, micro: int, gradient: Tensor | None) -> None:
         if stage:
@@ -187,6 +194,32 @@ class _Run:
         work, values = self.coming.pop((way, stage, micro))
         work.wait()
         return values
+
+
+def _weight_gradients(parameters: Iterable[nn.Parameter], groups: list[dict[str, Any]]) -> None:
+    """The second half of a split backward pass: from the gradients that stage_backward_input kept at the nodes where the
+    ways to the weights part from the way to the input (Qi et al. 2023, arXiv:2401.10241).
+
+    Not torch's own second half: that of torch 2.11 knows no custom functions at those nodes, and counts twice where one
+    of them lies behind another.
+    """
+    owner = {get_gradient_edge(p).node: p for p in parameters if p.requires_grad}
+    for group in groups:
+        kept = list(zip(group.pop("intermediates"), group.pop("grads"), strict=True))
+        # What a node was given in the first half is all it gets, whatever another one sends it now.
+        handles = [node.register_prehook(lambda _, given=given: given) for node, given in kept] if len(kept) > 1 else []
+        edges = [(GradientEdge(node, i), g) for node, given in kept for i, g in enumerate(given) if g is not None]
+        weights = list(group["params"])
+        if edges:
+            starts, gradients = zip(*edges, strict=True)
+            ends = tuple(GradientEdge(node, 0) for node in weights)
+            found = _engine_run_backward(starts, gradients, False, False, ends, allow_unreachable=True, accumulate_grad=False)
+            for node, gradient in zip(weights, found, strict=True):
+                p = owner[node]
+                if gradient is not None:
+                    p.grad = gradient if p.grad is None else p.grad + gradient
+        for handle in handles:
+            handle.remove()
 
 
 def split_layers(costs: Sequence[float], before: float, after: float, stages: int) -> list[range]:

@@ -70,7 +70,7 @@ def test_flex_attention_agrees_with_the_dense_mask():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunked_loss_equals_cross_entropy(monkeypatch, dtype):
-    monkeypatch.setitem(loss._CHUNK_ELEMENTS, "cpu", 101 * 16)
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 101 * 16)
     torch.manual_seed(0)
     x = torch.randn(2, 37, 24, dtype=dtype, requires_grad=True)
     w = torch.randn(101, 24, dtype=dtype, requires_grad=True)
@@ -100,7 +100,7 @@ def test_the_full_logits_never_exist_at_once():
     labels = torch.randint(0, 8192, (1, 4096))
     with Watch():
         loss.next_token_loss(x, w, labels).backward()
-    assert max(shapes) <= loss._CHUNK_ELEMENTS["cpu"]
+    assert max(shapes) <= loss.CHUNK_ELEMENTS["cpu"]
     assert max(shapes) < 4096 * 8192 / 4
 
 
