@@ -75,6 +75,11 @@ def exchange(x: Tensor, got: Sequence[int], given: Sequence[int], group: Process
     return cast(Tensor, _Exchange.apply(x, got, given, group))  # type: ignore[no-untyped-call]
 
 
+def exchange_counts(x: Tensor, got: Sequence[int], given: Sequence[int], group: ProcessGroup) -> Tensor:
+    """exchange, for numbers that no gradient flows through."""
+    return _exchanged(x, got, given, group)
+
+
 def total(x: Tensor, group: ProcessGroup, how: str = "sum") -> Tensor:
     """All ranks' `x`, added up or whatever `how` says. No gradient flows through it."""
     return cast(Tensor, _ops.wait_tensor(_ops.all_reduce(x.detach().contiguous(), how, group.group_name)))

@@ -31,15 +31,14 @@ def tokens_of(rank: int, size: int, context: int, kind: ContextKind) -> npt.NDAr
     return np.concatenate((chunks[rank], chunks[2 * size - 1 - rank]))
 
 
-def gathered_keys(attend: Attend, group: ProcessGroup, context: int) -> Attend:
+def gathered_keys(attend: Attend, group: ProcessGroup, context: int, device: torch.device) -> Attend:
     """Attention of this rank's queries to the keys and values of the whole row."""
     size = dist.get_world_size(group)
     held = np.concatenate([tokens_of(rank, size, context, "all-gather") for rank in range(size)])
-    in_order = torch.from_numpy(held.argsort())
+    in_order = torch.from_numpy(held.argsort()).to(device)
 
     def attend_row(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: object) -> Tensor:
-        order = in_order.to(k_BKTD.device)
-        k, v = (gather(part, 2, group).index_select(2, order) for part in (k_BKTD, v_BKTD))
+        k, v = (gather(part, 2, group).index_select(2, in_order) for part in (k_BKTD, v_BKTD))
         return attend(q_BHTD, k, v, mask)
 
     return attend_row
@@ -51,9 +50,8 @@ def exchanged_heads(attend: Attend, group: ProcessGroup) -> Attend:
 
     def attend_heads(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: object) -> Tensor:
         # Where there are too few key/value heads to share out, ranks hold copies; their gradients add up by themselves.
-        copies = size // k_BKTD.shape[1] if k_BKTD.shape[1] % size else 1
-        if k_BKTD.shape[1] * copies % size:
-            copies = q_BHTD.shape[1] // k_BKTD.shape[1]
+        held = k_BKTD.shape[1]
+        copies = 1 if held % size == 0 else size // held if size % held == 0 else q_BHTD.shape[1] // held
         k, v = (part.repeat_interleave(copies, 1) if copies > 1 else part for part in (k_BKTD, v_BKTD))
         q, k, v = (_to_heads(part, size, group) for part in (q_BHTD, k, v))
         return _to_tokens(attend(q, k, v, mask), size, group)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from parallel.collectives import _exchanged, exchange, gather, reduce_scatter, sizes, total
+from parallel.collectives import exchange, exchange_counts, gather, reduce_scatter, sizes, total
 from parallel.tensor import own
 
 
@@ -32,7 +32,7 @@ def expert_parallel(experts: Any, ep: ProcessGroup | None, expert_tp: ProcessGro
         ranks = ep.size()
         given_RE = counts_E.view(ranks, -1)
         even = [1] * ranks
-        got_RE = _exchanged(given_RE, even, even, ep)  # rows from each rank for each expert here
+        got_RE = exchange_counts(given_RE, even, even, ep)  # rows from each rank for each expert here
         given = sizes(given_RE.sum(1), len(x_MC))
         got = sizes(got_RE.sum(1), len(x_MC))
         x = exchange(x_MC, got, given, ep)

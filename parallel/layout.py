@@ -289,6 +289,5 @@ def _difference(asked: Asked, other: Asked) -> str:
     keys = ("tp", "pp", "cp", "ep", "schedule", "replicas", "expert_tp", "virtual_stages")
     changed = {key: getattr(other, key) for key in keys if getattr(asked, key) != getattr(other, key)}
     text = [f"parallel.{key}={value}" for key, value in changed.items() if value is not None]
-    return " ".join(text) + (
-        f" (without {', '.join(k for k, v in changed.items() if v is None)})" if None in changed.values() else ""
-    )
+    gone = [f"parallel.{key}" for key, value in changed.items() if value is None]
+    return " ".join([*text, *([f"(remove {', '.join(gone)})"] if gone else [])])

@@ -20,7 +20,7 @@ from torch.torch_version import TorchVersion
 
 from parallel.layout import Layout
 from parallel.schedule import Action, forward_programs, programs, rank_of
-from parallel.zero import gather_gradients, hold_gradients, release_gradients
+from parallel.zero import Reduction
 
 # Before torch 2.13 the node of a custom function does not outlive the graph that stage_backward_input lets go of.
 _NODES_DIE = TorchVersion(torch.__version__) < "2.13"
@@ -31,14 +31,18 @@ Inputs = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Pipeline:
-    """This rank's stages and its way to the neighbours. hidden: what passes between stages: shape for a number of rows.
+    """The stages of pipeline rank `rank`, and its way to the neighbours.
+
+    hidden: the shape of a row of what passes between stages, [T here, C].
 
     A stage called with a micro-batch's inputs returns hidden states, and the last one the micro-batch's loss (a scalar).
     """
 
     stages: Mapping[int, nn.Module]
     layout: Layout
+    rank: int
     group: ProcessGroup | None
+    reduction: Reduction
     hidden: tuple[int, int]
     dtype: torch.dtype
     device: torch.device
@@ -48,12 +52,10 @@ class Pipeline:
         Returns the summed loss where the last stage is, else 0: fp64 scalar."""
         layout, run = self.layout, _Run(self, micro_batches)
         for stage in self.stages.values():
-            if self.group is not None:
-                hold_gradients(stage, layout)
+            self.reduction.begin(stage)
         self._run(programs(layout.schedule, layout.pp, layout.virtual, len(micro_batches)), run)
         for stage in self.stages.values():
-            if self.group is not None:
-                release_gradients(stage)
+            self.reduction.end(stage)
         return run.loss
 
     @torch.no_grad()
@@ -65,8 +67,7 @@ class Pipeline:
         return [run.outputs[last, m] for m in range(len(micro_batches))] if last in self.stages else []
 
     def _run(self, program: Sequence[Sequence[Action]], run: _Run) -> None:
-        rank = 0 if self.group is None else self.group.rank()
-        for action in program[rank]:
+        for action in program[self.rank]:
             run.do(action)
         for work, _ in run.sending:
             work.wait()
@@ -102,7 +103,6 @@ class _Run:
             case "backward-weight":
                 self._backward_weight(stage, micro)
             case "send-forward":
-                # Only what is differentiated is needed here later: its values are the next stage's from now on.
                 self._send("forward", stage + 1, micro, self._output(stage, micro).detach())
             case "send-backward":
                 self._send("backward", stage - 1, micro, self.gradients.pop((stage, micro)))
@@ -140,8 +140,7 @@ class _Run:
 
     def _backward(self, stage: int, micro: int) -> None:
         out, x = self.outputs.pop((stage, micro)), self.inputs.pop((stage, micro))
-        if self.pipeline.group is None:
-            gather_gradients(self.pipeline.stages[stage], self.pipeline.layout, last=micro == len(self.micro_batches) - 1)
+        self.pipeline.reduction.before_backward(self.pipeline.stages[stage], micro == len(self.micro_batches) - 1)
         torch.autograd.backward(out, self._upstream(stage, micro))
         self._keep(stage, micro, x.grad)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,7 +31,8 @@ def shard_model(
 ) -> None:
     """Share the model's state out over the layout's shards, in place, gathering some blocks at a time.
 
-    Gradients are summed, not averaged, in fp32: the caller normalises by the global count of tokens. Parameters stay
+    Gradients are summed over data ranks, not averaged, in fp32: the caller normalises by the global count of tokens. (What
+    tensor-parallel ranks hold whole, norms and such, they sum among each other in `compute_dtype` first.) Parameters stay
     fp32; they are cast to `compute_dtype` when gathered, except those of routers. `offload`: parameters, gradients and
     optimizer state stay in the host's memory, and the step is taken there. Nothing is wrapped when there is nothing to
     share, cast or offload.
@@ -89,19 +91,34 @@ def _wrapped(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
-def gather_gradients(model: nn.Module, layout: Layout, last: bool) -> None:
-    """Before the backward pass of a micro-batch: whether its gradients are reduced now.
+@dataclass(frozen=True)
+class Reduction:
+    """When gradients are reduced: what to do with a stage before the first pass of a step, before the backward pass of a
+    micro-batch (the last one or not), and after the last pass."""
 
-    ZeRO 2 and 3 keep no whole gradient, so they reduce every micro-batch; 0 and 1 add up and reduce the `last`.
-    """
+    begin: Callable[[nn.Module], None]
+    before_backward: Callable[[nn.Module, bool], None]
+    end: Callable[[nn.Module], None]
+
+
+def reduction(layout: Layout) -> Reduction:
+    """Micro-batch by micro-batch where one is finished before the next begins, at the end of the step in a pipeline."""
+    if layout.pp == 1:
+        return Reduction(lambda _: None, lambda model, last: _reduce_now(model, layout, last), lambda _: None)
+    return Reduction(lambda model: _hold(model, layout), lambda _model, _last: None, _release)
+
+
+def _reduce_now(model: nn.Module, layout: Layout, last: bool) -> None:
+    """ZeRO 2 and 3 keep no whole gradient, so they reduce every micro-batch; 0 and 1 add up and reduce the `last`."""
     if isinstance(model, FSDPModule):
+        model.set_requires_all_reduce(last)  # replicas meet once a step
         model.set_requires_gradient_sync(last or layout.zero >= 2)
         # Below ZeRO 3 parameters stay gathered from one micro-batch to the next: they do not change in between.
         model.set_reshard_after_backward(last or layout.zero == 3)
 
 
-def hold_gradients(model: nn.Module, layout: Layout) -> None:
-    """Before the first pass of a pipeline's step: gradients add up on this rank, and are reduced by release_gradients.
+def _hold(model: nn.Module, layout: Layout) -> None:
+    """Gradients add up on this rank until _release.
 
     A pipeline has passes of several micro-batches open at once, and halves of them where the schedule splits backward.
     """
@@ -111,8 +128,8 @@ def hold_gradients(model: nn.Module, layout: Layout) -> None:
         model.set_requires_gradient_sync(False)
 
 
-def release_gradients(model: nn.Module) -> None:
-    """After the last pass of a pipeline's step: reduce what has added up, and let go of gathered parameters."""
+def _release(model: nn.Module) -> None:
+    """Reduce what has added up, and let go of gathered parameters."""
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(True)
         model.set_reshard_after_backward(True)

@@ -219,10 +219,11 @@ def _lost_peer(error: Exception) -> bool:
     """Whether an error says that the other end of a collective is gone: then the fault is not this rank's."""
     from torch.distributed import DistBackendError, DistNetworkError
 
-    gone = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Read error", "Write error")
-    return isinstance(error, (DistBackendError, DistNetworkError)) or (
-        isinstance(error, RuntimeError) and "gloo" in str(error) and any(text in str(error) for text in gone)
-    )
+    text = str(error)
+    gone = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Read error",
+            "Write error", "remote process exited", "Socket Timeout", "failed to recv")  # fmt: skip
+    ours = isinstance(error, (DistBackendError, DistNetworkError)) or (isinstance(error, RuntimeError) and "gloo" in text)
+    return ours and any(words in text for words in gone)
 
 
 def _leave_message(text: str) -> None:
@@ -390,11 +391,13 @@ def dryrun(
         typer.echo(json.dumps([result.as_json() for result in results], indent=2))
     else:
         print_dry_runs(results, memory, Console(highlight=False, soft_wrap=True, width=500))
-    if memory is not None and max(result.peak for result in results) > memory * 2**30:
+    if memory is not None and max(result.device_peak for result in results) > memory * 2**30:
         from parallel.errors import LayoutError
 
-        worst = max(results, key=lambda result: result.peak)
-        raise LayoutError(f"rank {worst.rank} needs {worst.peak / 2**30:.1f} GiB, more than the {memory:g} GiB of --memory")
+        worst = max(results, key=lambda result: result.device_peak)
+        raise LayoutError(
+            f"rank {worst.rank} needs {worst.device_peak / 2**30:.1f} GiB, more than the {memory:g} GiB of --memory"
+        )
 
 
 @app.command(epilog="Example: `mikoshi report runs/quickstart`, then open runs/quickstart/report.html in a browser.")

@@ -85,7 +85,9 @@ class ParallelSection(_Section):
     """Degrees of parallelism. The ranks that tp, pp and cp leave over are data ranks: each reads other rows."""
 
     zero: Literal[0, 1, 2, 3] = Field(
-        2, description="what the data ranks share out: 0 nothing, 1 optimizer, 2 and gradients, 3 and parameters"
+        2,
+        description="what the data ranks share out: 0 nothing, 1 optimizer, 2 and gradients (not with pp > 1, where they "
+        "add up whole over a step), 3 and parameters",
     )
     replicas: Count | None = Field(
         None, description="groups of data ranks that each hold a whole state (hybrid sharding: one a node); default 1"
@@ -145,6 +147,12 @@ class RunConfig(_Section):
             )
         if self.parallel.async_tp and (self.engine.device == "cpu" or self.engine.compile == "off"):
             raise ValueError("parallel.async_tp needs CUDA and compiled blocks: unset it, or engine.device and engine.compile")
+        halves = self.parallel.pp > 1 and self.parallel.schedule in ("interleaved-zb", "zbv", "dualpipev")
+        if self.engine.recompute == "selective" and halves:
+            raise ValueError(
+                f'engine.recompute "selective" cannot go with parallel.schedule "{self.parallel.schedule}", whose backward '
+                'pass runs in two halves: use engine.recompute "full" or "none", or another schedule'
+            )
         schedule = self.optim.schedule
         if schedule.kind == "wsd" and not schedule.decay:
             raise ValueError('optim.schedule.kind = "wsd" needs optim.schedule.decay, the steps of its final decay')

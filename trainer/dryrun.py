@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -24,9 +24,11 @@ from parallel.mesh import make_groups
 from parallel.sharding import local
 from parallel.world import leave
 from trainer.config import RunConfig
+from trainer.engines import leave_empty
 from trainer.engines.carry import build_parts, layout_of, stage_layers
 from trainer.engines.native import NativeEngine
 from trainer.ledger import Ledger
+from trainer.model import attention
 from trainer.model.loss import CHUNK_ELEMENTS
 
 
@@ -42,8 +44,9 @@ class Collective:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a step costs one rank. memory: bytes by kind at the peak; they add up to `peak`. flops: of the rank's part of
-    the step, recomputation included. seconds, host_bytes: what the dry run itself took."""
+    """What a step costs one rank. memory: bytes by kind at the peak; they add up to `peak`, of which `offloaded` are in
+    the host's memory. flops: of the rank's part of the step, recomputation included. seconds: what the dry run itself
+    took; host_bytes: the most its process has held."""
 
     rank: int
     pp: int
@@ -51,10 +54,16 @@ class DryRun:
     parameters: int
     memory: dict[str, int]
     peak: int
+    offloaded: int
     flops: float
     collectives: list[Collective]
     seconds: float
     host_bytes: int
+
+    @property
+    def device_peak(self) -> int:
+        """Bytes of a GPU's memory at the peak."""
+        return self.peak - self.offloaded
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,9 +75,9 @@ KINDS = ("parameters", "gathered", "gradients", "optimizer", "activations", "buf
 def dry_run(config: RunConfig, world: int, rank: int) -> DryRun:
     """Build rank `rank` of `world` and take one step. Needs a process that has no process group; leaves none.
 
-    Unless engine.device is "cpu" the figures are a GPU's: the loss is made in a GPU's chunks, and attention has no dense
-    mask, as there FlexAttention needs none (the rows are read as one document each). Raises LayoutError if the layout
-    cannot be.
+    Unless engine.device is "cpu" the figures are a GPU's: the loss is made in a GPU's chunks, attention keeps what a
+    GPU's kernels keep, and has no dense mask, as there FlexAttention needs none (the rows are read as one document each).
+    Blocks are not compiled; compiled ones need a little less. Raises LayoutError if the layout cannot be.
     """
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"compile": "off"})})
     started = time.perf_counter()
@@ -83,21 +92,24 @@ def dry_run(config: RunConfig, world: int, rank: int) -> DryRun:
         parts = build_parts(config, layout, groups, layout.coordinates(rank), torch.device("cpu"))
         with ExitStack() as held:
             held.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            engine = NativeEngine(config, layout, torch.device("cpu"), groups, parts, _leave_empty, _ones)
+            engine = NativeEngine(config, layout, torch.device("cpu"), groups, parts, leave_empty, _ones)
             if config.engine.device != "cpu":
                 held.enter_context(mock.patch.dict(CHUNK_ELEMENTS, {"cpu": CHUNK_ELEMENTS["cuda"]}))
+                held.enter_context(mock.patch.object(attention, "causal_attention", _grouped_attention))
                 for part in engine.parts.values():
                     part.masks = _no_masks(part)  # type: ignore[method-assign]
             ledger = held.enter_context(Ledger(kinds_of(engine)))
             engine.step(batch, lr=1e-4)
-        here = engine.here
+        here, kinds = engine.here, ledger.by_kind()
+        away = ("parameters", "optimizer") if config.parallel.offload == "optimizer" else ()
         return DryRun(
             rank=rank,
             pp=here.pp,
             stages=[f"{r.start}-{r.stop - 1}" for r in (stages[s] for s in layout.stages_of(here.pp))],
             parameters=sum(p.numel() for p in engine.parameters),
-            memory={kind: ledger.by_kind().get(kind, 0) for kind in KINDS},
+            memory={kind: kinds.get(kind, 0) for kind in KINDS},
             peak=ledger.peak,
+            offloaded=sum(kinds.get(kind, 0) for kind in away),
             flops=ledger.flops,
             collectives=_collectives(ledger, engine),
             seconds=time.perf_counter() - started,
@@ -113,12 +125,34 @@ def _join_nobody(rank: int, world: int) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
 
 
-def _leave_empty(*_: Any) -> None:
-    """The initial values of weights that have no memory."""
-
-
 def _ones(figures: Tensor) -> list[float]:
     return [1.0] * figures.numel()
+
+
+class _GroupedAttention(torch.autograd.Function):
+    """What a GPU's kernel keeps for its backward pass: keys and values once for each of their heads, not for each query
+    head, as the CPU's needs them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        copies = q.shape[1] // k.shape[1]
+        wide = (part.repeat_interleave(copies, 1) for part in (k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, *wide, 0.0, True)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return cast(Tensor, out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        heads = k.shape[1]
+        wide = (part.repeat_interleave(q.shape[1] // heads, 1) for part in (k, v))
+        back = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grad_q, grad_k, grad_v = back(grads[0], q, *wide, out, lse, 0.0, True)
+        return grad_q, grad_k.unflatten(1, (heads, -1)).sum(2), grad_v.unflatten(1, (heads, -1)).sum(2)
+
+
+def _grouped_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return cast(Tensor, _GroupedAttention.apply(q, k, v))  # type: ignore[no-untyped-call]
 
 
 def _no_masks(part: Any) -> Any:

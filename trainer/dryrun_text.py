@@ -45,7 +45,9 @@ def print_dry_runs(results: list[DryRun], memory: float | None, console: Console
         table.add_column(f"rank {r.rank} (stage {r.pp}, layers {' and '.join(r.stages)})", justify="right")
     for kind in KINDS:
         table.add_row(_LABELS[kind], *(f"{r.memory[kind] / _GIB:.3f}" for r in results))
-    table.add_row("in all", *(f"{r.peak / _GIB:.3f}{_fits(r, memory)}" for r in results))
+    if any(r.offloaded for r in results):
+        table.add_row("of these in the host's memory", *(f"-{r.offloaded / _GIB:.3f}" for r in results))
+    table.add_row("a GPU's memory", *(f"{r.device_peak / _GIB:.3f}{_fits(r, memory)}" for r in results))
     table.add_row("")
     table.add_row("parameters of its layers", *(f"{r.parameters:,}" for r in results))
     table.add_row("TFLOPs a step", *(f"{r.flops / 1e12:,.2f}" for r in results))
@@ -67,4 +69,4 @@ def print_dry_runs(results: list[DryRun], memory: float | None, console: Console
 def _fits(result: DryRun, memory: float | None) -> str:
     if memory is None:
         return ""
-    return " fits" if result.peak <= memory * _GIB else f" > {memory:g}"
+    return " fits" if result.device_peak <= memory * _GIB else f" > {memory:g}"

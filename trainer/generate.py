@@ -12,7 +12,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from parallel.world import World
 from trainer import checkpoint
 from trainer.config import RunConfig, parse_config
-from trainer.engines import build_engine
+from trainer.engines import build_engine, leave_empty
 from trainer.engines.base import Engine
 from trainer.engines.carry import layout_of
 from trainer.errors import CheckpointError, ConfigError
@@ -104,14 +104,14 @@ def generate_together(engine: Engine, prompt: list[int], tokens: int, sampling: 
 
 
 def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, device: torch.device) -> tuple[Engine, Tokenizer]:
-    """The newest valid checkpoint's model over all ranks of `place`, under the run's own layout changed by `overrides` of
-    [parallel]. Collective. Raises CheckpointError or LayoutError."""
+    """The newest valid checkpoint's model over all ranks of `place`: tp and pp as in `overrides`, the rest hold shards.
+    Collective. Raises CheckpointError or LayoutError."""
     found = checkpoint.newest_valid(folder.checkpoints, set_aside=False)
     if found is None:
         raise CheckpointError(f"{folder.path}: there is no checkpoint yet; train first, or wait for one")
     path, manifest, _ = found
     config = spread(parse_config(manifest.record["config"], str(path)), overrides, place.size)
-    engine = build_engine(config, layout_of(config, place.size), device)
+    engine = build_engine(config, layout_of(config, place.size), device, fill_weights=leave_empty)
     state = {name: tensor for name, tensor in engine.state().items() if name.startswith("model.")}
     checkpoint.load(path, manifest, state)
     engine.load_state(state)
@@ -119,8 +119,9 @@ def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, devi
 
 
 def spread(config: RunConfig, overrides: dict[str, int], world: int) -> RunConfig:
-    """The config of a run for passes without a backward: its degrees, but no schedule that needs many micro-batches."""
+    """The config of a run for forward passes: parameters shared out, `overrides` of [parallel] and no other dimension."""
     plain: dict[str, object] = {"schedule": "1f1b", "virtual_stages": None, "replicas": None, "offload": "none"}
+    plain |= {"cp": 1, "ep": 1, "expert_tp": None, "zero": 3}
     parallel = config.parallel.model_copy(update=plain | overrides)
     train = config.train.model_copy(update={"global_batch": world, "micro_batch": None})
     return config.model_copy(update={"parallel": parallel, "train": train})

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from parallel.sharding import like, local
+from parallel.sharding import like, local, place
 from trainer.config import OptimSection, ScheduleSection
 
 
@@ -57,10 +57,10 @@ class Muon(Optimizer):
                 update = p.grad.lerp(buffer, group["momentum"])
                 whole = update.full_tensor() if isinstance(update, DTensor) else update
                 direction = orthogonalise(whole)
-                if isinstance(p, DTensor):
-                    direction = distribute_tensor(direction, p.device_mesh, p.placements, src_data_rank=None)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction, alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
+                offset, shape = place(p)
+                mine = direction[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+                local(p).mul_(1 - group["lr"] * group["weight_decay"])
+                local(p).add_(mine.to(local(p)), alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from data.loader import Loader, open_split
 from parallel.errors import LayoutError
@@ -20,7 +21,7 @@ MODELS = st.fixed_dictionaries(
         "layers": st.integers(1, 6),
         "width": st.sampled_from([32, 48]),
         "heads": st.sampled_from([2, 4, 6]),
-        "kv_heads": st.sampled_from([1, 2]),
+        "kv_heads": st.sampled_from([1, 2, 3]),
         "head_dim": st.just(8),
         "mlp_width": st.sampled_from([48, 64]),
         "position": st.sampled_from(["rotary", "learned", "alibi"]),
@@ -73,15 +74,15 @@ def two_steps(config):
 accepted, refused = [], []
 
 
-def check(ranks, dataset, folder, world, model, layout, mask):
+def check(ranks, dataset, folder, world, model, layout, mask, recompute):
     made = {k: v for k, v in model.items() if v is not None}
-    config = run_config(
-        dataset, folder, model=made, parallel={k: v for k, v in layout.items() if v is not None},
-        train={"context": 32, "global_batch": 16}, data={"document_mask": mask},
-    )  # fmt: skip
     try:
+        config = run_config(
+            dataset, folder, model=made, parallel={k: v for k, v in layout.items() if v is not None},
+            train={"context": 32, "global_batch": 16}, data={"document_mask": mask}, engine={"recompute": recompute},
+        )  # fmt: skip
         layout_of(config, world)
-    except LayoutError as error:
+    except (LayoutError, ValidationError) as error:
         refused.append(str(error))
         return
     accepted.append(layout)
@@ -97,14 +98,14 @@ def check(ranks, dataset, folder, world, model, layout, mask):
 
 
 QUIET = {"deadline": None, "derandomize": True, "database": None, "suppress_health_check": list(HealthCheck)}
-DRAWN = (st.sampled_from([2, 4]), MODELS, LAYOUTS, st.booleans())
+DRAWN = (st.sampled_from([2, 4]), MODELS, LAYOUTS, st.booleans(), st.sampled_from(["none", "none", "full", "selective"]))
 
 
 def test_some_layouts(ranks, dataset, tmp_path):
     @given(*DRAWN)
     @settings(max_examples=60, **QUIET)
-    def some(world, model, layout, mask):
-        check(ranks, dataset, tmp_path, world, model, layout, mask)
+    def some(world, model, layout, mask, recompute):
+        check(ranks, dataset, tmp_path, world, model, layout, mask, recompute)
 
     some()
     assert len(accepted) >= 5, "the draw must reach layouts that run"
@@ -114,8 +115,8 @@ def test_some_layouts(ranks, dataset, tmp_path):
 @pytest.mark.slow
 def test_many_layouts(ranks, dataset, tmp_path):
     @given(*DRAWN)
-    @settings(max_examples=600, **QUIET)
-    def many(world, model, layout, mask):
-        check(ranks, dataset, tmp_path, world, model, layout, mask)
+    @settings(max_examples=400, **QUIET)
+    def many(world, model, layout, mask, recompute):
+        check(ranks, dataset, tmp_path, world, model, layout, mask, recompute)
 
     many()

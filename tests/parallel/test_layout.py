@@ -51,9 +51,9 @@ def test_refused_with_the_reason_and_what_works(asked, world, facts, batch, why)
     assert why in reason
     assert "\n" not in reason
     for text in filter(None, near.split(" | ")):
-        pairs = dict(p.removeprefix("parallel.").split("=") for p in text.split(" (")[0].split())
+        pairs = dict(p.removeprefix("parallel.").split("=") for p in text.partition("(")[0].split())
         changes = {k: int(v) if v.isdigit() else v for k, v in pairs.items()}
-        dropped = {k: None for k in text.partition("(without ")[2].rstrip(")").split(", ") if k}
+        dropped = {k: None for k in text.partition("(remove ")[2].rstrip(")").replace("parallel.", "").split(", ") if k}
         assert plan(replace(asked, **changes, **dropped), world, facts, batch).world == world
 
 

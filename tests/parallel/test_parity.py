@@ -75,9 +75,22 @@ def train(config):
     loader = Loader(split, config.run.seed, batch, data, layout.data_ranks, mask)
     engine = build_engine(config, layout, CPU)
     initial = {name: digest(t) for name, t in whole_state(dict(engine.named)).items()}
+    gradients = first_gradients(engine, loader.batch(0))
     steps = [engine.step(loader.batch(step), config.optim.lr) for step in range(config.train.steps)]
     evaluation = engine.evaluate(evaluation_batches(held_out, batch, 2, data, layout.data_ranks, mask))
-    return initial, steps, evaluation, whole_state(dict(engine.named))
+    return initial, steps, evaluation, whole_state(dict(engine.named)), gradients
+
+
+def first_gradients(engine, batch):
+    """The whole gradients of the summed loss, before any optimizer has a say."""
+    engine.pipeline.step(engine._micro_batches(batch))
+    engine._join_ends()
+    found = whole_state({name: p.grad for name, p in engine.named if p.grad is not None})
+    for p in engine.parameters:
+        p.grad = None
+    for _, layer in engine.experts:
+        layer.take_load()
+    return found
 
 
 def config_of(dataset, folder, model, layout="", mask=True):
@@ -99,7 +112,7 @@ def reference(ranks, config):
 
 def assert_same_run(found, alone):
     """`found`: what every rank says; `alone`: what one rank says."""
-    for initial, steps, evaluation, weights in found:
+    for initial, steps, evaluation, weights, gradients in found:
         assert initial == alone[0], "the same initial bits"
         for step, one in zip(steps, alone[1], strict=True):
             assert step.applied
@@ -109,6 +122,9 @@ def assert_same_run(found, alone):
             assert step.more == pytest.approx(one.more, abs=1e-12)
         assert steps[0].loss == pytest.approx(alone[1][0].loss, rel=1e-6)
         assert evaluation == pytest.approx(alone[2], rel=1e-5)
+        assert gradients.keys() == alone[4].keys()
+        for name, gradient in gradients.items():
+            assert (gradient - alone[4][name]).norm() <= 1e-5 * alone[4][name].norm() + 1e-6, name
         for name, weight in weights.items():
             # AdamW divides by the gradient's own size: where that is rounding, one step may differ by a part of lr.
             difference = (weight - alone[3][name]).abs()
@@ -125,6 +141,26 @@ def case(model, world, layout):
 def test_the_same_run(ranks, dataset, tmp_path, model, world, layout):
     alone = reference(ranks, config_of(dataset, tmp_path, model))
     assert_same_run(ranks.run(train, config_of(dataset, tmp_path, model, layout), world=world), alone)
+
+
+@pytest.mark.parametrize(
+    ("model", "world", "layout"),
+    [
+        ("llama", 2, "tp=2"), ("llama", 4, "cp=2 zero=3"), ("gpt2", 2, "pp=2 schedule=zbv"), ("mixtral", 2, "ep=2"),
+        ("deepseek", 4, "tp=2 ep=2"), ("gpt2", 4, "zero=2 replicas=2"),
+    ],
+)  # fmt: skip
+def test_bf16_is_the_same_run_to_its_own_rounding(ranks, dataset, tmp_path, model, world, layout):
+    def config(layout):
+        config = config_of(dataset, tmp_path, model, layout)
+        return config.model_copy(update={"engine": config.engine.model_copy(update={"precision": "bf16"})})
+
+    ((_, steps1, evaluation1, *_),) = ranks.run(train, config(""), world=1)
+    for _, steps, evaluation, *_ in ranks.run(train, config(layout), world=world):
+        for step, one in zip(steps, steps1, strict=True):
+            assert step.loss == pytest.approx(one.loss, rel=1e-3)
+            assert step.grad_norm == pytest.approx(one.grad_norm, rel=2e-2)
+        assert evaluation == pytest.approx(evaluation1, rel=1e-3)
 
 
 @pytest.mark.parametrize(("world", "layout"), [(1, "zero=2"), (4, "tp=2 zero=3"), (4, "pp=2 zero=2")])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallel.context import exchanged_heads, gathered_keys
@@ -35,6 +35,13 @@ _KEPT_OPS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.higher_order.flex_attention,
 }
+
+
+# FSDP2's hooks, which run around routers and experts inside a block, open profiler ranges: others in the forward pass than
+# in its repetition.
+SAC_IGNORED_OPS.update(
+    {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
+)
 
 
 def facts(model: ModelConfig) -> ModelFacts:
@@ -108,7 +115,7 @@ def _carry(model: GPT, config: RunConfig, layout: Layout, groups: Groups, here: 
             attention.attend = exchanged_heads(attention.attend, groups.cp)  # type: ignore[arg-type]
     elif groups.cp is not None:
         for attention in attentions:
-            attention.attend = gathered_keys(attention.attend, groups.cp, config.train.context)  # type: ignore[arg-type]
+            attention.attend = gathered_keys(attention.attend, groups.cp, config.train.context, device)  # type: ignore[arg-type]
     if groups.tp is not None:
         tensor_parallel(model, groups.tp, config.model.n_kv)
         if config.parallel.async_tp:
@@ -136,7 +143,7 @@ def cores_per_rank(device: torch.device) -> int:
 
 
 def stage_layers(model: ModelConfig, context: int, stages: int) -> list[range]:
-    """The layers of each pipeline stage, by the FLOPs of every layer and of the head."""
+    """The layers of each pipeline stage, by the FLOPs of every layer and of the head. The embedding looks rows up: none."""
     if stages == 1:
         return [range(model.layers)]
     costs = [layer_flops(model, context, layer) for layer in range(model.layers)]
@@ -144,14 +151,16 @@ def stage_layers(model: ModelConfig, context: int, stages: int) -> list[range]:
 
 
 def layer_flops(model: ModelConfig, context: int, layer: int) -> float:
-    """FLOPs of one layer's forward pass over one row, counted by running it on fake tensors."""
-    return _counted_flops(model, context, model.window(layer), layer if model.is_moe(layer) else None)
+    """FLOPs of one layer's forward pass over one row, counted by running it on fake tensors; of its attention scores, the
+    share that its window leaves."""
+    window = min(model.window(layer) or context, context)
+    unseen = 4.0 * model.heads * model.d_head * context * (context - window)
+    return _counted_flops(model, context, model.is_moe(layer)) - unseen
 
 
-@lru_cache(maxsize=256)
-def _counted_flops(model: ModelConfig, context: int, window: int, moe_layer: int | None) -> float:
-    same = (n for n in range(model.layers) if model.window(n) == window and model.is_moe(n) == (moe_layer is not None))
-    layer = next(same)
+@lru_cache(maxsize=64)
+def _counted_flops(model: ModelConfig, context: int, moe: bool) -> float:
+    layer = next(n for n in range(model.layers) if model.is_moe(n) == moe)
     return _flops(model, Part(range(layer, layer + 1), first=False, last=False), context)
 
 

@@ -17,6 +17,7 @@ from parallel.layout import Layout
 from parallel.mesh import Groups
 from parallel.pipeline import Inputs, Pipeline
 from parallel.sharding import local, place, sum_of_squares
+from parallel.zero import reduction
 from trainer.config import RunConfig
 from trainer.engines.base import StepResult
 from trainer.engines.carry import compute_dtype, cores_per_rank
@@ -40,19 +41,18 @@ class NativeEngine:
         device: torch.device,
         groups: Groups,
         parts: dict[int, GPT],
-        fill_weights: Callable[[str, Tensor, RunConfig, torch.device], None] | None = None,
+        fill_weights: Callable[[str, Tensor, RunConfig, torch.device], None],
         read: Callable[[Tensor], list[float]] = Tensor.tolist,
     ) -> None:
         """`groups`: what make_groups makes of the layout; `parts`: what build_parts does, on the meta device.
 
-        `fill_weights` writes a parameter's initial values (default: fill_initial) and `read` brings a step's figures to
+        `fill_weights` writes a parameter's initial values and `read` brings a step's figures to
         the host: a dry run, whose tensors hold nothing, gives others.
         """
         self.config, self.layout, self.device, self.read = config, layout, device, read
         self.here = layout.coordinates(dist.get_rank())
         self.groups = groups
         home = torch.device("cpu") if config.parallel.offload == "optimizer" else device
-        fill_weights = fill_weights or fill_initial
         self.parts = {stage: part.to_empty(device=home) for stage, part in parts.items()}
         self.named = [pair for part in self.parts.values() for pair in part.named_parameters()]
         self.parameters = [p for _, p in self.named]
@@ -76,7 +76,9 @@ class NativeEngine:
             for part in self.parts.values() for name, block in part.blocks.items() if isinstance(block.mlp, MoE)
         ]  # fmt: skip
         hidden = (config.train.context // (layout.cp * layout.tp), config.model.width)
-        self.pipeline = Pipeline(self.parts, layout, self.groups.pp, hidden, compute_dtype(config), device)
+        self.pipeline = Pipeline(
+            self.parts, layout, self.here.pp, groups.pp, reduction(layout), hidden, compute_dtype(config), device
+        )
 
     def step(self, rows: Batch, lr: float) -> StepResult:
         loss = self.pipeline.step(self._micro_batches(rows))

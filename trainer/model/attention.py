@@ -94,14 +94,24 @@ def attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Mask) -> Tensor
         kernel: Any = _compiled(flex_attention) if alone else flex_attention
         out: Tensor = kernel(q_BHTD, k_BKSD, v_BKSD, score_mod=mask.score_mod, block_mask=mask.blocks, enable_gqa=grouped)
         return out
+    if mask is None and q_BHTD.shape[2] > 1:
+        return causal_attention(q_BHTD, k_BKSD, v_BKSD)
+    return _sdpa(q_BHTD, k_BKSD, v_BKSD, mask, causal=False)
+
+
+def causal_attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor) -> Tensor:
+    """The plain case: every query sees all keys up to its own."""
+    return _sdpa(q_BHTD, k_BKSD, v_BKSD, None, causal=True)
+
+
+def _sdpa(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    grouped = q_BHTD.shape[1] != k_BKSD.shape[1]
     if grouped and not q_BHTD.is_cuda:
         # The CPU flash kernel has no grouped form; without this SDPA would fall back to materialised scores.
         copies = q_BHTD.shape[1] // k_BKSD.shape[1]
         k_BKSD, v_BKSD = k_BKSD.repeat_interleave(copies, 1), v_BKSD.repeat_interleave(copies, 1)
         grouped = False
-    return F.scaled_dot_product_attention(
-        q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None and q_BHTD.shape[2] > 1, enable_gqa=grouped
-    )
+    return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 @functools.cache
