@@ -14,7 +14,7 @@ help:
 	@echo "make train      prepare real text, train a GPT on every rank of this machine, report, and let it write"
 	@echo "make test       lint, types and tests, under 12 minutes on 2 cores"
 	@echo "make test-all   and the slow ones: compilation, soaks"
-	@echo "make bench      speed and memory beside Hugging Face and plain PyTorch, on this CPU"
+	@echo "make bench      speed and memory beside Hugging Face, plain PyTorch and DeepSpeed, on this CPU"
 	@echo "make bench-gpu  the same on a CUDA device, with GPT-2 124M and 1.5B"
 
 $(VENV)/.run: pyproject.toml constraints.txt
