@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same bits, the same losses as on CPU, FlexAttention's masks, compiled bf16 blocks."""
+"""What only a GPU can show: the same bits and losses as on CPU, FlexAttention, compiled bf16 blocks, experts, memory."""
 
 import pytest
 import torch
@@ -103,3 +103,42 @@ def test_generation_with_a_cache(dataset, tmp_path):
         for token in found:
             assert int(model(torch.tensor([ids], device=CUDA))[0, -1].argmax()) == token
             ids.append(token)
+
+
+@pytest.mark.usefixtures("group")
+def test_optimizer_state_in_the_hosts_memory_changes_nothing(dataset, tmp_path):
+    plain = run_config(dataset, tmp_path, engine={"compile": "off"})
+    offloaded = run_config(dataset, tmp_path, engine={"compile": "off"}, parallel={"offload": "optimizer"})
+    for ours, theirs in zip(steps(offloaded, CUDA)[1], steps(plain, CUDA)[1], strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+
+
+@pytest.mark.usefixtures("group")
+def test_grouped_products_train_the_experts_that_the_cpu_trains(dataset, tmp_path):
+    model = {**TINY_MODEL, "width": 64, "moe": {"experts": 4, "top_k": 2, "width": 64, "aux_loss": 0.01}}
+    exact = steps(run_config(dataset, tmp_path, model=model, engine={"compile": "off"}), CUDA)[1]
+    found = steps(run_config(dataset, tmp_path, model=model, engine={"compile": "off", "precision": "bf16"}), CUDA)[1]
+    for ours, theirs in zip(found, exact, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=5e-3)
+        assert ours.more["experts_idle"] == theirs.more["experts_idle"]
+
+
+def test_a_dry_run_tells_what_the_gpu_then_holds(dataset, tmp_path):
+    from trainer.dryrun import dry_run
+
+    model = {"vocab": 8192, "context": 1024, "layers": 8, "width": 512, "heads": 8, "kv_heads": 4}
+    config = run_config(
+        dataset, tmp_path, model=model, train={"context": 64, "global_batch": 64, "micro_batch": 32},
+        engine={"compile": "off", "precision": "bf16"}, data={"document_mask": False},
+    )  # fmt: skip
+    told = dry_run(config, 1, 0)
+    join(World(), CUDA)
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        steps(config, CUDA, count=2)
+        held = torch.cuda.max_memory_allocated() - before
+    finally:
+        leave()
+    assert told.device_peak == pytest.approx(held, rel=0.02)
