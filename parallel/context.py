@@ -2,7 +2,7 @@
 
 all-gather: keys and values of the whole row come to every rank; each rank has one chunk from the head and one from the
 tail of the row, so that all have as many keys to look at under a causal mask (Llama 3, arXiv:2407.21783, section 3.3.2).
-ulysses: heads are exchanged for tokens around attention (Jacobs et al. 2023, arXiv:2309.14509).
+ring: see parallel.ring. ulysses: heads are exchanged for tokens around attention (Jacobs et al. 2023, arXiv:2309.14509).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from parallel.errors import LayoutError
 from parallel.schedule import Schedule, orders, rank_of, virtual_stages
 
 ZeroStage = Literal[0, 1, 2, 3]
-ContextKind = Literal["all-gather", "ulysses"]
+ContextKind = Literal["all-gather", "ring", "ulysses"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,13 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a layout must know of a step. `micro_batch`: rows at once, at most; None: the layout may choose."""
+    """What a layout must know of a step. `micro_batch`: rows at once, at most; None: the layout may choose. `plain`: a row
+    is one document, and attention has no window and no bias."""
 
     rows: int
     micro_batch: int | None
     context: int
+    plain: bool = False
 
 
 @dataclass(frozen=True)
@@ -194,9 +196,14 @@ def _problems(layout: Layout, facts: ModelFacts, batch: Batch) -> Iterator[str]:
     if layout.stages > facts.layers:
         yield f"pp {layout.pp} x {layout.virtual} virtual stage(s) are more stages than model.layers {facts.layers}"
     if cp > 1:
-        balanced = layout.context_kind == "all-gather"
+        balanced = layout.context_kind != "ulysses"
         parts = cp * (2 if balanced else 1) * tp
         rule = "2 x cp x tp" if balanced else "cp x tp"
+        if layout.context_kind == "ring" and not batch.plain:
+            yield (
+                f'parallel.context_kind "ring" (parallel.cp {cp}) does plain causal attention only: set '
+                'data.document_mask=false and use no windows or ALiBi, or context_kind "all-gather" or "ulysses"'
+            )
         if batch.context % parts:
             yield f"train.context {batch.context} is not divisible by {rule} = {parts} (parallel.cp {cp}, parallel.tp {tp})"
         if not balanced and facts.heads // tp % cp:

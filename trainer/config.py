@@ -97,8 +97,10 @@ class ParallelSection(_Section):
     schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev"] = "1f1b"
     virtual_stages: Count | None = Field(None, description="stages a pipeline rank (default: 2 where the schedule has them)")
     cp: Count = Field(1, description="context parallel ranks: each holds a part of every row's tokens")
-    context_kind: Literal["all-gather", "ulysses"] = Field(
-        "all-gather", description="how attention sees the whole row: keys and values gathered, or heads exchanged"
+    context_kind: Literal["all-gather", "ring", "ulysses"] = Field(
+        "all-gather",
+        description="how attention sees the whole row: keys and values gathered, going round (plain causal attention only), "
+        "or heads exchanged",
     )
     ep: Count = Field(1, description="expert parallel ranks, taken from those that the other axes use for tokens")
     expert_tp: Count | None = Field(None, description="tensor parallel ranks inside an expert: 1 or tp (default tp)")

@@ -54,7 +54,7 @@ LAYOUTS = st.fixed_dictionaries(
         "expert_tp": st.sampled_from([None, 1]),
         "replicas": st.sampled_from([None, None, 2]),
         "schedule": st.sampled_from(get_args(Schedule)),
-        "context_kind": st.sampled_from(["all-gather", "ulysses"]),
+        "context_kind": st.sampled_from(["all-gather", "ring", "ulysses"]),
     }
 )
 

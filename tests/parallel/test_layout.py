@@ -35,6 +35,7 @@ REFUSED = [
     (Asked(tp=2, expert_tp=2), 2, replace(MOE, expert_mlp=63), BATCH, "does not divide the experts' width 63"),
     (Asked(cp=2), 2, DENSE, replace(BATCH, context=130), "train.context 130 is not divisible by 2 x cp x tp = 4"),
     (Asked(cp=8, tp=2, context_kind="ulysses"), 16, DENSE, BATCH, "does not divide the 4 heads of a tensor-parallel rank"),
+    (Asked(cp=2, context_kind="ring"), 2, DENSE, BATCH, 'context_kind "ring" (parallel.cp 2) does plain causal attention'),
     (Asked(tp=8), 8, DENSE, replace(BATCH, context=100), "train.context 100 is not divisible by parallel.tp 8"),
     (Asked(), 5, DENSE, BATCH, "train.global_batch 32 cannot be shared evenly by 5 data ranks"),
     (Asked(pp=4, schedule="dualpipev"), 4, replace(DENSE, layers=16), replace(BATCH, rows=4), "requires at least as many"),

@@ -170,7 +170,10 @@ def test_optimizer_state_in_the_hosts_memory(ranks, dataset, tmp_path, world, la
     assert_same_run(ranks.run(train, config, world=world), alone)
 
 
-@pytest.mark.parametrize("layout", ["cp=2 tp=2", "cp=4 context_kind=ulysses", "pp=2 tp=2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["cp=2 tp=2", "pp=2 tp=2", "cp=4 context_kind=ulysses", "cp=4 context_kind=ring", "cp=2 tp=2 context_kind=ring"],
+)
 def test_rows_read_as_one_document(ranks, dataset, tmp_path, layout):
     alone = reference(ranks, config_of(dataset, tmp_path, "llama", mask=False))
     assert_same_run(ranks.run(train, config_of(dataset, tmp_path, "llama", layout, mask=False), world=4), alone)

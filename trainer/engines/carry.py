@@ -18,6 +18,7 @@ from parallel.expert import expert_parallel, experts_in, share_balance
 from parallel.layout import Asked, Batch, Coordinates, Layout, ModelFacts, plan
 from parallel.mesh import Groups
 from parallel.pipeline import split_layers
+from parallel.ring import ring_attend
 from parallel.tensor import distribute, overlap_collectives, tensor_parallel, vocabulary_parallel, whole_logits
 from parallel.zero import shard_model
 from trainer.config import RunConfig
@@ -76,7 +77,8 @@ def layout_of(config: RunConfig, world: int) -> Layout:
         schedule=p.schedule,
         context_kind=p.context_kind,
     )
-    batch = Batch(config.train.global_batch, config.train.micro_batch, config.train.context)
+    plain = not config.data.document_mask and config.model.position != "alibi" and not any(config.model.windows)
+    batch = Batch(config.train.global_batch, config.train.micro_batch, config.train.context, plain)
     return plan(asked, world, facts(config.model), batch)
 
 
@@ -113,6 +115,9 @@ def _carry(model: GPT, config: RunConfig, layout: Layout, groups: Groups, here: 
         model.heads = slice(first + here.cp * own, first + (here.cp + 1) * own)
         for attention in attentions:
             attention.attend = exchanged_heads(attention.attend, groups.cp)  # type: ignore[arg-type]
+    elif groups.cp is not None and layout.context_kind == "ring":
+        for attention in attentions:
+            attention.attend = ring_attend(groups.cp)
     elif groups.cp is not None:
         for attention in attentions:
             attention.attend = gathered_keys(attention.attend, groups.cp, config.train.context, device)  # type: ignore[arg-type]
