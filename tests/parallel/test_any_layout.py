@@ -103,13 +103,13 @@ DRAWN = (st.sampled_from([2, 4]), MODELS, LAYOUTS, st.booleans(), st.sampled_fro
 
 def test_some_layouts(ranks, dataset, tmp_path):
     @given(*DRAWN)
-    @settings(max_examples=60, **QUIET)
+    @settings(max_examples=40, **QUIET)
     def some(world, model, layout, mask, recompute):
         check(ranks, dataset, tmp_path, world, model, layout, mask, recompute)
 
     some()
-    assert len(accepted) >= 5, "the draw must reach layouts that run"
-    assert len(refused) >= 5
+    assert len(accepted) >= 4, "the draw must reach layouts that run"
+    assert len(refused) >= 4
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_the_same_run(ranks, dataset, tmp_path, model, world, layout):
     ("model", "world", "layout"),
     [
         ("llama", 2, "tp=2"), ("llama", 4, "cp=2 zero=3"), ("gpt2", 2, "pp=2 schedule=zbv"), ("mixtral", 2, "ep=2"),
-        ("deepseek", 4, "tp=2 ep=2"), ("gpt2", 4, "zero=2 replicas=2"),
+        pytest.param("deepseek", 4, "tp=2 ep=2", marks=pytest.mark.slow), ("gpt2", 4, "zero=2 replicas=2"),
     ],
 )  # fmt: skip
 def test_bf16_is_the_same_run_to_its_own_rounding(ranks, dataset, tmp_path, model, world, layout):

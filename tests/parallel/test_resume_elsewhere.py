@@ -50,7 +50,7 @@ def go_on(config, folder):
         ("deepseek", (4, "ep=2 tp=2"), [(1, ""), (4, "ep=4"), (4, "pp=2 ep=2 schedule=interleaved")]),
     ],
 )
-@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("optim", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_saved_here_gone_on_there(ranks, dataset, tmp_path, model, saved, elsewhere, optim):
     def config(layout):
         return run_config(

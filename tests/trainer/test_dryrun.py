@@ -43,7 +43,10 @@ def measured(config):
     return ledger.peak, ledger.by_kind(), ledger.flops, traffic
 
 
-@pytest.mark.parametrize(("world", "model", "layout"), LAYOUTS, ids=str)
+@pytest.mark.parametrize(
+    ("world", "model", "layout"),
+    [pytest.param(*case, id=str(case), marks=[] if i % 2 == 0 else [pytest.mark.slow]) for i, case in enumerate(LAYOUTS)],
+)
 def test_it_tells_what_real_ranks_use(ranks, dataset, tmp_path, world, model, layout):
     config = run_config(
         dataset, tmp_path, model=BASE | model, parallel=layout, train={"global_batch": 16, "micro_batch": 4},
