@@ -9,53 +9,28 @@ import time
 import pytest
 
 from layouts import BASE, MODELS, degrees
-from runs import GPT2_MODEL, TINY_MODEL, data_layout, run_config
+from runs import GPT2_MODEL, TINY_MODEL, figures, run_config
 from trainer.checkpoint import newest_valid
 from trainer.config import to_toml
 
 pytestmark = pytest.mark.slow
 
 
-def losses_under(config):
-    import torch
-    import torch.distributed as dist
-
-    from data.loader import Loader, open_split
-    from trainer.engines import build_engine
-    from trainer.engines.carry import layout_of
-
-    layout = layout_of(config, dist.get_world_size())
-    split, _ = open_split(config.data.path, "train", config.train.context)
-    data = layout.coordinates(dist.get_rank()).data
-    loader = Loader(split, 1, config.train.global_batch, data, layout.data_ranks, True)
-    engine = build_engine(config, layout, torch.device("cpu"))
-    results = [engine.step(loader.batch(step), 1e-3) for step in range(3)]
-    return [(r.loss, r.grad_norm) for r in results]
-
-
-def losses(config, zero):
-    import torch
-    import torch.distributed as dist
-
-    from data.loader import Loader, open_split
-    from trainer.engines import build_engine
-
-    split, _ = open_split(config.data.path, "train", config.train.context)
-    loader = Loader(split, 1, config.train.global_batch, dist.get_rank(), dist.get_world_size(), True)
-    engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), torch.device("cpu"))
-    results = [engine.step(loader.batch(step), 1e-3) for step in range(3)]
-    return [(r.loss, r.grad_norm) for r in results]
+def assert_same_figures(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
 
 
 @pytest.mark.parametrize("model", [TINY_MODEL, GPT2_MODEL], ids=["llama", "gpt2"])
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_compiled_blocks_compute_the_same(ranks, dataset, tmp_path, model, recompute):
-    plain = run_config(dataset, tmp_path, model=model)
-    compiled = run_config(dataset, tmp_path, model=model, engine={"compile": "on", "recompute": recompute})
-    (expected,) = ranks.run(losses, plain, 0, world=1)
-    for found in ranks.run(losses, compiled, 3, world=2, timeout=400):
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5)
+    plain = run_config(dataset, tmp_path, model=model, parallel={"zero": 0})
+    compiled = run_config(
+        dataset, tmp_path, model=model, parallel={"zero": 3}, engine={"compile": "on", "recompute": recompute}
+    )  # fmt: skip
+    (expected,) = ranks.run(figures, plain, 3, world=1)
+    for found in ranks.run(figures, compiled, 3, world=2, timeout=400):
+        assert_same_figures(found, expected)
 
 
 @pytest.mark.parametrize("layout", ["tp=2", "cp=2", "pp=2", "ep=2"])
@@ -63,10 +38,9 @@ def test_compiled_blocks_under_any_dimension(ranks, dataset, tmp_path, layout):
     model = BASE | MODELS["mixtral" if layout == "ep=2" else "llama"]
     plain = run_config(dataset, tmp_path, model=model)
     compiled = run_config(dataset, tmp_path, model=model, engine={"compile": "on"}, parallel=degrees(layout))
-    (expected,) = ranks.run(losses_under, plain, world=1)
-    for found in ranks.run(losses_under, compiled, world=2, timeout=400):
-        for ours, theirs in zip(found, expected, strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-5)
+    (expected,) = ranks.run(figures, plain, 3, world=1)
+    for found in ranks.run(figures, compiled, 3, world=2, timeout=400):
+        assert_same_figures(found, expected)
 
 
 def test_a_run_killed_again_and_again_ends_like_a_quiet_one(dataset, tmp_path):

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import itertools
 import json
+import math
 import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from trainer.errors import USER_ERRORS
-from trainer.exit_codes import DONE, FAULT, LOST_PEER, PREEMPTED, USER_ERROR
+from trainer.exit_codes import PREEMPTED
+from trainer.rank import generate_rank, say, told, train_rank
 
 if TYPE_CHECKING:
-    import torch
-
-    from parallel.world import World
     from trainer.config import RunConfig
-    from trainer.generate import Sampling
     from trainer.runfolder import RunFolder
 
 app = typer.Typer(
@@ -140,11 +134,11 @@ def _train(config: Path, overrides: list[str], ranks: int | None) -> int:
 
     place = world_from(os.environ)
     if place is not None:
-        return _train_rank(run, place)
+        return train_rank(run, place)
     count = ranks or _local_gpus(run)
     preflight(run, count)
     if count == 1:
-        return _train_rank(run, World())
+        return train_rank(run, World())
     from launch.local import run_ranks
 
     return run_ranks(count, ["train", str(config), *overrides])
@@ -156,85 +150,6 @@ def _local_gpus(run: RunConfig) -> int:
     import torch
 
     return max(1, torch.cuda.device_count())
-
-
-def _train_rank(run: RunConfig, place: World) -> int:
-    """This process's part of a run, as one rank."""
-    from parallel.world import die_with_parent, join, leave, pick_device
-
-    if place.master is None:
-        device = pick_device(run.engine.device, place)
-        join(place, device)
-        try:
-            return _fit(run, place, device)
-        finally:
-            leave()
-    watched = "TORCHELASTIC_RUN_ID" in os.environ
-    if watched:
-        die_with_parent()
-    try:
-        from trainer.preflight import preflight
-
-        preflight(run, place.size)  # a launcher of another make has checked nothing
-        device = pick_device(run.engine.device, place)
-        join(place, device)
-        code = _fit(run, place, device)
-        if watched:  # all is saved: when a peer ends a moment earlier, the agent's SIGTERM is no longer meant for us
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        leave()
-        return code
-    except Exception as error:
-        # No orderly leave: it would wait for peers that wait for this rank. Gone at once, the launcher sees it.
-        code = _say(error, place.rank)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _fit(run: RunConfig, place: World, device: torch.device) -> int:
-    from trainer.loop import fit
-
-    return DONE if fit(run, place, device) else PREEMPTED
-
-
-def _say(error: Exception, rank: int) -> int:
-    """Tell what ended this rank; its exit code."""
-    text = _told(error)
-    if text is None and _lost_peer(error):
-        # Not a word on stderr but one line: the traceback that matters is that of the rank that was lost.
-        print(f"rank {rank}: another rank is gone: {str(error).splitlines()[0][:200]}", file=sys.stderr)
-        return LOST_PEER
-    if text is None:
-        print(f"rank {rank} failed:", file=sys.stderr)
-        traceback.print_exception(error)
-        return FAULT
-    if rank == 0:
-        print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
-    else:
-        _leave_message(text)
-    return USER_ERROR
-
-
-def _lost_peer(error: Exception) -> bool:
-    """Whether an error says that the other end of a collective is gone: then the fault is not this rank's."""
-    from torch.distributed import DistBackendError, DistNetworkError
-
-    text = str(error)
-    gone = ("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "Read error",
-            "Write error", "remote process exited", "Socket Timeout", "failed to recv")  # fmt: skip
-    ours = isinstance(error, (DistBackendError, DistNetworkError)) or (isinstance(error, RuntimeError) and "gloo" in text)
-    return ours and any(words in text for words in gone)
-
-
-def _leave_message(text: str) -> None:
-    """A user's error on a rank other than 0: into the file that torchrun's agent reads, so that it is said once."""
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if file is None:
-        print(f"error: {text}", file=sys.stderr)
-        return
-    message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(json.dumps({"message": message}))
 
 
 @app.command(
@@ -271,14 +186,16 @@ def generate(
     from parallel.world import World, pick_device, world_from
 
     place = world_from(os.environ)
+    degrees = {"tp": tp, "pp": pp}
     if place is not None:
-        _generate_rank(folder, place, device, prompt, tokens, sampling, {"tp": tp, "pp": pp})
+        raise typer.Exit(generate_rank(folder, place, device, prompt, tokens, sampling, degrees))
+    if ranks > 1 or tp * pp > 1:
+        _check_generation(folder, ranks, degrees)
     if ranks > 1:
         from launch.local import run_ranks
 
-        _check_generation(folder, ranks, {"tp": tp, "pp": pp})
         again = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "top-k": top_k, "top-p": top_p}
-        again |= {"seed": seed, "device": device, "tp": tp, "pp": pp}
+        again |= {"seed": seed, "device": device, **degrees}
         options = [f"--{name}={value}" for name, value in again.items()]
         raise typer.Exit(run_ranks(ranks, ["generate", str(run), *options]))
     from trainer.generate import generate as write
@@ -293,37 +210,19 @@ def generate(
 
 
 def _check_generation(folder: RunFolder, ranks: int, degrees: dict[str, int]) -> None:
-    """Refuse a layout that cannot be before any rank starts."""
+    """Refuse a layout that cannot be before any rank starts. Raises ConfigError or LayoutError."""
     from trainer.config import load_config
     from trainer.engines.carry import layout_of
+    from trainer.errors import ConfigError
     from trainer.generate import spread
 
+    need, given = math.prod(degrees.values()), [name for name, degree in degrees.items() if degree > 1]
+    if ranks % need:
+        raise ConfigError(
+            f"{' '.join(f'--{name} {degrees[name]}' for name in given)}: --ranks must be a multiple of {need}, not {ranks}: "
+            f"use --ranks {-(-ranks // need) * need}, or leave out {' and '.join(f'--{name}' for name in given)}"
+        )
     layout_of(spread(load_config(folder.path), degrees, ranks), ranks)
-
-
-def _generate_rank(
-    folder: RunFolder, place: World, device: str, prompt: str, tokens: int, sampling: Sampling, degrees: dict[str, int]
-) -> NoReturn:
-    """This process's part of a generation, as one rank of several; rank 0 writes the text."""
-    from parallel.world import die_with_parent, join, leave, pick_device
-    from trainer.generate import generate_together, load_engine, text_stream
-
-    die_with_parent()
-    try:
-        here = pick_device(device, place)
-        join(place, here)
-        engine, tokenizer = load_engine(folder, degrees, place, here)
-        start = tokenizer.encode(prompt) or [tokenizer.separator]
-        pieces = text_stream(tokenizer, start, generate_together(engine, start, tokens, sampling, tokenizer.separator))
-        for piece in itertools.chain([prompt], pieces, ["\n"]):
-            if place.rank == 0:
-                typer.echo(piece, nl=False)
-        leave()
-    except Exception as error:
-        code = _say(error, place.rank)
-        sys.stderr.flush()
-        os._exit(code)
-    raise typer.Exit(DONE)
 
 
 @app.command(
@@ -435,28 +334,14 @@ def config(
     typer.echo(to_toml(load_config(run, overrides or [])), nl=False)
 
 
-# Of these the user is told in one line: the disk is full, read-only, over quota, or not ours to write.
-_DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
-
-
-def _told(error: Exception) -> str | None:
-    """The one line of a user's mistake; None for a fault of ours, which deserves its stack trace."""
-    if isinstance(error, USER_ERRORS):
-        return str(error)
-    if isinstance(error, OSError) and error.errno in _DISK:
-        name = f"{error.filename}: " if error.filename else ""
-        return f"{name}{error.strerror}: make room, or choose a place that can be read and written, then start again"
-    return None
-
-
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 fault, 2 the user's mistake, 75 stopped on request and saved."""
     try:
         app()
     except Exception as error:
-        if _told(error) is None:
+        if told(error) is None:
             raise
-        sys.exit(_say(error, rank=0))
+        sys.exit(say(error, rank=0))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,11 @@ import hashlib
 import json
 
 import pytest
-import torch
 
-from data.loader import Loader, evaluation_batches, open_split
+from data.loader import evaluation_batches, open_split
 from layouts import BASE, MODELS, degrees
-from runs import run_config, whole_state
-from trainer.engines import build_engine
-from trainer.engines.carry import layout_of
+from runs import engine_and_rows, run_config, whole_state
 
-CPU = torch.device("cpu")
 # Model, ranks, layout. The data ranks are what the degrees leave over.
 CASES = [
     # each dimension alone
@@ -65,19 +61,13 @@ def digest(tensor):
 
 def train(config):
     """Initial digests, the figures of every step, the evaluation and the final weights, as this rank sees them."""
-    import torch.distributed as dist
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    layout = layout_of(config, world)
-    data, mask, batch = layout.coordinates(rank).data, config.data.document_mask, config.train.global_batch
-    split, _ = open_split(config.data.path, "train", config.train.context)
-    held_out, _ = open_split(config.data.path, "held_out", config.train.context)
-    loader = Loader(split, config.run.seed, batch, data, layout.data_ranks, mask)
-    engine = build_engine(config, layout, CPU)
+    engine, loader = engine_and_rows(config)
+    split, _ = open_split(config.data.path, "held_out", config.train.context)
+    held_out = evaluation_batches(split, loader.global_batch, 2, loader.rank, loader.world, loader.document_mask)
     initial = {name: digest(t) for name, t in whole_state(dict(engine.named)).items()}
     gradients = first_gradients(engine, loader.batch(0))
     steps = [engine.step(loader.batch(step), config.optim.lr) for step in range(config.train.steps)]
-    evaluation = engine.evaluate(evaluation_batches(held_out, batch, 2, data, layout.data_ranks, mask))
+    evaluation = engine.evaluate(held_out)
     return initial, steps, evaluation, whole_state(dict(engine.named)), gradients
 
 

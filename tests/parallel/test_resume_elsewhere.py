@@ -3,43 +3,29 @@
 import pytest
 import torch
 
-from data.loader import Loader, open_split
 from layouts import BASE, MODELS, degrees
-from runs import run_config, whole_state
+from runs import engine_and_rows, run_config, whole_state
 from trainer import checkpoint
-from trainer.engines import build_engine
-from trainer.engines.carry import layout_of
 
 
-def steps(engine, config, layout, numbers):
-    import torch.distributed as dist
-
-    split, _ = open_split(config.data.path, "train", config.train.context)
-    data = layout.coordinates(dist.get_rank()).data
-    loader = Loader(split, 1, config.train.global_batch, data, layout.data_ranks, True)
+def steps(engine, loader, numbers):
     return [(r.loss, r.grad_norm) for r in (engine.step(loader.batch(n), 1e-3) for n in numbers)]
 
 
 def save_after_two(config, folder):
-    import torch.distributed as dist
-
-    layout = layout_of(config, dist.get_world_size())
-    engine = build_engine(config, layout, torch.device("cpu"))
-    steps(engine, config, layout, range(2))
+    engine, loader = engine_and_rows(config)
+    steps(engine, loader, range(2))
     checkpoint.save(folder, 2, engine.state(), {"config": "", "fingerprint": "f", "samples": 32}, keep=3)
-    return whole_state(engine.state()), steps(engine, config, layout, range(2, 4))
+    return whole_state(engine.state()), steps(engine, loader, range(2, 4))
 
 
 def go_on(config, folder):
-    import torch.distributed as dist
-
-    layout = layout_of(config, dist.get_world_size())
-    engine = build_engine(config, layout, torch.device("cpu"))
+    engine, loader = engine_and_rows(config)
     path, manifest, _ = checkpoint.newest_valid(folder)
     state = engine.state()
     checkpoint.load(path, manifest, state)
     engine.load_state(state)
-    return whole_state(engine.state()), steps(engine, config, layout, range(2, 4))
+    return whole_state(engine.state()), steps(engine, loader, range(2, 4))
 
 
 @pytest.mark.parametrize(

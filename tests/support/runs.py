@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.loader import Loader, open_split
 from data.prepare import Recipe, prepare
 from parallel.sharding import local, place
 from trainer.config import RunConfig
+from trainer.engines import build_engine
 from trainer.engines.carry import layout_of
 
 VOCAB = 384
@@ -53,6 +55,23 @@ def data_layout(config: RunConfig, world: int, zero: int):
     """All ranks for data, whatever the config says of ZeRO."""
     parallel = config.parallel.model_copy(update={"zero": zero})
     return layout_of(config.model_copy(update={"parallel": parallel}), world)
+
+
+def engine_and_rows(config: RunConfig):
+    """This rank's engine, under the config's own layout of all ranks, and the loader of its rows. Collective."""
+    layout = layout_of(config, dist.get_world_size())
+    split, _ = open_split(config.data.path, "train", config.train.context)
+    data, mask = layout.coordinates(dist.get_rank()).data, config.data.document_mask
+    loader = Loader(split, config.run.seed, config.train.global_batch, data, layout.data_ranks, mask)
+    return build_engine(config, layout, torch.device("cpu")), loader
+
+
+def figures(config: RunConfig, steps: int):
+    """Loss, gradient norm and number of tokens of the first steps of a config, each of which was applied. Collective."""
+    engine, loader = engine_and_rows(config)
+    results = [engine.step(loader.batch(step), 1e-3) for step in range(steps)]
+    assert all(r.applied for r in results)
+    return [(r.loss, r.grad_norm, r.tokens) for r in results]
 
 
 def whole_state(state):

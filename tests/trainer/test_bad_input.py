@@ -264,6 +264,22 @@ def test_generate_and_report_of_what_is_not_there(run, config_file, tmp_path):
     one_error(run("generate", folder), "no checkpoint yet")
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--tp 2", "--tp 2: --ranks must be a multiple of 2, not 1: use --ranks 2, or leave out --tp"),
+        ("--pp 2 --ranks 1", "--pp 2: --ranks must be a multiple of 2, not 1: use --ranks 2, or leave out --pp"),
+        ("--tp 2 --pp 2 --ranks 6",
+         "--tp 2 --pp 2: --ranks must be a multiple of 4, not 6: use --ranks 8, or leave out --tp and --pp"),
+        ("--tp 3 --ranks 3", "parallel.tp 3 does not divide model.heads 4; nearest that work: parallel.tp=1"),
+    ],
+)  # fmt: skip
+def test_generation_by_ranks_that_cannot_be_laid_out(run, config_file, tmp_path, options, said):
+    (tmp_path / "test").mkdir()
+    shutil.copy(config_file, tmp_path / "test" / "config.toml")
+    one_error(run("generate", tmp_path / "test", *options.split()), f"error: {said}")
+
+
 @contextlib.contextmanager
 def small_disk(folder, size):
     """A real file system of `size` bytes, full when it is full."""

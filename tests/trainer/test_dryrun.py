@@ -5,14 +5,10 @@ reduce-scatter into the next micro-batch, and the dry run, whose ranks answer at
 """
 
 import pytest
-import torch
 
-from data.loader import Loader, open_split
 from parallel.errors import LayoutError
-from runs import run_config
+from runs import engine_and_rows, run_config
 from trainer.dryrun import axis_names, dry_run, kinds_of
-from trainer.engines import build_engine
-from trainer.engines.carry import layout_of
 from trainer.ledger import Ledger
 from trainer.metrics import flops_per_token
 
@@ -28,13 +24,7 @@ LAYOUTS = [
 
 def measured(config):
     """The second step of every rank, counted on real tensors."""
-    import torch.distributed as dist
-
-    layout = layout_of(config, dist.get_world_size())
-    split, _ = open_split(config.data.path, "train", config.train.context)
-    data = layout.coordinates(dist.get_rank()).data
-    loader = Loader(split, 1, config.train.global_batch, data, layout.data_ranks, False)
-    engine = build_engine(config, layout, torch.device("cpu"))
+    engine, loader = engine_and_rows(config)
     engine.step(loader.batch(0), 1e-4)
     with Ledger(kinds_of(engine)) as ledger:
         engine.step(loader.batch(1), 1e-4)
