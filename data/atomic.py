@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+LOCK = ".lock"
 
 
 def flush(path: Path) -> None:
@@ -23,15 +28,58 @@ def partial_path(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def commit_folder(target: Path) -> None:
-    """Put the folder built at partial_path(target) in place. `target` must not exist."""
-    built = partial_path(target)
+def commit_folder(target: Path, built: Path | None = None) -> None:
+    """Put the folder built at `built` (partial_path(target), unless given) in place. `target` must not exist."""
+    built = built or partial_path(target)
     for path in built.iterdir():
         if path.is_file():
             flush(path)
     flush(built)
     built.rename(target)
     flush(target.parent)
+
+
+@contextmanager
+def locked_folder(target: Path, patience: float) -> Iterator[tuple[Path, int]]:
+    """Yield the folder partial_path(target), made if need be with all that is in it left as it is, and the open file
+    whose lock says that someone is at work there. Processes that inherit it hold the lock too, for as long as any lives.
+
+    Waits `patience` seconds for the lock. Raises BlockingIOError when it is still held then.
+    """
+    built = partial_path(target)
+    handle = _lock(built, time.monotonic() + patience)
+    try:
+        yield built, handle
+    finally:
+        os.close(handle)
+
+
+def _lock(built: Path, until: float) -> int:
+    while True:
+        built.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = os.open(built / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the one who held the lock has just removed the folder
+            continue
+        try:
+            with suppress(FileNotFoundError):  # removed between opening and locking
+                _flock(handle)
+                if os.fstat(handle).st_ino == (built / LOCK).stat().st_ino:
+                    return handle
+        except BlockingIOError:
+            if time.monotonic() > until:
+                os.close(handle)
+                raise
+            time.sleep(0.05)
+        os.close(handle)
+
+
+def _flock(handle: int) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system that knows no locks does without
+            raise
 
 
 @contextmanager
@@ -53,15 +101,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
         raise
 
 
-def write_file(target: Path, content: bytes) -> None:
-    """Replace `target` by `content` in one step: a reader sees the old bytes or the new, never a part."""
+def write_file(target: Path, content: bytes, durable: bool = True) -> None:
+    """Replace `target` by `content` in one step: a reader sees the old bytes or the new, never a part.
+
+    Without `durable` that holds for processes that end at any moment, but not for a machine that loses its power: then the
+    file may be there empty or damaged.
+    """
     built = partial_path(target)
     try:
         built.write_bytes(content)
-        flush(built)
+        if durable:
+            flush(built)
         built.rename(target)
     except BaseException:
         with suppress(OSError):
             built.unlink()
         raise
-    flush(target.parent)
+    if durable:
+        flush(target.parent)

@@ -1,158 +1,156 @@
-"""The batch at step n, as a function of (data fingerprint, seed, n): the position in the data is one integer.
+"""The batch at step n, as a function of (data, seed, n): the position in the data is one integer, the samples consumed.
 
-Shapes: rows of T tokens. A row is T + 1 consecutive tokens of one shard, cut into inputs and labels.
+Each rank reads its own rows, and its own columns of them, ahead of the step in one thread; whatever the number of ranks,
+their rows together are the same global batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from data.corpus import Corpus
+from data.course import Course, Samples, Skips
 from data.errors import DataError
-from data.order import permute
-from data.shards import DatasetInfo, Shard, open_shard, read_index
+from data.prefetch import prefetched
+from data.rows import Batch, Columns, Ids, read_rows
 
-IGNORED = -100
-"""Label of a position that is not predicted. The same value as in torch's cross-entropy."""
-
-Ids = npt.NDArray[np.int64]
+_KEPT = 64
+"""Steps whose digests are kept, so that a resumed run can follow them again."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some rows, int64 [rows, T] each. `docs` numbers the documents in a row and `positions` counts inside each;
-    both None when rows are read as one document."""
-
-    tokens: Ids
-    labels: Ids
-    docs: Ids | None
-    positions: Ids | None
-
-    def rows(self, start: int, stop: int) -> Batch:
-        docs = None if self.docs is None else self.docs[start:stop]
-        positions = None if self.positions is None else self.positions[start:stop]
-        return Batch(self.tokens[start:stop], self.labels[start:stop], docs, positions)
-
-    def part(self, index: Ids) -> Batch:
-        """Some positions of every row; `docs` then numbers documents of those positions only."""
-        docs = None if self.docs is None else self.docs[:, index]
-        shape = self.tokens.shape
-        positions = np.broadcast_to(np.arange(shape[1]), shape) if self.positions is None else self.positions
-        return Batch(self.tokens[:, index], self.labels[:, index], docs, np.ascontiguousarray(positions[:, index]))
-
-
-@dataclass(frozen=True)
-class Split:
-    """An open split of a dataset, seen as samples of T tokens that never cross a shard.
-
-    `starts` is the number of samples before each shard, and at the end the number of all.
-    """
-
-    shards: tuple[Shard, ...]
-    starts: Ids
-    context: int
-
-    @property
-    def samples(self) -> int:
-        return int(self.starts[-1])
-
-
-def open_split(folder: Path, split: str, context: int) -> tuple[Split, DatasetInfo]:
-    """Open a prepared dataset's split for rows of `context` tokens. Raises DataError if there is not one whole row."""
-    info = read_index(folder)
-    if split not in info.splits:
-        raise DataError(f"data.path: {folder} has no split {split!r}; it has {', '.join(info.splits)}")
-    shards = tuple(open_shard(folder / s.file, s) for s in info.splits[split])
-    starts = np.cumsum([0] + [max(0, (len(s.tokens) - 1) // context) for s in shards], dtype=np.int64)
-    if starts[-1] == 0:
-        tokens = info.tokens(split)
-        raise DataError(f"data.path: the {split} split of {folder} has {tokens} tokens, less than one row of {context} + 1")
-    return Split(shards, starts, context), info
-
-
-def read_rows(split: Split, samples: Ids, document_mask: bool) -> Batch:
-    """The rows of the given samples. A sample of -1 is padding: no position of it is predicted.
-
-    With `document_mask`, the first token of a document is never predicted from the one before it.
-    """
-    shape = (len(samples), split.context)
-    tokens, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
-    docs, positions = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    positions[:] = np.arange(split.context)
-    where = np.searchsorted(split.starts, samples, side="right") - 1
-    for row, (sample, at) in enumerate(zip(samples, where, strict=True)):
-        if sample < 0:
-            continue
-        shard = split.shards[at]
-        first = int(sample - split.starts[at]) * split.context
-        window = shard.tokens[first : first + split.context + 1]
-        tokens[row], labels[row] = window[:-1], window[1:]
-        if document_mask:
-            # Of the index's own type: otherwise the whole mapped index would be converted for every row.
-            span = np.array((first, first + split.context), dtype=shard.ends.dtype)
-            begin, end = np.searchsorted(shard.ends, span, side="right")
-            cuts = shard.ends[begin:end].astype(np.int64) - first
-            labels[row, cuts - 1] = IGNORED
-            cuts = cuts[cuts < split.context]
-            docs[row, cuts] = 1
-            np.cumsum(docs[row], out=docs[row])
-            starts = np.concatenate(([0], cuts))
-            positions[row] -= starts[docs[row]]
-    return Batch(tokens, labels, docs if document_mask else None, positions if document_mask else None)
+def read_samples(
+    course: Course, samples: Samples, rows: int, document_mask: bool, columns: Columns | None = None
+) -> Batch:
+    """These samples as rows, padded to as many as `rows`. Raises DataError for those of a source that the run no longer has,
+    and for ids beyond the data's vocabulary."""
+    if len(samples) and samples.source.max() >= len(course.corpora):
+        gone = course.mixture.names[int(samples.source.max())]
+        raise DataError(f"data.mixture: these samples came from {gone!r}, which is not in the mixture any more: name it again")
+    places = [
+        course.corpora[source].where(shard, row)
+        for source, shard, row in zip(samples.source.tolist(), samples.shard.tolist(), samples.row.tolist(), strict=True)
+    ]
+    batch = read_rows(places, rows, course.context, document_mask, columns, course.pieces(samples.position))
+    vocab = course.corpora[0].info.vocab
+    if batch.tokens.max(initial=0) >= vocab or batch.labels.max(initial=0) >= vocab:
+        at = int(np.flatnonzero(np.maximum(batch.tokens, batch.labels).max(1) >= vocab)[0])
+        raise DataError(f"{places[at].shard.path}: token id {max(batch.tokens[at].max(), batch.labels[at].max())} is beyond the "
+                        f"vocabulary of {vocab}: the data was not made by its tokenizer, or is damaged; prepare it again")
+    return batch
 
 
 @dataclass(frozen=True)
 class Loader:
-    """Training batches: `batch(step)` for any step, past or future. Rank r of `world` reads its own rows only."""
+    """Training batches: `batch(step)` for any step, past or future, of which rank r of `world` reads its own rows, and of
+    those the `columns` that it holds (None: all). Where `world` does not divide `global_batch`, the last ranks have rows
+    that are padding."""
 
-    split: Split
-    seed: int
+    course: Course
     global_batch: int
     rank: int
     world: int
     document_mask: bool
+    columns: Columns | None = None
+    _digests: dict[int, str] = field(default_factory=dict, compare=False, repr=False)
 
-    def samples(self, step: int) -> Ids:
-        """Samples of the whole global batch at a step: each epoch is a permutation of all samples under its own key."""
-        g = np.arange(step * self.global_batch, (step + 1) * self.global_batch, dtype=np.int64)
-        epochs, index = np.divmod(g, self.split.samples)
-        out = np.empty_like(g)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            out[here] = permute(index[here], self.split.samples, f"{self.seed}:epoch:{epoch}")
-        return out
+    @property
+    def skips(self) -> Skips:
+        return self.course.skips
+
+    @property
+    def rows(self) -> int:
+        return -(-self.global_batch // self.world)
+
+    def samples(self, step: int) -> Samples:
+        """The whole global batch's samples."""
+        return self.course.samples(step * self.global_batch, (step + 1) * self.global_batch)
 
     def batch(self, step: int) -> Batch:
-        """This rank's rows of the global batch at `step`, [global_batch / world, T]."""
-        share = self.global_batch // self.world
-        mine = self.samples(step)[self.rank * share : (self.rank + 1) * share]
-        return read_rows(self.split, mine, self.document_mask)
+        """This rank's part of the global batch at `step`, [rows, T]."""
+        samples = self.samples(step)
+        mine = samples.part(min(self.rank * self.rows, len(samples)), min((self.rank + 1) * self.rows, len(samples)))
+        return read_samples(self.course, mine, self.rows, self.document_mask, self.columns)
 
-    def stream(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches of steps start..stop-1, each read by one thread while the one before it is in use."""
-        if start >= stop:
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
-            coming = reader.submit(self.batch, start)
-            for step in range(start, stop):
-                batch = coming.result()
-                if step + 1 < stop:
-                    coming = reader.submit(self.batch, step + 1)
-                yield batch
+    def stream(
+        self, start: int, stop: int, ready: Callable[[Batch], Batch] = lambda batch: batch, ahead: int = 2
+    ) -> Iterator[Batch]:
+        """Batches of steps start..stop-1 as `ready` makes them, each read by one thread while those before it are in use:
+        `ahead` at most wait. Every step's samples go into the digest."""
+
+        def read(step: int) -> Batch:
+            self._fetch_soon(step)
+            self._digests[step + 1] = self.samples(step).digest(self._digests.get(step, ""))
+            self._digests.pop(step - _KEPT, None)
+            return ready(self.batch(step))
+
+        return prefetched(read, start, stop, ahead)
+
+    def go_on(self, step: int, digest: str) -> None:
+        """The next step is `step`, and what was consumed before it has this digest."""
+        self._digests.clear()
+        self._digests[step] = digest
+
+    def state(self, step: int, _total: object = None) -> dict[str, Any]:
+        """What a resumed run checks: the digest of all samples before `step`, that of those before an earlier step, and on
+        rank 0 one of the very tokens of the last batch."""
+        digests = dict(self._digests)
+        earlier = min(s for s in digests if s <= step)
+        content = self.content(step - 1) if step and self.rank == 0 else ""
+        return {"digest": digests[step], "earlier": {"step": earlier, "digest": digests[earlier]}, "content": content}
+
+    def follow(self, state: Mapping[str, Any], step: int) -> None:
+        """Find the last steps' samples and, on rank 0, read the last batch again; then go on with `step`. Raises DataError
+        if they are not those that were consumed."""
+        earlier = state["earlier"]
+        digest = earlier["digest"]
+        for before in range(int(earlier["step"]), step):
+            digest = self.samples(before).digest(digest)
+        if digest != state["digest"]:
+            raise DataError(
+                f"data: the samples of steps {earlier['step']} to {step} are not those that the run consumed (digest "
+                f"{digest[:12]}, was {state['digest'][:12]}): the order has changed; use the version that began the run"
+            )
+        if step and self.rank == 0 and self.content(step - 1) != state["content"]:
+            raise DataError(
+                f"data.path: the tokens of step {step} are not those that the run consumed: a shard was altered; "
+                "`mikoshi data verify` names it"
+            )
+        self.go_on(step, digest)
+
+    def content(self, step: int) -> str:
+        """Digest of the very tokens and labels of the whole global batch at a step."""
+        batch = read_samples(self.course, self.samples(step), self.global_batch, self.document_mask)
+        return hashlib.sha256(batch.tokens.tobytes() + batch.labels.tobytes()).hexdigest()
+
+    def _fetch_soon(self, step: int) -> None:
+        """Tell corpora that are kept elsewhere which shards this rank's coming rows are in."""
+        for k, corpus in enumerate(self.course.corpora):
+            if corpus.dataset.ahead is None:
+                continue
+            wanted: dict[int, None] = {}
+            for later in range(step, step + 8):
+                samples = self.samples(later).part(self.rank * self.rows, (self.rank + 1) * self.rows)
+                wanted |= dict.fromkeys(samples.shard[samples.source == k].tolist())
+            corpus.ahead(list(wanted))
 
 
-def evaluation_batches(split: Split, rows: int, batches: int, rank: int, world: int, document_mask: bool) -> Iterator[Batch]:
+def evaluation_batches(
+    corpus: Corpus, rows: int, batches: int, rank: int, world: int, document_mask: bool, columns: Columns | None = None
+) -> Iterator[Batch]:
     """The first `batches` global batches of `rows` rows, in the order of the text, the same at every evaluation.
 
     Where the split ends early, padding rows keep the ranks in step.
     """
-    share = rows // world
-    for number in range(min(batches, -(-split.samples // rows))):
-        first = number * rows + rank * share
-        samples = np.arange(first, first + share, dtype=np.int64)
-        yield read_rows(split, np.where(samples < split.samples, samples, -1), document_mask)
+    share = -(-rows // world)
+    before = np.concatenate(([0], np.cumsum(corpus.counts)))
+    for number in range(min(batches, -(-corpus.samples // rows))):
+        first = min(number * rows + rank * share, (number + 1) * rows)
+        samples: Ids = np.arange(first, min(first + share, (number + 1) * rows, corpus.samples), dtype=np.int64)
+        shards = np.searchsorted(before, samples, side="right") - 1
+        places = [corpus.where(int(s), int(i)) for s, i in zip(shards, samples - before[shards], strict=True)]
+        yield read_rows(places, share, corpus.context, document_mask, columns)

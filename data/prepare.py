@@ -1,235 +1,309 @@
-"""Text to token shards: read, split off the held-out part, tokenize on all cores, write, and only then exist."""
+"""Sources to token shards on all cores: the same bytes whatever the workers and however often it was stopped on the way.
+
+A dataset is built in a working folder beside it, `.NAME.partial`, a piece of the source at a time (data/work.py). What is
+finished there is kept when the process ends early, and the same call goes on with the rest. The dataset itself appears by
+one rename, whole.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
-from data.atomic import whole_folder
+from data.assemble import Unusable, assemble, report_of
+from data.atomic import commit_folder, flush, locked_folder, partial_path, write_file
 from data.errors import DataError
-from data.shards import (
-    INDEX,
-    TOKENIZER,
-    DatasetInfo,
-    ShardInfo,
-    fingerprint,
-    read_index,
-    token_bytes,
-    verify_shard,
-    write_index,
-    write_shard,
-)
-from data.sources import Document, Source, documents, open_source
+from data.pool import Tell, cores, run
+from data.progress import Meter, Progress, Show, quiet
+from data.quality import Filters, find_doubles
+from data.shards import HELD_OUT, INDEX, TOKENIZER, TRAIN, DatasetInfo, read_index, verify_shard
+from data.sources import Source, SourceSpec, open_source, pieces
 from data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from data.work import (
+    Job,
+    Selection,
+    Tally,
+    Work,
+    check_invalid,
+    digest,
+    finished,
+    hash_piece,
+    is_held_out,
+    tokenize_piece,
+    usable,
+)
+from data.workplace import Stopped, finished_pieces, stoppable, take_over, told
 
-TRAIN, HELD_OUT = "train", "held_out"
-_BATCH_BYTES = 8 << 20
+__all__ = ["HELD_OUT", "TRAIN", "Filters", "Progress", "Recipe", "Stopped", "prepare", "prepare_all", "train_on"]
+
 _TRAINING_BYTES = 64 << 20
+_TRAINING_PIECES = 64
+_PIECES, _SMALL_PIECE, _LARGE_PIECE = 256, 4 << 20, 128 << 20
+_TRAINED_ON = "tokenizer.from"
+R = TypeVar("R")
+
+_PATIENCE = 10.0  # seconds for the workers of a killed call to end
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a dataset is made from. `tokenizer`: a tokenizer.json, or None to train one with `vocab` tokens on the text."""
+    """What a dataset is made from. Its digest is the dataset's; all but `max_invalid` and `source.on_invalid` count in it.
 
-    source: str
-    column: str = "text"
-    tokenizer: Path | None = None
+    source: a str is short for SourceSpec(source=str).
+    tokenizer: what load_tokenizer takes, or None to train one with `vocab` tokens on the text.
+    held_out: share of the documents kept for evaluation, 0 < held_out < 0.5.
+    shard_tokens: a shard is closed once it has as many.
+    deduplicate: of documents with the same text only the first is kept.
+    max_invalid: how many unreadable documents may be left out before it fails; below 1 a share of all. None: any number.
+    """
+
+    source: SourceSpec | str
+    tokenizer: Path | str | None = None
     vocab: int = 8192
     held_out: float = 0.01
-    on_invalid: Literal["error", "skip"] = "error"
     shard_tokens: int = 1 << 26
+    filters: Filters = field(default_factory=Filters)
+    deduplicate: bool = False
+    max_invalid: float | None = None
+
+    @property
+    def spec(self) -> SourceSpec:
+        return SourceSpec(self.source) if isinstance(self.source, str) else self.source
 
 
-@dataclass
-class Progress:
-    """How far it is, handed to the caller's `show` after every batch."""
-
-    phase: str
-    total_bytes: int
-    done_bytes: int = 0
-    tokens: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-
-Show = Callable[[Progress], None]
-
-
-def recipe_digest(recipe: Recipe, source: Source) -> str:
-    """Changes when a setting or a source file's name or size does."""
-    plain = {**asdict(recipe), "tokenizer": None, "files": source.describe()}
-    if recipe.tokenizer is not None:
-        plain["tokenizer"] = load_tokenizer(recipe.tokenizer).fingerprint
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def prepare(recipe: Recipe, folder: Path, show: Show = lambda _: None) -> tuple[DatasetInfo, bool]:
+def prepare(
+    recipe: Recipe, folder: Path, show: Show = quiet, *, tokenizer: Tokenizer | None = None, workers: int | None = None
+) -> tuple[DatasetInfo, bool]:
     """Make the dataset at `folder`; if it is there already from the same recipe, only verify it (second value False).
 
-    Raises DataError for input that cannot be used or a folder that holds another dataset. Whatever goes wrong,
-    nothing half-made is left at `folder`.
+    `tokenizer` is taken instead of the recipe's. `workers`: processes, as many as there are cores unless given.
+    Raises DataError for input that cannot be used, a folder that holds another dataset, or a disk that is full; Stopped on
+    SIGINT and SIGTERM, when called from the main thread. Nothing half-made is ever at `folder`, and nothing at all is left
+    beside it unless a piece was finished.
     """
-    source = open_source(recipe.source, recipe.column)
-    digest = recipe_digest(recipe, source)
+    source = open_source(recipe.spec)
+    if tokenizer is None and recipe.tokenizer is not None:
+        tokenizer = load_tokenizer(recipe.tokenizer)
+    plain = _identity(recipe, source, tokenizer)
+    recipe_digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     if folder.exists():
-        if not (folder / INDEX).exists():
-            raise DataError(f"data.path: {folder} exists and is not a prepared dataset: give another path")
-        if read_index(folder).recipe != digest:
-            raise DataError(
-                f"data.path: {folder} holds data made from another source or settings: remove it or give another path"
-            )
-        info = read_index(folder)
-        for shard in (s for shards in info.splits.values() for s in shards):
-            verify_shard(folder / shard.file)
-        return info, False
-    try:
-        with whole_folder(folder) as partial:
-            info = _build(recipe, source, digest, partial, show)
-    except OSError as error:
-        raise DataError(f"data.path: cannot write {folder}: {error.strerror or error}; nothing was left behind") from error
+        return _verified(recipe, folder, recipe_digest, show, workers or cores()), False
+    with stoppable(), told(folder), locked_folder(folder, _PATIENCE) as (built, lock):
+        if folder.exists():  # another call has just finished it
+            return _verified(recipe, folder, recipe_digest, show, workers or cores()), False
+        try:
+            take_over(built, plain, show)
+            info = _build(_Build(recipe, source, built, show, workers or cores(), lock), recipe_digest, tokenizer)
+            commit_folder(folder, built / "dataset")
+        except BaseException as error:
+            if isinstance(error, Unusable) or not finished_pieces(built):
+                shutil.rmtree(built, ignore_errors=True)
+            raise
+        shutil.rmtree(built, ignore_errors=True)
     return info, True
 
 
-def _build(recipe: Recipe, source: Source, digest: str, folder: Path, show: Show) -> DatasetInfo:
-    tokenizer = _tokenizer(recipe, source, show)
-    tokenizer.save(folder / TOKENIZER)
-    width = token_bytes(tokenizer.vocab)
-    writers = {name: _SplitWriter(folder, name, width, recipe.shard_tokens) for name in (TRAIN, HELD_OUT)}
-    counts = {name: np.zeros(tokenizer.vocab, dtype=np.int64) for name in writers}
-    report: dict[str, Any] = {"documents": 0, "bytes": 0, "empty": 0, "skipped": 0, "skipped_names": []}
-    progress = Progress("tokenizing", source.bytes)
-    for batch in _batches(documents(source, recipe.on_invalid)):
-        kept = [d.text for d in batch if d.text]
-        report["empty"] += sum(d.text == "" for d in batch)
-        bad = [d for d in batch if d.text is None]
-        report["skipped"] += len(bad)
-        report["skipped_names"] += [f"{d.name}: {d.problem}" for d in bad[: 20 - len(report["skipped_names"])]]
-        for text, ids in zip(kept, tokenizer.encode_batch(kept), strict=True):
-            split = HELD_OUT if _held_out(text, recipe.held_out) else TRAIN
-            array = np.array([*ids, tokenizer.separator], dtype=f"<u{width}")
-            writers[split].add(array)
-            counts[split] += np.bincount(array, minlength=tokenizer.vocab)
-            progress.tokens += len(array)
-        size = sum(len(text.encode()) for text in kept)
-        progress.done_bytes += size
-        report["bytes"] += size
-        report["documents"] += len(kept)
-        show(progress)
-    if not (writers[HELD_OUT].size or writers[HELD_OUT].shards):
-        tail = writers[TRAIN].cut_tail(recipe.held_out)
-        writers[HELD_OUT].add(tail)
-        moved = np.bincount(tail, minlength=tokenizer.vocab)
-        counts[TRAIN], counts[HELD_OUT] = counts[TRAIN] - moved, counts[HELD_OUT] + moved
-    if not report["documents"]:
-        why = report["skipped_names"][0] if report["skipped"] else "it is empty"
-        counts_told = f"{report['skipped']} skipped, {report['empty']} empty"
-        raise DataError(f"data.source: no document of {recipe.source!r} could be used ({counts_told}): {why}")
-    splits = {name: writer.close() for name, writer in writers.items()}
-    for name, shards in splits.items():
-        if not sum(shard.tokens for shard in shards):
-            raise DataError(
-                f"data.source: no document of {recipe.source!r} fell in the {name} split "
-                f"({report['documents']} read, {report['skipped']} skipped, {report['empty']} empty): "
-                "give more text, or change data.held_out"
-            )
-    info = DatasetInfo(
-        fingerprint=fingerprint(tokenizer.fingerprint, splits),
-        recipe=digest,
-        tokenizer=tokenizer.fingerprint,
-        vocab=tokenizer.vocab,
-        separator=tokenizer.separator,
-        splits=splits,
-        unigram_nats=unigram_nats(counts[TRAIN], counts[HELD_OUT]),
-        report={**report, "source": recipe.source},
-    )
-    write_index(folder, info)
+def _identity(recipe: Recipe, source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """All that the dataset's bytes depend on, as plain values."""
+    spec = {name: value for name, value in asdict(recipe.spec).items() if name != "on_invalid"}
+    made = {"vocab": recipe.vocab} if tokenizer is None else {"tokenizer": tokenizer.fingerprint}
+    kept = {"held_out": recipe.held_out, "shard_tokens": recipe.shard_tokens, "deduplicate": recipe.deduplicate}
+    files = [list(file) for file in source.describe()]
+    return {"version": 1, **spec, **made, **kept, **asdict(recipe.filters), "files": files}
+
+
+def _verified(recipe: Recipe, folder: Path, recipe_digest: str, show: Show, threads: int) -> DatasetInfo:
+    """The dataset that is there, every byte of it read again."""
+    if not (folder / INDEX).exists():
+        raise DataError(f"data.path: {folder} exists and is not a prepared dataset: give another path")
+    info = read_index(folder)
+    if info.recipe != recipe_digest:
+        raise DataError(f"data.path: {folder} holds data made from another source or settings: remove it or give another path")
+    _check_report(recipe, info.report)
+    shards = [shard for shards in info.splits.values() for shard in shards]
+    progress = Progress("verifying", sum(shard.bytes for shard in shards))
+    with ThreadPoolExecutor(threads) as pool:
+        for shard, _ in zip(shards, pool.map(lambda shard: verify_shard(folder / shard.file, shard), shards), strict=True):
+            progress.done_bytes += shard.bytes
+            show(progress)
     return info
 
 
-def unigram_nats(train: npt.NDArray[np.int64], held_out: npt.NDArray[np.int64]) -> float:
-    """Held-out cross-entropy, nats a token, of the training split's token frequencies (each count plus one)."""
-    p = (train + 1) / (train + 1).sum()
-    return float(-(held_out * np.log(p)).sum() / held_out.sum())
+def _check_report(recipe: Recipe, report: Mapping[str, Any]) -> None:
+    """Raises DataError where more documents were left out as unreadable than the recipe allows."""
+    skipped, read = report["skipped"], report["read"]
+    if skipped and recipe.spec.on_invalid == "error":
+        raise DataError(
+            f'data.on_invalid = "error": {skipped} documents were left out as unreadable when the data was prepared, the '
+            f'first: {report["skipped_names"][0]}; set it to "skip", or prepare the data anew elsewhere'
+        )
+    most = recipe.max_invalid
+    if most is not None and skipped > (most if most >= 1 or most == 0 else most * read):
+        kinds = ", ".join(f"{count} {kind!r}" for kind, count in report["problems"].items())
+        raise DataError(
+            f"data.max_invalid = {most}: {skipped} of {read} documents cannot be used ({kinds}), the first: "
+            + "; ".join(report["skipped_names"][:3])
+        )
 
 
-def _tokenizer(recipe: Recipe, source: Source, show: Show) -> Tokenizer:
-    if recipe.tokenizer is not None:
-        return load_tokenizer(recipe.tokenizer)
-    progress = Progress("training the tokenizer", min(source.bytes, _TRAINING_BYTES))
-
-    def texts() -> Iterator[str]:
-        for document in documents(source, recipe.on_invalid):
-            if not document.text or _held_out(document.text, recipe.held_out):
-                continue
-            if progress.done_bytes >= _TRAINING_BYTES:
-                return
-            progress.done_bytes += len(document.text.encode())
-            show(progress)
-            yield document.text
-
-    return train_tokenizer(texts(), recipe.vocab)
+@dataclass(frozen=True)
+class _Build:
+    recipe: Recipe
+    source: Source
+    folder: Path
+    show: Show
+    workers: int
+    lock: int
 
 
-def _held_out(text: str, share: float) -> bool:
-    """Decided by the text alone: a copy of a document never stands on the other side."""
-    head = hashlib.sha256(text.encode()).digest()[:8]
-    return int.from_bytes(head, "little") < share * 2**64
+def _build(build: _Build, recipe_digest: str, given: Tokenizer | None) -> DatasetInfo:
+    """Do what is left to do in the working folder, up to the folder `dataset` in it."""
+    recipe, source = build.recipe, build.source
+    path = build.folder / TOKENIZER
+    if not path.exists():
+        given = given or train_on({"": recipe}, build.show)
+        _save(given, path)
+    tokenizer = given or load_tokenizer(path)
+    selection = _selection(recipe, source, tokenizer.special_tokens if source.chat is not None else frozenset())
+    work = Work(build.folder, selection, tokenizer.fingerprint, recipe.held_out, recipe.shard_tokens, recipe.deduplicate)
+    jobs = _jobs(source)
+    if recipe.deduplicate:
+        hashes = [work.hashes(job.piece.number) for job in jobs]
+        left = [job for job, file in zip(jobs, hashes, strict=True) if not file.exists()]
+        _each(build, "looking for doubles", hash_piece, work, jobs, left, lambda _number, _count: None)
+        build.show(Progress("comparing documents", 0))
+        find_doubles(hashes, build.folder / "doubles")
+    with ThreadPoolExecutor(build.workers) as pool:
+        known = pool.map(lambda job: finished(work, job.piece.number), jobs)
+        tallies = {job.piece.number: tally for job, tally in zip(jobs, known, strict=True) if tally is not None}
+
+    def keep(number: int, tally: Tally) -> None:
+        tallies[number] = tally
+        if 0 <= selection.most_invalid < sum(tally.invalid for tally in tallies.values()):
+            check_invalid(selection.most_invalid, _sum(tallies))
+
+    left = [job for job in jobs if job.piece.number not in tallies]
+    _each(build, "tokenizing", tokenize_piece, work, jobs, left, keep)
+    total = _sum(tallies)
+    report = report_of(total, recipe.spec.source)
+    _check_report(recipe, report)
+    return assemble(work, len(jobs), total, report, tokenizer, recipe_digest, build.workers, build.show, (build.lock,))
 
 
-def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
-    """Runs of documents of about _BATCH_BYTES together: enough for all cores, bounded in memory."""
-    batch: list[Document] = []
-    size = 0
-    for document in stream:
-        batch.append(document)
-        size += len(document.text or "")
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _save(tokenizer: Tokenizer, path: Path) -> None:
+    tokenizer.save(partial_path(path))
+    flush(partial_path(path))
+    partial_path(path).rename(path)
 
 
-class _SplitWriter:
-    """Cuts a stream of documents into numbered shards of at least `shard_tokens` tokens (the last may be shorter)."""
+def _selection(recipe: Recipe, source: Source, specials: frozenset[str] = frozenset()) -> Selection:
+    most = recipe.max_invalid
+    return Selection(source, recipe.filters, specials, -1 if most is None or 0 < most < 1 else int(most))
 
-    def __init__(self, folder: Path, split: str, width: int, shard_tokens: int) -> None:
-        self.folder, self.split, self.width, self.shard_tokens = folder, split, width, shard_tokens
-        self.waiting: list[npt.NDArray[Any]] = []
-        self.size = 0  # tokens waiting
-        self.shards: list[ShardInfo] = []
 
-    def add(self, document: npt.NDArray[Any]) -> None:
-        if self.size >= self.shard_tokens:  # not sooner: the last document must still be here for cut_tail
-            self.flush()
-        self.waiting.append(document)
-        self.size += len(document)
+def _jobs(source: Source) -> list[Job]:
+    """The source in pieces, many enough for many cores and large enough to be worth the trouble; a function of its size."""
+    target = min(max(source.bytes // _PIECES, _SMALL_PIECE), _LARGE_PIECE)
+    jobs = []
+    for piece in pieces(source, target):
+        first, last = (source.files[piece.spans[at].file].name for at in (0, -1))
+        jobs.append(Job(piece, f"piece {piece.number} of the source ({first if first == last else f'{first} to {last}'})"))
+    return jobs
 
-    def flush(self) -> None:
-        name = f"{self.split}-{len(self.shards):05d}.shard"
-        self.shards.append(write_shard(self.folder / name, self.waiting, self.width))
-        self.waiting, self.size = [], 0
 
-    def cut_tail(self, share: float) -> npt.NDArray[Any]:
-        """Take the last `share` of the waiting tokens out of the last document: for a text too short in documents
-        for any of them to have been held out, such as one long file."""
-        if not self.waiting:
-            return np.zeros(0, dtype=f"<u{self.width}")
-        last = self.waiting.pop()
-        keep = max(0, len(last) - int(np.ceil(self.size * share)))
-        self.size -= len(last) - keep
-        if keep:
-            self.waiting.append(last[:keep])
-        return last[keep:]
+def _sum(tallies: Mapping[int, Tally]) -> Tally:
+    total = Tally()
+    for number in sorted(tallies):
+        total.add(tallies[number])
+    return total
 
-    def close(self) -> list[ShardInfo]:
-        if self.waiting:
-            self.flush()
-        return self.shards
+
+def _each(
+    build: _Build, phase: str, task: Callable[[Work, Job, Tell], R], work: Work, jobs: list[Job], left: list[Job],
+    keep: Callable[[int, R], None],
+) -> None:  # fmt: skip
+    """Do the jobs that are left, and hand each result to `keep` with the number of its piece."""
+    sizes = [job.piece.bytes for job in left]
+    meter = Meter(phase, sizes, sum(job.piece.bytes for job in jobs) - sum(sizes), build.show)
+    with closing(run(task, work, left, build.workers, meter.told, (build.lock,))) as results:
+        for number, result in results:
+            meter.ended(number)
+            keep(left[number].piece.number, result)
+
+
+def train_on(recipes: Mapping[str, Recipe], show: Show = quiet) -> Tokenizer:
+    """A tokenizer trained on the training splits of all recipes' sources, as many bytes of each (64 MiB of all together,
+    from up to 64 places all over a source), with the vocabulary that they name and the special tokens of their chat
+    templates. Raises DataError if they name several vocabularies."""
+    vocabs = {recipe.vocab for recipe in recipes.values()}
+    if len(vocabs) != 1:
+        raise DataError(f"data.tokenizer_vocab: one tokenizer is trained for all sources, and they ask for {sorted(vocabs)}")
+    sources = [(recipe, open_source(recipe.spec)) for recipe in recipes.values()]
+    specials = sorted({special for _, source in sources if source.chat is not None for special in source.chat.specials})
+    return train_tokenizer(_training_texts(sources, show), vocabs.pop(), specials)
+
+
+def _training_texts(sources: list[tuple[Recipe, Source]], show: Show) -> Iterator[str]:
+    share = _TRAINING_BYTES // len(sources)
+    progress = Progress("training the tokenizer", sum(min(source.bytes, share) for _, source in sources))
+    for recipe, source in sources:
+        jobs = _jobs(source)
+        places = sorted({number * len(jobs) // _TRAINING_PIECES for number in range(_TRAINING_PIECES)})
+        for place in places:
+            left = share // len(places)
+            for document in usable(_selection(recipe, source), jobs[place].piece, Tally()):
+                assert document.text is not None
+                if left <= 0:
+                    break
+                if is_held_out(digest(document.text), recipe.held_out):
+                    continue
+                size = len(document.text.encode())
+                left -= size
+                progress.done_bytes += size
+                show(progress)
+                yield document.text
+
+
+def prepare_all(
+    recipes: Mapping[str, Recipe], folder: Path, show: Show = quiet, *, workers: int | None = None
+) -> dict[str, tuple[DatasetInfo, bool]]:
+    """Prepare each recipe at folder/NAME, all with one tokenizer: the one that they name, or one trained on all of them,
+    which is kept in `folder` beside them. Returns for each what `prepare` does; raises what it does."""
+    for name in recipes:
+        if not name or name.startswith(".") or Path(name).name != name:
+            raise DataError(f"data.sources: {name!r} cannot be a folder's name: use letters, digits, - and _")
+    named = {recipe.tokenizer and str(recipe.tokenizer) for recipe in recipes.values()}
+    if len(named) != 1:
+        raise DataError(f"data.tokenizer: one tokenizer serves all sources, and they name {sorted(map(str, named))}")
+    what = next(iter(recipes.values())).tokenizer
+    try:
+        tokenizer = load_tokenizer(what) if what is not None else _common_tokenizer(recipes, folder, show)
+    except OSError as error:
+        raise DataError(f"data.path: cannot write {folder}: {error.strerror or error}") from error
+    return {
+        name: prepare(recipe, folder / name, show, tokenizer=tokenizer, workers=workers) for name, recipe in recipes.items()
+    }
+
+
+def _common_tokenizer(recipes: Mapping[str, Recipe], folder: Path, show: Show) -> Tokenizer:
+    """The tokenizer trained on all of them, from `folder` if it was trained on the very same before."""
+    plain = {name: _identity(recipe, open_source(recipe.spec), None) for name, recipe in recipes.items()}
+    path, note = folder / TOKENIZER, folder / _TRAINED_ON
+    told = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    if path.exists() and note.exists():
+        tokenizer = load_tokenizer(path)
+        if note.read_text().split() == [told, tokenizer.fingerprint]:
+            return tokenizer
+    with stoppable():
+        tokenizer = train_on(recipes, show)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(tokenizer, path)
+    write_file(note, f"{told} {tokenizer.fingerprint}\n".encode())
+    return tokenizer

@@ -1,14 +1,16 @@
 """Token shards on disk: memory-mapped, self-describing, refused when anything about them is not as written.
 
-A shard is one file: a 64-byte header (magic, version, bytes a token, counts, SHA-256 of what follows), the tokens as
-little-endian uint16 or uint32, padding to 8 bytes, and the end offset of every document as uint64. A dataset is a
-folder of shards, a tokenizer.json and a dataset.json that lists them with their digests.
+A shard is one file: a 64-byte header (magic, version, bytes a token, whether loss bits follow, counts, SHA-256 of the
+rest), the tokens as little-endian uint16 or uint32, padding to 8 bytes, the end offset of every document as uint64, and
+where some tokens are read but never predicted (a prompt) one bit a token, set where it is. A dataset is a folder of
+shards, a tokenizer.json and a dataset.json that lists them with their digests.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import struct
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -21,85 +23,102 @@ import numpy.typing as npt
 from data.errors import DataError
 
 MAGIC = b"MKSHARD\0"
-VERSION = 1
-_HEADER = struct.Struct("<8sIIQQ32s")
+VERSION = 2
+_HEADER = struct.Struct("<8sIHHQQ32s")
+HEADER_BYTES = _HEADER.size
 INDEX = "dataset.json"
 TOKENIZER = "tokenizer.json"
+TRAIN, HELD_OUT = "train", "held_out"
 
-Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | npt.NDArray[np.int32]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One line of the dataset's index."""
+    """One line of the dataset's index. `bytes`: the whole file's; `sha256`: of all that follows its header."""
 
     file: str
     tokens: int
     documents: int
+    bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class Shard:
-    """An open shard: `tokens` and `ends` (exclusive end of every document, in tokens) are views of the mapped file."""
+    """An open shard, all views of the mapped file: `tokens`, `ends` (exclusive end of every document, in tokens) and
+    `learned`, a bit for every token that is predicted (None where all are), lowest bit first."""
 
     path: Path
     tokens: Tokens
-    ends: npt.NDArray[np.uint64]
+    ends: npt.NDArray[Any]
+    learned: npt.NDArray[np.uint8] | None = None
 
 
 def token_bytes(vocab: int) -> int:
     return 2 if vocab <= 1 << 16 else 4
 
 
-def _body_size(width: int, tokens: int, documents: int) -> int:
-    return -(-width * tokens // 8) * 8 + 8 * documents
+def _sections(width: int, tokens: int, documents: int, flagged: int) -> tuple[int, int, int]:
+    """Bytes of the token, document and loss-bit sections."""
+    return -(-width * tokens // 8) * 8, 8 * documents, -(-tokens // 8) if flagged else 0
 
 
-def write_shard(path: Path, documents: Iterable[npt.NDArray[Any]], width: int) -> ShardInfo:
-    """Write documents (arrays of ids, separator included) as one shard with `width` bytes a token."""
+def write_shard(
+    path: Path, documents: Iterable[npt.NDArray[Any]], width: int, learned: Iterable[Flags] | None = None
+) -> ShardInfo:
+    """Write documents (arrays of ids, separator included) as one shard with `width` bytes a token. `learned`: for each
+    document, which of its tokens are predicted."""
     arrays = [np.asarray(d, dtype=f"<u{width}") for d in documents]
     ends = np.cumsum([len(a) for a in arrays], dtype="<u8")
-    tokens = np.concatenate(arrays)
-    body = tokens.tobytes()
-    body += b"\0" * (-len(body) % 8) + ends.tobytes()
-    digest = hashlib.sha256(body)
-    header = _HEADER.pack(MAGIC, VERSION, width, len(tokens), len(arrays), digest.digest())
+    tokens = np.concatenate(arrays) if arrays else np.zeros(0, f"<u{width}")
+    parts = [tokens.tobytes(), b"\0" * (-width * len(tokens) % 8), ends.tobytes()]
+    if learned is not None:
+        parts.append(np.packbits(np.concatenate(list(learned)), bitorder="little").tobytes())
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    header = _HEADER.pack(MAGIC, VERSION, width, learned is not None, len(tokens), len(arrays), digest.digest())
     with path.open("wb") as out:
-        out.write(header)
-        out.write(body)
-    return ShardInfo(path.name, len(tokens), len(arrays), digest.hexdigest())
+        for part in (header, *parts):
+            out.write(part)
+    size = HEADER_BYTES + sum(map(len, parts))
+    return ShardInfo(path.name, len(tokens), len(arrays), size, digest.hexdigest())
 
 
 def open_shard(path: Path, expected: ShardInfo | None = None) -> Shard:
     """Map a shard. Raises DataError if it is missing, not a shard, of another length than its header says, or not
     the one `expected`. Digests of the bytes are checked by verify_shard, which reads everything."""
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(_HEADER.size)
+            head = file.read(HEADER_BYTES)
+            size = file.seek(0, 2)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     except OSError as error:
         raise DataError(f"{path}: cannot read the shard: {error.strerror}; prepare the data again") from None
-    if len(head) < _HEADER.size or not head.startswith(MAGIC):
+    if len(head) < HEADER_BYTES or not head.startswith(MAGIC):
         raise DataError(f"{path}: not a token shard (no header); prepare the data again")
-    _, version, width, tokens, documents, digest = _HEADER.unpack(head)
+    _, version, width, flagged, tokens, documents, digest = _HEADER.unpack(head)
     if version != VERSION or width not in (2, 4):
         raise DataError(f"{path}: shard format version {version} is not {VERSION}; prepare the data again")
-    whole = _HEADER.size + _body_size(width, tokens, documents)
+    sections = _sections(width, tokens, documents, flagged)
+    whole = HEADER_BYTES + sum(sections)
     if size != whole:
         raise DataError(f"{path}: the shard has {size} bytes, its header says {whole}: truncated; prepare the data again")
     if expected and (tokens, documents, digest.hex()) != (expected.tokens, expected.documents, expected.sha256):
         raise DataError(f"{path}: not the shard that {INDEX} lists; prepare the data again")
-    mapped = np.memmap(path, dtype=np.uint8, mode="r", offset=_HEADER.size)
-    ids = mapped[: tokens * width].view(f"<u{width}")
-    return Shard(path, ids, mapped[whole - _HEADER.size - 8 * documents :].view("<u8"))
+    ids = np.frombuffer(mapped, dtype=f"<u{width}", count=tokens, offset=HEADER_BYTES)
+    ends = np.frombuffer(mapped, dtype="<u8", count=documents, offset=HEADER_BYTES + sections[0])
+    bits = np.frombuffer(mapped, dtype=np.uint8, offset=whole - sections[2]) if flagged else None
+    return Shard(path, ids, ends, bits)
 
 
-def verify_shard(path: Path) -> None:
+def verify_shard(path: Path, expected: ShardInfo | None = None) -> None:
     """Read the whole shard and compare its digest. Raises DataError if a single bit differs."""
-    open_shard(path)
+    open_shard(path, expected)
     with path.open("rb") as file:
-        digest = _HEADER.unpack(file.read(_HEADER.size))[-1]
+        digest = _HEADER.unpack(file.read(HEADER_BYTES))[-1]
         if hashlib.file_digest(file, "sha256").digest() != digest:
             raise DataError(f"{path}: the shard's bytes do not match its digest; prepare the data again")
 
@@ -126,6 +145,12 @@ class DatasetInfo:
         return sum(shard.tokens for shard in self.splits[split])
 
 
+def unigram_nats(train: npt.NDArray[np.int64], held_out: npt.NDArray[np.int64]) -> float:
+    """Held-out cross-entropy, nats a token, of the training split's token frequencies (each count plus one)."""
+    p = (train + 1) / (train + 1).sum()
+    return float(-(held_out * np.log(p)).sum() / held_out.sum())
+
+
 def fingerprint(tokenizer: str, splits: dict[str, list[ShardInfo]]) -> str:
     shards = {name: [s.sha256 for s in infos] for name, infos in splits.items()}
     return hashlib.sha256(json.dumps([VERSION, tokenizer, shards], sort_keys=True).encode()).hexdigest()
@@ -136,23 +161,28 @@ def write_index(folder: Path, info: DatasetInfo) -> None:
 
 
 def read_index(folder: Path) -> DatasetInfo:
-    """Read and check dataset.json. Raises DataError if there is no dataset or its index does not hold together."""
+    """Read and check a folder's dataset.json. Raises DataError if there is no dataset or it does not hold together."""
     path = folder / INDEX
     if not path.exists():
         raise DataError(f"data.path: no prepared dataset at {folder}; make it with `mikoshi prepare CONFIG`")
+    return parse_index(path.read_bytes(), str(path))
+
+
+def parse_index(content: bytes, name: str) -> DatasetInfo:
+    """dataset.json as bytes, called `name` in messages. Raises DataError if it does not hold together."""
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(content)
         if raw.pop("format") != VERSION:
-            raise DataError(f"{path}: made by another version of the format; prepare the data again")
-        splits = {name: [ShardInfo(**s) for s in shards] for name, shards in raw.pop("splits").items()}
+            raise DataError(f"{name}: made by another version of the format; prepare the data again")
+        splits = {split: [ShardInfo(**s) for s in shards] for split, shards in raw.pop("splits").items()}
         info = DatasetInfo(splits=splits, **raw)
     except DataError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # the last: not JSON, or not UTF-8
-        raise DataError(f"{path}: the index is damaged ({error}); prepare the data again") from None
+        raise DataError(f"{name}: the index is damaged ({error}); prepare the data again") from None
     for shard in (s for shards in splits.values() for s in shards):
-        if Path(shard.file).name != shard.file:
-            raise DataError(f"{path}: shard {shard.file!r} is not a name in this folder")
+        if "/" in shard.file or shard.file.startswith("."):
+            raise DataError(f"{name}: shard {shard.file!r} is not a name in this folder")
     if info.fingerprint != fingerprint(info.tokenizer, splits):
-        raise DataError(f"{path}: the fingerprint does not match the shards listed; prepare the data again")
+        raise DataError(f"{name}: the fingerprint does not match the shards listed; prepare the data again")
     return info

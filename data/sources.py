@@ -1,153 +1,151 @@
-"""Where text comes from: each source is a list of files, and a document is one (name, text), always in one order."""
+"""Where text comes from: reading all pieces of a source in order gives each document once, however it is cut.
+
+`datasets` finds what a Hub dataset consists of. Files are read by their own readers rather than through it, because
+its JSON reader gives up a whole block for one broken line (and takes strings that look like dates for dates), and none
+of its readers says at which row of which file a document stood.
+"""
 
 from __future__ import annotations
 
-import json
-import os
+import hashlib
+import itertools
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from data.chat import ChatTemplate, Part, load_chat
 from data.errors import DataError
+from data.files import File, blocks, list_files, told
+from data.formats import ARROW, JSONL, PARQUET, Span, format_of, read_span, refuse_format, row_group_bytes
+from data.hub import hub_files
+from data.text import Document, SourceSpec, reading
+
+__all__ = ["Document", "Part", "Piece", "Source", "SourceSpec", "Span", "documents", "open_source", "pieces"]
 
 PYTHON_STDLIB = "python-stdlib"
 """The name of the corpus that every machine has: the source code of Python's own standard library."""
 
-_JSONL = (".jsonl", ".ndjson")
-
-
-@dataclass(frozen=True)
-class Document:
-    """`name` says where it stands, for messages; `text` is None where it could not be read, and `problem` says why."""
-
-    name: str
-    text: str | None
-    problem: str = ""
-
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a corpus under `root`, sorted, and the column their rows keep text in."""
+    """The files of a corpus, sorted by name, and how to read them. It can be pickled for worker processes."""
 
-    root: Path
-    files: tuple[Path, ...]
-    column: str
+    spec: SourceSpec
+    files: tuple[File, ...]
+    format: str
+    chat: ChatTemplate | None = None
 
     @property
     def bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.files)
+        return sum(file.size for file in self.files)
 
     def describe(self) -> list[tuple[str, int]]:
-        """Names and sizes of the files: what a prepared dataset remembers of its origin."""
-        return [(path.relative_to(self.root).as_posix(), path.stat().st_size) for path in self.files]
+        """Names and sizes of the files: what a prepared dataset remembers of its origin. Where the store gives one, a
+        name is followed by "#" and the tag of the file's version; a chat template counts as a file."""
+        told = [(f"{file.name}#{file.etag}" if file.etag else file.name, file.size) for file in self.files]
+        if self.chat is not None:
+            digest = hashlib.sha256(repr(self.chat.tokens).encode() + self.chat.text.encode()).hexdigest()
+            told.append((f"{self.spec.chat}#{digest[:16]}", len(self.chat.text.encode())))
+        return told
 
 
-def open_source(spec: str, column: str) -> Source:
-    """The source called `spec`: `python-stdlib`, or the path of a file or folder.
+@dataclass(frozen=True)
+class Piece:
+    """A unit of work, the same whatever the workers. `bytes`: its share of the source's; those of all pieces are all."""
 
-    In a folder every visible file counts: .jsonl/.ndjson (a document a line, in `column`), .parquet (a document a
-    row, in `column`), any other as one document of UTF-8 text. Raises DataError if there is nothing to read.
-    """
-    if spec == PYTHON_STDLIB:
-        root = Path(sysconfig.get_paths()["stdlib"]).resolve()
-        files = [p for p in root.rglob("*.py") if "site-packages" not in p.parts and "__pycache__" not in p.parts]
+    number: int
+    spans: tuple[Span, ...]
+    bytes: int
+
+
+def open_source(spec: SourceSpec) -> Source:
+    """The source that `spec` names, its files listed. Raises DataError if there is nothing to read, or the spec says
+    what cannot be."""
+    refuse_format(spec.format)
+    if spec.on_invalid not in ("error", "skip"):
+        raise DataError(f"on_invalid = {spec.on_invalid!r} is neither 'error' nor 'skip'")
+    chat = load_chat(spec.chat) if spec.chat else None
+    if chat is not None and spec.template:
+        raise DataError("template and chat: a source has one or the other; the chat template says how messages become text")
+    reading(spec, chat)
+    kind = spec.format
+    if spec.source == PYTHON_STDLIB:
+        files = _python_stdlib()
+    elif spec.source.startswith("hub:"):
+        files, found = hub_files(spec.source)
+        kind = found if kind == "auto" else kind
     else:
-        root = Path(spec).expanduser()
-        if not os.path.lexists(root):
-            raise DataError(f"data.source: {spec!r} is neither a file or folder here nor {PYTHON_STDLIB!r}")
-        files = [root] if root.is_file() else list(_visible_files(root))
-        root = root.parent if root.is_file() else root
-    if not files:
-        raise DataError(f"data.source: the folder {spec!r} holds no files to read: put .txt, .jsonl or .parquet there")
-    return Source(root, tuple(sorted(files, key=lambda p: p.relative_to(root).as_posix())), column)
+        files = list_files(spec.source)
+    for file in files:
+        if file.compression and format_of(file, kind) in (PARQUET, ARROW):
+            raise DataError(f"data.source: {file.name} cannot be read while it is compressed: unpack it")
+    return Source(spec, files, kind, chat)
 
 
-def _visible_files(root: Path) -> Iterator[Path]:
-    """Every file under `root` that is not hidden. What cannot be entered or followed raises DataError: no part of a
-    corpus goes missing in silence."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"data.source: {error.filename} cannot be read: {error.strerror}")
-
-    for folder, below, names in os.walk(root, onerror=refuse):
-        below[:] = [name for name in below if not name.startswith(".")]
-        for name in names:
-            if name.startswith("."):
-                continue
-            path = Path(folder) / name
-            if not path.is_file():
-                raise DataError(f"data.source: {path} cannot be read: not a file, or a link that leads nowhere")
-            yield path
+def _python_stdlib() -> tuple[File, ...]:
+    root = Path(sysconfig.get_paths()["stdlib"]).resolve()
+    paths = [p for p in root.rglob("*.py") if "site-packages" not in p.parts and "__pycache__" not in p.parts]
+    files = [File(p.relative_to(root).as_posix(), str(p), p.stat().st_size) for p in paths]
+    return tuple(sorted(files, key=lambda file: file.name))
 
 
-def documents(source: Source, on_invalid: Literal["error", "skip"]) -> Iterator[Document]:
-    """Every document of the source in order. What cannot be read raises DataError by name, or with "skip" comes as a
-    Document without text, so that it can be counted."""
-    for path in source.files:
-        name = path.relative_to(source.root).as_posix()
-        read = _jsonl if path.suffix in _JSONL else _parquet if path.suffix == ".parquet" else _text
-        for document in _readable(read(path, name, source.column), name):
-            if document.text is None and on_invalid == "error":
-                raise DataError(f'{document.name}: {document.problem} (data.on_invalid = "skip" leaves such out)')
-            yield document
+def pieces(source: Source, target: int) -> tuple[Piece, ...]:
+    """The source in pieces of about `target` bytes: small files together, plain JSON lines cut anywhere, a Parquet
+    between row groups; any other file stays whole."""
+    cut: list[Piece] = []
+    spans: list[Span] = []
+    held = 0
+    for span, size in _units(source, target):
+        if spans and held + size > target:
+            cut.append(Piece(len(cut), tuple(spans), held))
+            spans, held = [], 0
+        spans.append(span)
+        held += size
+    return (*cut, Piece(len(cut), tuple(spans), held))
 
 
-def _readable(stream: Iterator[Document], name: str) -> Iterator[Document]:
-    try:
-        yield from stream
-    except OSError as error:
-        raise DataError(f"data.source: {name} cannot be read: {error.strerror or error}") from None
+def _units(source: Source, target: int) -> Iterator[tuple[Span, int]]:
+    """What is not cut further, with its bytes."""
+    for number, file in enumerate(source.files):
+        kind = format_of(file, source.format)
+        whole = [(Span(number, 0, -1), file.size)]
+        if file.size > target and kind == JSONL and not file.compression:
+            count = -(-file.size // target)
+            ends = [file.size * i // count for i in range(count + 1)]
+            yield from ((Span(number, a, b), b - a) for a, b in itertools.pairwise(ends))
+        elif file.size > target and kind == PARQUET:
+            with told(file.name):
+                sizes = row_group_bytes(file)
+            yield from ((Span(number, i, i + 1), size) for i, size in enumerate(sizes)) if sizes else whole
+        else:
+            yield from whole
 
 
-def _text(path: Path, name: str, _column: str) -> Iterator[Document]:
-    try:
-        yield Document(name, path.read_bytes().decode("utf-8"))
-    except UnicodeDecodeError as error:
-        yield Document(name, None, f"not UTF-8 text: byte {error.start} cannot be read")
+def documents(source: Source, piece: Piece, specials: Iterable[str] = ()) -> Iterator[Document]:
+    """The documents of a piece in order. `specials`: the tokenizer's special tokens, which a conversation's messages may
+    not hold. What cannot be read raises DataError by name, or with on_invalid "skip" comes as a Document without text,
+    as one does that the source's filter drops."""
+    how = reading(source.spec, source.chat, frozenset(specials))
+    for span in piece.spans:
+        file = source.files[span.file]
+        with told(file.name):
+            for document in read_span(file, format_of(file, source.format), span, how):
+                if document.text is None and not document.dropped and source.spec.on_invalid == "error":
+                    name = _with_line(document.name, file)
+                    raise DataError(f'{name}: {document.problem} (on_invalid = "skip" leaves such out)')
+                yield document
 
 
-def _jsonl(path: Path, name: str, column: str) -> Iterator[Document]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _json_line(f"{name}:{number}", line, column)
-
-
-def _json_line(name: str, line: bytes, column: str) -> Document:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        return Document(name, None, f"not UTF-8 text: byte {error.start} of the line cannot be read")
-    except json.JSONDecodeError as error:
-        return Document(name, None, f"not JSON: {error.msg} at column {error.colno}")
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        has = f"its keys are {', '.join(row)}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-        return Document(name, None, f"no text under data.text_column = {column!r}; {has}")
-    try:
-        row[column].encode()
-    except UnicodeEncodeError as error:
-        return Document(name, None, f"not text: half of a surrogate pair at character {error.start}")
-    return Document(name, row[column])
-
-
-def _parquet(path: Path, name: str, column: str) -> Iterator[Document]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(path)
-        columns = table.schema_arrow.names
-        if column not in columns:
-            problem = f"no column data.text_column = {column!r}; it has {', '.join(columns)}"
-            yield Document(name, None, problem)
-            return
-        row = 0
-        for batch in table.iter_batches(columns=[column]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                valid = isinstance(text, str)
-                yield Document(f"{name}:{row}", text if valid else None, "" if valid else "the row holds no text")
-    except pa.ArrowException as error:
-        yield Document(name, None, f"not a readable Parquet file: {str(error).splitlines()[0]}")
+def _with_line(name: str, file: File) -> str:
+    """A line that is known by its first byte is told by its number as well, where counting costs no transfer."""
+    head, _, byte = name.rpartition(":byte ")
+    if not head or file.remote:
+        return name
+    at, line = int(byte), 1
+    for block in blocks(file):
+        line += block[:at].count(b"\n")
+        at -= len(block)
+        if at <= 0:
+            break
+    return f"{head}:{line}"

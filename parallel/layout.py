@@ -227,7 +227,7 @@ def _problems(layout: Layout, facts: ModelFacts, batch: Batch) -> Iterator[str]:
             yield f"parallel.ep {layout.ep} does not divide the {over} ranks of a stage (data x cp x tp{used})"
         elif math.prod(layout.expert_grid) * layout.ep != over:
             yield f"parallel.ep {layout.ep} does not come out even with {layout.replicas} replicas of {layout.shards} shards"
-    if batch.rows % layout.data_ranks:
+    if batch.rows % layout.data_ranks and facts.experts:
         yield from _uneven_rows(layout, batch)
 
 
@@ -238,14 +238,14 @@ def _uneven_rows(layout: Layout, batch: Batch) -> Iterator[str]:
     *most, last = (str(n * inner) for n in sorted(fit))
     start = f"{', '.join(most)} or {last}" if most else last
     yield (
-        f"train.global_batch {batch.rows} cannot be shared evenly by {layout.data_ranks} data ranks: "
-        f"start {start} ranks, or use train.global_batch={up}"
+        f"train.global_batch {batch.rows} cannot be shared evenly by {layout.data_ranks} data ranks, and rows of padding "
+        f"would count among the experts' rows: start {start} ranks, or use train.global_batch={up}"
     )
 
 
 def _with_micro_batches(layout: Layout, batch: Batch) -> Layout:
     """The micro-batches of a step: as large as allowed, and as many as the schedule needs. Raises LayoutError."""
-    rows = batch.rows // layout.data_ranks
+    rows = -(-batch.rows // layout.data_ranks)  # where it does not come out even, the last ranks have rows of padding
     sizes = [n for n in range(min(rows, batch.micro_batch or rows), 0, -1) if rows % n == 0]
     if layout.pp > 1 and batch.micro_batch is None:
         # Twice the stages of a rank's pipeline keep the bubble small; fewer only where there are no more rows.

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from trainer import cli_data
+from trainer.cli_data import Config, Overrides
 from trainer.exit_codes import PREEMPTED
 from trainer.rank import generate_rank, say, told, train_rank
 
@@ -31,62 +33,12 @@ app = typer.Typer(
     epilog="First run: `mikoshi prepare configs/runs/quickstart.toml`, then `mikoshi train configs/runs/quickstart.toml`.",
 )
 
-Config = Annotated[Path, typer.Argument(help="the run's TOML file", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="settings over the file's, as section.key=value", show_default=False)
-]
 Run = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart", show_default=False)]
 
 
-@app.command(epilog="Example: `mikoshi prepare configs/runs/quickstart.toml data.source=my/texts data.path=build/my-texts`")
-def prepare(config: Config, overrides: Overrides = None) -> None:
-    """Turn text into token shards: reads `data.source`, writes `data.path`."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    from data import prepare as making
-    from trainer.config import load_config
-    from trainer.errors import ConfigError
-
-    run = load_config(config, overrides or [])
-    if not run.data.source:
-        raise ConfigError('data.source: missing; give a file or folder of text, or "python-stdlib"')
-    recipe = making.Recipe(
-        source=run.data.source,
-        column=run.data.text_column,
-        tokenizer=run.data.tokenizer,
-        vocab=run.data.tokenizer_vocab,
-        held_out=run.data.held_out,
-        on_invalid=run.data.on_invalid,
-    )
-    console = Console(highlight=False, soft_wrap=True)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(), console=console, disable=not console.is_terminal,
-    )  # fmt: skip
-    with bar:
-        tasks = {}
-
-        def show(progress: making.Progress) -> None:
-            if progress.phase not in tasks:
-                tasks[progress.phase] = bar.add_task(progress.phase, total=progress.total_bytes, rate="")
-            seconds = max(1e-3, time.monotonic() - progress.started)
-            rate = f"{progress.done_bytes / seconds / 1e6:.1f} MB/s"
-            bar.update(tasks[progress.phase], completed=progress.done_bytes, rate=rate)
-
-        info, made = making.prepare(recipe, run.data.path, show)
-    report = info.report
-    console.print(
-        f"{'prepared' if made else 'already prepared'}: {run.data.path}\n"
-        f"  {report['documents']:,} documents, {report['bytes'] / 1e6:.1f} MB of text; "
-        f"{report['skipped']} skipped, {report['empty']} empty\n"
-        f"  {info.tokens(making.TRAIN):,} training and {info.tokens(making.HELD_OUT):,} held-out tokens, "
-        f"vocabulary {info.vocab}\n"
-        f"  a model that knows only how frequent each token is has a held-out loss of {info.unigram_nats:.3f}",
-        markup=False,
-    )
-    for name in report["skipped_names"]:
-        console.print(f"  skipped {name}", markup=False)
+app.command(epilog=cli_data.PREPARE_EXAMPLES)(cli_data.prepare)
+app.add_typer(cli_data.data_app, name="data")
+app.add_typer(cli_data.tokenizer_app, name="tokenizer")
 
 
 @app.command(

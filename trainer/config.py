@@ -9,23 +9,16 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trainer.errors import ConfigError
 from trainer.model.config import ModelConfig
+from trainer.sections import Count, DataSection, Natural, Section
 
-Count = Annotated[int, Field(gt=0, lt=1 << 48)]
-Natural = Annotated[int, Field(ge=0, lt=1 << 48)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class RunSection(_Section):
+class RunSection(Section):
     name: str = Field("", pattern=r"^[A-Za-z0-9][\w.-]*$|^$", description="folder of the run (default: the file's name)")
     folder: Path = Field(Path("runs"), description="where run folders are kept")
     seed: Natural = 1
@@ -35,42 +28,31 @@ class RunSection(_Section):
         return self.folder / self.name
 
 
-class DataSection(_Section):
-    path: Path = Field(description="folder of the prepared dataset")
-    source: str = Field("", description='what `prepare` reads: "python-stdlib", or a file or folder of text/JSONL/Parquet')
-    text_column: str = Field("text", description="column or key that holds the text in JSONL and Parquet")
-    on_invalid: Literal["error", "skip"] = Field("error", description="what cannot be read: stop, or count and go on")
-    tokenizer: Path | None = Field(None, description="a tokenizer.json (default: train one on the text)")
-    tokenizer_vocab: Annotated[int, Field(ge=257, le=1 << 24)] = Field(8192, description="tokens of the tokenizer to train")
-    held_out: float = Field(0.01, gt=0, lt=0.5, description="share of the documents kept for evaluation")
-    document_mask: bool = Field(True, description="attention and positions stay inside a document")
-
-
-class TrainSection(_Section):
+class TrainSection(Section):
     steps: Natural
     global_batch: Count = Field(description="rows of a step, over all ranks")
     micro_batch: Count | None = Field(None, description="rows a rank handles at once, at most (default: all of its own)")
     context: Count = Field(description="tokens of a row")
 
 
-class EvalSection(_Section):
+class EvalSection(Section):
     every: Natural = Field(0, description="steps between evaluations; 0: only at the end")
     batches: Count = Field(8, description="global batches of held-out text")
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     every: Natural = Field(0, description="steps between checkpoints; 0: only at the end")
     keep: Count = Field(2, description="newest checkpoints that are kept")
 
 
-class ScheduleSection(_Section):
+class ScheduleSection(Section):
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup: Natural = Field(0, description="steps of linear warm-up")
     decay: Natural = Field(0, description="wsd: steps of the final linear decay")
     final: float = Field(0.1, ge=0, le=1, description="share of lr at the last step (cosine, linear, wsd)")
 
 
-class OptimSection(_Section):
+class OptimSection(Section):
     kind: Literal["adamw", "muon"] = Field("adamw", description="muon: hidden matrices by Muon, the rest by AdamW")
     lr: float = Field(3e-4, gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -81,7 +63,7 @@ class OptimSection(_Section):
     schedule: ScheduleSection = ScheduleSection()
 
 
-class ParallelSection(_Section):
+class ParallelSection(Section):
     """Degrees of parallelism. The ranks that tp, pp and cp leave over are data ranks: each reads other rows."""
 
     zero: Literal[0, 1, 2, 3] = Field(
@@ -110,7 +92,7 @@ class ParallelSection(_Section):
     async_tp: bool = Field(False, description="overlap tensor-parallel collectives with products (CUDA, compiled)")
 
 
-class EngineSection(_Section):
+class EngineSection(Section):
     kind: Literal["native"] = "native"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: compute in bf16, master weights in fp32")
@@ -120,13 +102,13 @@ class EngineSection(_Section):
     compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of each block; auto: on CUDA")
 
 
-class LogSection(_Section):
+class LogSection(Section):
     every: Count = Field(1, description="steps between console lines where it is no terminal; metrics have every step")
     tensorboard: bool = True
     wandb: str = Field("", description="Weights & Biases project; empty: off")
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """Everything that one training run is."""
 
     run: RunSection = RunSection()
@@ -147,6 +129,15 @@ class RunConfig(_Section):
                 f"train.context {self.train.context} is longer than the model's {self.model.context} learned positions: "
                 "lower it or raise model.context"
             )
+        for step, tokens in self.data.warmup:
+            if self.train.context % tokens:
+                raise ValueError(
+                    f"data.warmup: from step {step} rows of train.context {self.train.context} tokens cannot be read in pieces "
+                    f"of {tokens}: give a divisor"
+                )
+        lanes = self.data.lanes
+        if lanes and self.train.global_batch % lanes:
+            raise ValueError(f"data.lanes {lanes} does not divide train.global_batch {self.train.global_batch}: give a divisor")
         if self.parallel.async_tp and (self.engine.device == "cpu" or self.engine.compile == "off"):
             raise ValueError("parallel.async_tp needs CUDA and compiled blocks: unset it, or engine.device and engine.compile")
         halves = self.parallel.pp > 1 and self.parallel.schedule in ("interleaved-zb", "zbv", "dualpipev")
@@ -164,6 +155,9 @@ class RunConfig(_Section):
             )
         return self
 
+
+_NAMED = re.compile(r"(data\.mixture\.)([^.]+)\.")
+"""Tables that the user names."""
 
 Origin = dict[str, tuple[str, int]]
 """Dotted key -> the file and line where it was last set."""
@@ -325,12 +319,16 @@ def _place(parts: Sequence[str], origin: Origin) -> str:
 def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, field in model.model_fields.items():
         yield prefix + name, field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
+        below = field.annotation
+        if get_origin(below) is dict:
+            yield from _fields(get_args(below)[1], f"{prefix}{name}.*.")
+        elif isinstance(below, type) and issubclass(below, BaseModel):
+            yield from _fields(below, f"{prefix}{name}.")
 
 
 def _nearest(key: str) -> str:
-    names = [name for name, _ in _fields(RunConfig)]
+    named = _NAMED.match(key)
+    names = [name.replace("*", named.group(2)) if named else name for name, _ in _fields(RunConfig)]
     table, _, leaf = key.rpartition(".")
     beside = [n for n in names if n.rpartition(".")[0] == table]
     near = difflib.get_close_matches(leaf, [n.rpartition(".")[2] for n in beside], 1, 0.6)
@@ -341,5 +339,5 @@ def _nearest(key: str) -> str:
 
 
 def _description(parts: Sequence[str]) -> str:
-    field = dict(_fields(RunConfig)).get(".".join(parts))
+    field = dict(_fields(RunConfig)).get(_NAMED.sub(r"\1*.", ".".join(parts)))
     return str(field.description or "") if field else ""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from data.loader import Batch
+from data.rows import Batch
 from parallel.errors import LayoutError
 from parallel.layout import Layout
 from parallel.mesh import make_groups
@@ -99,7 +99,7 @@ def dry_run(config: RunConfig, world: int, rank: int) -> DryRun:
                 for part in engine.parts.values():
                     part.masks = _no_masks(part)  # type: ignore[method-assign]
             ledger = held.enter_context(Ledger(kinds_of(engine)))
-            engine.step(batch, lr=1e-4)
+            engine.step(engine.own(batch), lr=1e-4)
         here, kinds = engine.here, ledger.by_kind()
         away = ("parameters", "optimizer") if config.parallel.offload == "optimizer" else ()
         return DryRun(

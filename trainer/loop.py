@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
+import torch.distributed as dist
 
 from data.atomic import write_file
-from data.loader import Loader, evaluation_batches, open_split
-from data.prepare import HELD_OUT, TRAIN
-from data.shards import TOKENIZER, DatasetInfo
+from data.record import Continued, Reader, Total, make_record
+from data.rows import Batch
 from parallel.layout import Layout
 from parallel.world import World
 from trainer import checkpoint
@@ -22,13 +25,14 @@ from trainer.engines import build_engine
 from trainer.engines.base import Engine, StepResult
 from trainer.engines.carry import layout_of
 from trainer.errors import CheckpointError
+from trainer.feed import Feed, open_feed
 from trainer.metrics import MetricLog, flops_per_token, memory_bytes, peak_flops
 from trainer.optim import learning_rate
 from trainer.runfolder import RunFolder, read_jsonl
 from trainer.stop import StopRequest
 
 # What makes a run this run: a checkpoint of another value of these cannot be gone on with.
-_IDENTITY = ("model.", "run.seed", "train.global_batch", "train.context", "data.document_mask", "optim.kind")
+_IDENTITY = ("model.", "run.seed", "train.global_batch", "train.context", "optim.kind")
 
 
 def fit(config: RunConfig, world: World, device: torch.device) -> bool:
@@ -43,25 +47,26 @@ def fit(config: RunConfig, world: World, device: torch.device) -> bool:
 
 def _fit(config: RunConfig, world: World, device: torch.device) -> bool:
     folder, layout, steps = RunFolder(config.run.path), layout_of(config, world.size), config.train.steps
-    split, info = open_split(config.data.path, TRAIN, config.train.context)
-    held_out, _ = open_split(config.data.path, HELD_OUT, config.train.context)
-    mask, batch = config.data.document_mask, config.train.global_batch
-    data_rank = layout.coordinates(world.rank).data
-    loader = Loader(split, config.run.seed, batch, data_rank, layout.data_ranks, mask)
+    feed, here = open_feed(config), layout.coordinates(world.rank)
     engine = build_engine(config, layout, device)
-    start, refused = resume(config, engine, info, folder)
-    log = RunLog(config, folder, layout, device, info, start, silent=world.rank > 0)
+    start, loader, continued, refused = resume(config, engine, feed, layout, world.rank, folder)
+    log = RunLog(config, folder, layout, device, feed, start, silent=world.rank > 0)
     log.told(start, refused)
     saved = start
 
     def evaluate(done: int) -> None:
-        batches = evaluation_batches(held_out, batch, config.eval.batches, data_rank, layout.data_ranks, mask)
-        log.evaluation(done, engine.evaluate(batches))
+        losses = {name: engine.evaluate(batches) for name, batches in feed.evaluation(layout, here).items()}
+        log.evaluation(done, losses, feed.weights(continued, done))
+
+    def record(done: int) -> dict[str, Any]:
+        told = make_record(loader, done, feed.identity, continued.history, total_of_rows(layout, world.rank, device))
+        return {"config": to_toml(config), "data": told}
 
     with log.console, StopRequest() as stop:
         if start and config.eval.every and start % config.eval.every == 0 and not log.evaluated(start):
             evaluate(start)  # a stop came first
-        for done, rows in enumerate(loader.stream(start, steps), start + 1):
+        batches = loader.stream(start, steps, pinned(device), config.data.prefetch)
+        for done, rows in enumerate(batches, start + 1):
             lr = learning_rate(config.optim.lr, config.optim.schedule, done - 1, steps)
             log.begin_step()
             log.step(done, engine.step(rows, lr), lr)
@@ -69,8 +74,7 @@ def _fit(config: RunConfig, world: World, device: torch.device) -> bool:
             if done == steps or (config.eval.every and done % config.eval.every == 0 and not stopping):
                 evaluate(done)
             if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                record = {"config": to_toml(config), "fingerprint": info.fingerprint, "samples": done * batch}
-                path = checkpoint.save(folder.checkpoints, done, engine.state(), record, config.checkpoint.keep)
+                path = checkpoint.save(folder.checkpoints, done, engine.state(), record(done), config.checkpoint.keep)
                 log.event("save", step=done, path=path.name)
                 saved = done
             if stopping:
@@ -80,12 +84,41 @@ def _fit(config: RunConfig, world: World, device: torch.device) -> bool:
     return saved == steps
 
 
-def resume(config: RunConfig, engine: Engine, info: DatasetInfo, folder: RunFolder) -> tuple[int, list[str]]:
-    """Bring the engine to the newest valid checkpoint; its step (0 if there is none) and why newer ones were refused.
-    Collective."""
-    found = checkpoint.newest_valid(folder.checkpoints)
+def pinned(device: torch.device) -> Callable[[Batch], Batch]:
+    """What makes a batch ready for its way to the device while the step before it runs: page-locked memory for a GPU."""
+    if device.type == "cpu":
+        return lambda batch: batch
+
+    def pin(array: Any) -> Any:
+        return None if array is None else torch.from_numpy(array).pin_memory().numpy()
+
+    return lambda batch: Batch(pin(batch.tokens), pin(batch.labels), pin(batch.docs), pin(batch.positions))
+
+
+def total_of_rows(layout: Layout, rank: int, device: torch.device) -> Total:
+    """Adds up over the ranks, of which those that read the same rows count once. Collective."""
+    here = layout.coordinates(rank)
+    counts = here.tp == here.cp == here.pp == 0
+
+    def total(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        mine = torch.from_numpy(numbers if counts else np.zeros_like(numbers)).to(device, copy=True)
+        if dist.is_initialized():
+            dist.all_reduce(mine)
+        told: npt.NDArray[np.int64] = mine.cpu().numpy()
+        return told
+
+    return total
+
+
+def resume(
+    config: RunConfig, engine: Engine, feed: Feed, layout: Layout, rank: int, folder: RunFolder
+) -> tuple[int, Reader, Continued, list[str]]:
+    """Bring the engine and the data to the newest valid checkpoint: its step (0 if there is none), the loader that goes on
+    from there, how the data goes on, and why newer checkpoints were refused. Collective."""
+    here, found = layout.coordinates(rank), checkpoint.newest_valid(folder.checkpoints)
     if found is None:
-        return 0, []
+        continued = feed.continued(None)
+        return 0, feed.loader(layout, here, continued), continued, []
     path, manifest, rejected = found
     if manifest.step > config.train.steps:
         raise CheckpointError(
@@ -98,24 +131,25 @@ def resume(config: RunConfig, engine: Engine, info: DatasetInfo, folder: RunFold
             raise CheckpointError(
                 f"{key} = {now}: the run at {folder.path} was begun with {before}: set it back, or give another run.name"
             )
-    if manifest.record["fingerprint"] != info.fingerprint:
-        raise CheckpointError(
-            f"data.path: the data at {config.data.path} is not what the run at {folder.path} was begun with "
-            f"(fingerprint {info.fingerprint[:12]}, was {manifest.record['fingerprint'][:12]}): give another run.name"
-        )
+    data = manifest.record["data"]
+    continued = feed.continued(data)
+    loader = feed.loader(layout, here, continued)
+    loader.follow(data["state"], manifest.step)
     state = engine.state()
     checkpoint.load(path, manifest, state)
     engine.load_state(state)
     changed = {key: {"was": before, "now": now} for key, (before, now) in changes.items()}
-    on_first_rank(lambda: folder.event("resume", step=manifest.step, refused=rejected, changed=changed))
-    return manifest.step, rejected
+    on_first_rank(
+        lambda: folder.event("resume", step=manifest.step, refused=rejected, changed=changed, data=list(continued.changes))
+    )
+    return manifest.step, loader, continued, rejected
 
 
 class RunLog:
     """Everything that a run tells: console, metrics, events. Only rank 0 says and writes anything."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, layout: Layout, device: torch.device, info: DatasetInfo, start: int,
+        self, config: RunConfig, folder: RunFolder, layout: Layout, device: torch.device, feed: Feed, start: int,
         silent: bool,
     ) -> None:  # fmt: skip
         self.folder, self.device, self.silent = folder, device, silent
@@ -125,7 +159,7 @@ class RunLog:
         if silent:
             return
         write_file(folder.config, to_toml(config).encode())
-        write_file(folder.tokenizer, (config.data.path / TOKENIZER).read_bytes())
+        feed.tokenizer.save(folder.tokenizer)
         self.metrics = MetricLog(folder, config, start)
         self.flops = flops_per_token(config.model, config.train.context)
         peak = peak_flops(device, config.engine.precision)
@@ -133,10 +167,10 @@ class RunLog:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.event(
             "start", step=start, ranks=layout.world, zero=layout.zero, device=name, torch=torch.__version__,
-            unigram_nats=info.unigram_nats,
+            unigram_nats=feed.unigram_nats,
         )  # fmt: skip
         self.console.say(
-            f"{config.run.name}: {info.tokens(TRAIN):,} training tokens, {layout.world} rank(s) on {name}, "
+            f"{config.run.name}: {feed.tokens:,} training tokens, {layout.world} rank(s) on {name}, "
             f"ZeRO {layout.zero}, {config.engine.precision}"
         )
 
@@ -174,12 +208,17 @@ class RunLog:
             self.event("skip", step=done, why="the gradient norm is not finite")
             self.console.say(f"step {done}: the gradient norm is not finite: no rank changed its weights")
 
-    def evaluation(self, done: int, loss: float) -> None:
+    def evaluation(self, done: int, losses: dict[str, float], weights: dict[str, float]) -> None:
+        """Of several sources, the loss that is told is the mean by their weights."""
         self.started = time.perf_counter()
-        if not self.silent:
-            self.metrics.record(done, {"eval_loss": loss})
-            self.event("eval", step=done, loss=loss)
-            self.console.say(f"step {done}: held-out loss {loss:.4f}")
+        if self.silent:
+            return
+        loss = sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
+        each = {f"eval_loss.{name}": value for name, value in losses.items() if name}
+        self.metrics.record(done, {"eval_loss": loss, **each})
+        self.event("eval", step=done, loss=loss)
+        parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name)
+        self.console.say(f"step {done}: held-out loss {loss:.4f}" + (f" ({parts})" if parts else ""))
 
     def event(self, kind: str, **fields: Any) -> None:
         self.started = time.perf_counter()

@@ -4,33 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 
-from data.errors import DataError
-from data.loader import open_split
-from data.prepare import HELD_OUT, TRAIN
-from data.shards import TOKENIZER, DatasetInfo
-from data.tokenizer import load_tokenizer
 from parallel.world import check_device
 from trainer.config import RunConfig
 from trainer.engines.carry import layout_of
 from trainer.errors import ConfigError
+from trainer.feed import check_feed, open_feed
 from trainer.runfolder import RunFolder
 
 
-def preflight(config: RunConfig, ranks: int) -> DatasetInfo:
+def preflight(config: RunConfig, ranks: int) -> None:
     """Check a run of `ranks` ranks. Raises ConfigError, DataError, LayoutError or RunError, one line each."""
     layout_of(config, ranks)
-    _, info = open_split(config.data.path, TRAIN, config.train.context)
-    open_split(config.data.path, HELD_OUT, config.train.context)
-    if config.model.vocab < info.vocab:
+    feed = open_feed(config)
+    vocab = feed.tokenizer.vocab
+    if config.model.vocab < vocab:
         raise ConfigError(
-            f"model.vocab = {config.model.vocab}: smaller than the {info.vocab} tokens of the data's tokenizer: "
-            f"use model.vocab={info.vocab} or more"
+            f"model.vocab = {config.model.vocab}: smaller than the {vocab} tokens of the data's tokenizer: "
+            f"use model.vocab={vocab} or more"
         )
-    tokenizer = load_tokenizer(config.data.path / TOKENIZER)
-    if tokenizer.fingerprint != info.tokenizer:
-        raise DataError(f"{config.data.path / TOKENIZER}: not the tokenizer that made the data; prepare the data again")
+    check_feed(feed)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')
     check_device("cuda" if config.parallel.async_tp else config.engine.device)
     RunFolder(config.run.path).make()
-    return info

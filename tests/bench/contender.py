@@ -81,7 +81,7 @@ def fill(model, case, places):
 
 
 def ours(case, rank, world, device, precision):
-    from data.loader import Batch
+    from data.rows import Batch
     from trainer.config import RunConfig
     from trainer.engines import build_engine
     from trainer.engines.carry import layout_of

@@ -1,71 +1,189 @@
 """The batch at step n is a function: of no rank count, no history, and of the very tokens that were prepared."""
 
-import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.loader import IGNORED, Loader, evaluation_batches, open_split, read_rows
-from data.prepare import Recipe, prepare
-from data.shards import open_shard, read_index, write_shard
+from data.corpus import open_corpus
+from data.course import make_course, skips
+from data.curriculum import Asked, begin
+from data.dataset import open_dataset
+from data.errors import DataError
+from data.loader import Loader, evaluation_batches, read_samples
+from data.record import go_on, make_record
+from data.rows import IGNORED, ranges, read_rows
+from data.shards import DatasetInfo, fingerprint, open_shard, verify_shard, write_index, write_shard
+from data.store import CacheLimits
 from data.tokenizer import load_tokenizer
 
-
-def loader(dataset, context=32, batch=24, rank=0, world=1, seed=1, mask=True):
-    split, _ = open_split(dataset, "train", context)
-    return Loader(split, seed, batch, rank, world, mask)
+FIELDS = ("tokens", "labels", "docs", "positions")
 
 
-@given(step=st.integers(0, 10**6), world=st.sampled_from([1, 2, 3, 4, 8, 12]), seed=st.integers(0, 99))
+def corpus_of(folder, split="train", context=32, packing="cut", name=""):
+    return open_corpus(open_dataset(str(folder), CacheLimits(Path(folder) / "cache")), split, context, packing, name)
+
+
+def lone(corpora):
+    return begin(Asked(((0, {c.name: 1.0 for c in corpora}),), {c.name: None for c in corpora}))
+
+
+def loader(folder, context=32, batch=24, rank=0, world=1, seed=1, mask=True, packing="cut", columns=None, window=0):
+    corpora = (corpus_of(folder, context=context, packing=packing),)
+    made = Loader(make_course(corpora, lone(corpora), seed, window), batch, rank, world, mask, columns)
+    made.go_on(0, "")
+    return made
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """Three sources of a few shards each, every token of all of them another."""
+    root, first = tmp_path_factory.mktemp("mixed"), 0
+    rng = np.random.default_rng(5)
+    for name, shards in (("a", 3), ("b", 5), ("c", 1)):
+        (root / name).mkdir()
+        infos = []
+        for n in range(shards):
+            documents = [np.arange(size) for size in rng.integers(2, 60, size=int(rng.integers(20, 60)))]
+            documents = [d + o for d, o in zip(documents, first + np.cumsum([0, *map(len, documents)])[:-1], strict=True)]
+            first += sum(map(len, documents))
+            infos.append(write_shard(root / name / f"train-{n:05d}.shard", documents, 4))
+        splits = {"train": infos}
+        write_index(root / name, DatasetInfo(fingerprint("t", splits), "r", "t", 1 << 20, 0, splits, 1.0, {}))
+    return root
+
+
+ASKED = Asked(((0, {"a": 5.0, "b": 2.0, "c": 1.0}), (400, {"a": 1.0, "b": 1.0, "c": 1.0})), {"a": None, "b": None, "c": 90})
+LEFT_OUT = skips([(30, 41), (100, 148)])
+
+
+def mixed_loader(root, rank=0, world=1, packing="cut", window=2, history=None, left_out=LEFT_OUT, batch=24, seed=3):
+    history = history or begin(ASKED)
+    corpora = tuple(corpus_of(root / name, context=16, packing=packing, name=name) for name in history.asked[-1][1].names)
+    course = make_course(corpora, history, seed, window, left_out, [(96, 4), (192, 8), (288, 16)])
+    made = Loader(course, batch, rank, world, True)
+    made.go_on(0, "begin")
+    return made
+
+
+def equal(a, b):
+    return all(np.array_equal(getattr(a, f), getattr(b, f)) for f in FIELDS if getattr(b, f) is not None)
+
+
+def joined(parts, rows):
+    """The rows of all ranks, without the padding that comes after the last."""
+    return [np.concatenate([getattr(p, f) for p in parts])[:rows] for f in FIELDS]
+
+
+@given(step=st.integers(0, 10**6), world=st.sampled_from([1, 2, 3, 4, 5, 7, 8, 24, 30]), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
 def test_the_ranks_rows_together_are_the_one_ranks_batch(dataset, step, world, seed):
     one = loader(dataset, seed=seed).batch(step)
     parts = [loader(dataset, seed=seed, rank=r, world=world).batch(step) for r in range(world)]
-    for name in ("tokens", "labels", "docs", "positions"):
-        assert np.array_equal(np.concatenate([getattr(p, name) for p in parts]), getattr(one, name))
+    for found, name in zip(joined(parts, 24), FIELDS, strict=True):
+        assert np.array_equal(found, getattr(one, name))
+    assert len({len(p.tokens) for p in parts}) == 1
+    padding = np.concatenate([p.labels for p in parts])[24:]
+    assert (padding == IGNORED).all()
 
 
-def test_every_epoch_reads_every_sample_once_in_another_order(dataset):
-    one = loader(dataset, batch=1)
-    n = one.split.samples
-    epochs = [[int(one.samples(g)[0]) for g in range(e * n, (e + 1) * n)] for e in range(2)]
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(n))
+@given(
+    step=st.integers(0, 60), world=st.sampled_from([1, 2, 3, 4, 8]), packing=st.sampled_from(["cut", "fit"]),
+    window=st.sampled_from([0, 1, 2]),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_so_they_are_of_any_mixture_packing_and_window(mixed, step, world, packing, window):
+    one = mixed_loader(mixed, packing=packing, window=window).batch(step)
+    parts = [mixed_loader(mixed, r, world, packing, window).batch(step) for r in range(world)]
+    for found, name in zip(joined(parts, 24), FIELDS, strict=True):
+        assert np.array_equal(found, getattr(one, name))
+
+
+@given(cp=st.sampled_from([2, 4]), step=st.integers(0, 40), packing=st.sampled_from(["cut", "fit"]), mask=st.booleans())
+@settings(max_examples=20, deadline=None)
+def test_a_context_parallel_rank_reads_its_columns_of_the_same_rows(dataset, cp, step, packing, mask):
+    mask = mask or packing == "fit"
+    whole = loader(dataset, mask=mask, packing=packing).batch(step)
+    chunks = np.split(np.arange(32), 2 * cp)
+    for rank in range(cp):
+        columns = ranges(np.concatenate((chunks[rank], chunks[2 * cp - 1 - rank])))
+        part = loader(dataset, mask=mask, packing=packing, columns=columns).batch(step)
+        assert equal(part, whole.columns(columns))
+
+
+@pytest.mark.parametrize("window", [0, 1, 3])
+def test_every_epoch_reads_every_sample_once_in_another_order(mixed, window):
+    corpora = (corpus_of(mixed / "b", context=16, name="b"),)
+    one = Loader(make_course(corpora, lone(corpora), 1, window), 1, 0, 1, True)
+    n = corpora[0].samples
+    epochs = []
+    for e in range(2):
+        samples = one.course.samples(e * n, (e + 1) * n)
+        epochs.append(list(zip(samples.shard.tolist(), samples.row.tolist(), strict=True)))
+    everything = [(s, r) for s, count in enumerate(corpora[0].counts.tolist()) for r in range(count)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == everything
     assert epochs[0] != epochs[1]
+    if window == 1:
+        shards = [s for s, _ in epochs[0]]
+        assert sum(a != b for a, b in zip(shards, shards[1:], strict=False)) == len(corpora[0].counts) - 1
+        assert shards[0] != [s for s, _ in epochs[1]][0] or shards != [s for s, _ in epochs[1]]
 
 
-def test_a_batch_across_the_end_of_an_epoch_has_both_epochs(dataset):
-    one = loader(dataset, batch=24)
-    n = one.split.samples
-    assert n % 24, "the case needs an epoch that ends inside a batch"
-    stream = np.concatenate([one.samples(s) for s in range(-(-2 * n // 24))])
-    assert sorted(stream[:n]) == sorted(stream[n : 2 * n]) == list(range(n))
+def test_what_is_skipped_is_left_out_and_the_rest_stays(mixed):
+    all_of_it = mixed_loader(mixed, left_out=skips([])).course.samples(0, 700)
+    left = mixed_loader(mixed).course.samples(0, 600)
+    kept = np.array([p for p in range(700) if not (30 <= p < 41 or 100 <= p < 148)])[:600]
+    for name in ("position", "source", "draw", "shard", "row"):
+        assert np.array_equal(getattr(left, name), getattr(all_of_it, name)[kept])
+    assert skips([(5, 8), (8, 9), (1, 2)]).spans == ((1, 2), (5, 9))
+    with pytest.raises(DataError, match="holds no position"):
+        skips([(5, 5)])
+
+
+def test_a_warm_up_cuts_attention_and_positions_and_no_label(mixed):
+    made = mixed_loader(mixed)
+    plain = Loader(make_course(made.course.corpora, begin(ASKED), 3, 2, LEFT_OUT), 24, 0, 1, True)
+    for step in range(16):
+        warm, whole = made.batch(step), plain.batch(step)
+        assert np.array_equal(warm.tokens, whole.tokens)
+        assert np.array_equal(warm.labels, whole.labels)
+        positions = made.samples(step).position
+        for row, position in enumerate(positions.tolist()):
+            piece = 4 if 96 <= position < 192 else 8 if 192 <= position < 288 else 16
+            assert warm.positions[row].max() < piece
+            assert (np.diff(warm.docs[row])[piece - 1 :: piece] == 1).all()
+            assert (np.diff(warm.docs[row]) >= np.diff(whole.docs[row])).all()
 
 
 def test_rows_are_the_tokens_of_the_text(dataset):
     tokenizer = load_tokenizer(dataset / "tokenizer.json")
-    split, info = open_split(dataset, "train", 32)
-    batch = read_rows(split, np.arange(split.samples), document_mask=False)
-    tokens = split.shards[0].tokens
-    assert np.array_equal(batch.tokens.ravel(), tokens[: batch.tokens.size])
-    assert np.array_equal(batch.labels.ravel(), tokens[1 : batch.tokens.size + 1])
-    text = tokenizer.decode(tokens[: int(split.shards[0].ends[0]) - 1].tolist())
+    corpus = corpus_of(dataset)
+    places = [corpus.where(0, row) for row in range(int(corpus.counts[0]))]
+    batch = read_rows(places, len(places), 32, document_mask=False)
+    shard = places[0].shard
+    assert np.array_equal(batch.tokens.ravel(), shard.tokens[: batch.tokens.size])
+    assert np.array_equal(batch.labels.ravel(), shard.tokens[1 : batch.tokens.size + 1])
+    text = tokenizer.decode(shard.tokens[: int(shard.ends[0]) - 1].tolist())
     assert text.encode() in b"".join(p.read_bytes() for p in sorted((dataset.parent / "text").iterdir()))
-    assert info.separator == tokens[int(split.shards[0].ends[0]) - 1]
+    assert corpus.info.separator == shard.tokens[int(shard.ends[0]) - 1]
 
 
 def test_document_masks_follow_the_document_index(tmp_path):
     documents = [np.arange(n) + 10 * i for i, n in enumerate([5, 1, 9, 30, 3, 40])]
-    info = write_shard(tmp_path / "a.shard", documents, 2)
-    shard = open_shard(tmp_path / "a.shard", info)
-    from data.loader import Split
-
-    split = Split((shard,), np.array([0, (len(shard.tokens) - 1) // 8]), 8)
-    batch = read_rows(split, np.arange(split.samples), document_mask=True)
+    info = write_shard(tmp_path / "train-00000.shard", documents, 2)
+    write_index(tmp_path, DatasetInfo(fingerprint("t", {"train": [info]}), "r", "t", 1000, 0, {"train": [info]}, 1.0, {}))
+    corpus = corpus_of(tmp_path, context=8)
+    batch = read_rows([corpus.where(0, r) for r in range(corpus.samples)], corpus.samples, 8, document_mask=True)
     owner = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
     inside = np.concatenate([np.arange(len(d)) for d in documents])
-    for row in range(split.samples):
+    for row in range(corpus.samples):
         at = slice(row * 8, row * 8 + 8)
         assert np.array_equal(np.diff(batch.docs[row]), (np.diff(owner[at]) > 0).astype(int))
         begins = np.maximum(row * 8, np.arange(at.start, at.stop) - inside[at])
@@ -75,95 +193,47 @@ def test_document_masks_follow_the_document_index(tmp_path):
 
 
 def test_evaluation_rows_are_the_same_whatever_the_ranks_and_pad_at_the_end(dataset):
-    split, _ = open_split(dataset, "held_out", 32)
-    rows = 1 << (split.samples.bit_length())  # more than there are
-    for world in (1, 2, 4):
-        got = [list(evaluation_batches(split, rows, 9, r, world, False)) for r in range(world)]
+    corpus = corpus_of(dataset, "held_out")
+    rows = 1 << (corpus.samples.bit_length())  # more than there are
+    whole = read_rows([corpus.where(0, r) for r in range(corpus.samples)], corpus.samples, 32, False)
+    for world in (1, 2, 3, 4):
+        got = [list(evaluation_batches(corpus, rows, 9, r, world, False)) for r in range(world)]
         assert all(len(batches) == 1 for batches in got)
         labels = np.concatenate([batches[0].labels for batches in got])
-        assert ((labels == IGNORED).all(1)).sum() == rows - split.samples
-        assert np.array_equal(labels[: split.samples], read_rows(split, np.arange(split.samples), False).labels)
+        assert ((labels == IGNORED).all(1)).sum() == len(labels) - corpus.samples
+        assert np.array_equal(labels[: corpus.samples], whole.labels)
 
 
-def test_the_stream_is_the_batches(dataset):
+@pytest.mark.parametrize("ahead", [1, 2, 7])
+def test_the_stream_is_the_batches(dataset, ahead):
     one = loader(dataset)
-    for step, batch in enumerate(one.stream(5, 9), 5):
-        assert np.array_equal(batch.tokens, one.batch(step).tokens)
+    for step, batch in enumerate(one.stream(5, 19, ahead=ahead), 5):
+        assert equal(batch, one.batch(step))
     assert list(one.stream(3, 3)) == []
 
 
-def test_preparing_is_repeatable_to_the_byte_and_known_again(dataset, tmp_path):
-    recipe = Recipe(str(dataset.parent / "text"), vocab=384, held_out=0.1)
-    info, made = prepare(recipe, tmp_path / "again")
-    assert made
-    assert info.fingerprint == read_index(dataset).fingerprint
-    digest = lambda folder: {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}  # noqa: E731
-    assert digest(tmp_path / "again") == digest(dataset)
-    assert prepare(recipe, tmp_path / "again") == (info, False)
+def test_what_reading_raises_is_raised_at_its_step_and_the_thread_ends(dataset):
+    import threading
 
+    one = loader(dataset)
 
-def test_small_shards_hold_the_same_documents(dataset, tmp_path):
-    info, _ = prepare(Recipe(str(dataset.parent / "text"), vocab=384, held_out=0.1, shard_tokens=5000), tmp_path / "d")
-    assert len(info.splits["train"]) > 5
-    whole = open_split(dataset, "train", 32)[0].shards[0].tokens
-    parts = np.concatenate([s.tokens for s in open_split(tmp_path / "d", "train", 32)[0].shards])
-    assert np.array_equal(whole, parts)
+    def ready(batch):
+        if len(seen) == 3:
+            raise DataError("the fourth")
+        seen.append(batch)
+        return batch
 
-
-def test_one_long_document_is_held_out_at_its_end(dataset, tmp_path):
-    text = "".join(p.read_text() for p in sorted((dataset.parent / "text").iterdir()))
-    (tmp_path / "one.txt").write_text(text)
-    info, _ = prepare(Recipe(str(tmp_path / "one.txt"), vocab=384, held_out=0.1), tmp_path / "d")
-    tokenizer = load_tokenizer(tmp_path / "d" / "tokenizer.json")
-    parts = [open_split(tmp_path / "d", name, 32)[0].shards[0].tokens for name in ("train", "held_out")]
-    assert len(parts[1]) == pytest.approx(0.1 * (len(parts[0]) + len(parts[1])), rel=0.01)
-    assert tokenizer.decode(np.concatenate(parts)[:-1].tolist()) == text
-    assert 0 < info.unigram_nats < np.log(384) * 1.2
-
-
-def test_a_long_document_is_held_out_at_its_end_also_beyond_a_shard(dataset, tmp_path):
-    text = "".join(p.read_text() for p in sorted((dataset.parent / "text").iterdir()))
-    (tmp_path / "one.txt").write_text(text)
-    info, _ = prepare(Recipe(str(tmp_path / "one.txt"), vocab=384, held_out=0.1, shard_tokens=500), tmp_path / "d")
-    assert info.tokens("held_out") == pytest.approx(0.1 * (info.tokens("train") + info.tokens("held_out")), rel=0.01)
-
-
-def test_a_tokenizers_own_cutting_filling_and_special_words_are_not_applied(dataset, tmp_path):
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_file(str(dataset / "tokenizer.json"))
-    backend.enable_truncation(4)
-    backend.enable_padding(length=8)
-    backend.save(str(tmp_path / "t.json"))
-    tokenizer, plain = load_tokenizer(tmp_path / "t.json"), load_tokenizer(dataset / "tokenizer.json")
-    texts = ["def main(): return 1", "x", "a <|endoftext|> b"]
-    assert tokenizer.encode_batch(texts) == plain.encode_batch(texts) == [plain.encode(text) for text in texts]
-    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(texts)] == texts
-    assert tokenizer.separator not in tokenizer.encode(texts[2])
-    assert tokenizer.fingerprint == plain.fingerprint
-
-
-def test_the_unigram_loss_is_the_loss_of_token_frequencies():
-    from data.prepare import unigram_nats
-
-    uniform = np.full(64, 1000)
-    assert unigram_nats(uniform, uniform) == pytest.approx(np.log(64))
-    certain = np.array([10**9, 0])
-    assert unigram_nats(certain, np.array([5, 0])) == pytest.approx(0, abs=1e-6)
-
-
-def test_a_kill_while_preparing_leaves_nothing_in_the_way(dataset, tmp_path):
-    stale = tmp_path / ".again.partial"
-    stale.mkdir()
-    (stale / "train-00000.shard").write_bytes(b"half")
-    prepare(Recipe(str(dataset.parent / "text"), vocab=384, held_out=0.1), tmp_path / "again")
-    assert not stale.exists()
+    seen = []
+    with pytest.raises(DataError, match="the fourth"):
+        list(one.stream(0, 9, ready))
+    assert len(seen) == 3
+    partly = one.stream(0, 9)
+    next(partly)
+    partly.close()
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
 
 
 def test_a_single_flipped_bit_of_a_shard_is_found(dataset, tmp_path):
-    from data.errors import DataError
-    from data.shards import verify_shard
-
     content = bytearray((dataset / "train-00000.shard").read_bytes())
     (tmp_path / "a.shard").write_bytes(content)
     verify_shard(tmp_path / "a.shard")
@@ -171,3 +241,157 @@ def test_a_single_flipped_bit_of_a_shard_is_found(dataset, tmp_path):
     (tmp_path / "a.shard").write_bytes(content)
     with pytest.raises(DataError, match="do not match its digest"):
         verify_shard(tmp_path / "a.shard")
+
+
+def test_a_shard_missing_or_cut_short_is_named_before_anything_is_read(mixed, tmp_path):
+    import shutil
+
+    folder = tmp_path / "b"
+    shutil.copytree(mixed / "b", folder, ignore=shutil.ignore_patterns("fit-*", "cache"))
+    shard = folder / "train-00003.shard"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=r"train-00003\.shard: the shard has \d+ bytes"):
+        corpus_of(folder)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"train-00003\.shard: cannot read"):
+        corpus_of(folder)
+    shard.write_bytes(b"X" * len(whole))
+    with pytest.raises(DataError, match="no header"):
+        open_shard(shard)
+    changed = bytearray(whole)
+    changed[9] = 77
+    shard.write_bytes(changed)
+    with pytest.raises(DataError, match="format version"):
+        open_shard(shard)
+
+
+def test_ids_beyond_the_vocabulary_are_refused_by_name(tmp_path):
+    info = write_shard(tmp_path / "train-00000.shard", [np.array([1, 2, 700, 3, 4, 5, 6, 7, 8, 9])], 2)
+    write_index(tmp_path, DatasetInfo(fingerprint("t", {"train": [info]}), "r", "t", 500, 0, {"train": [info]}, 1.0, {}))
+    with pytest.raises(DataError, match=r"train-00000\.shard: token id 700 is beyond the vocabulary of 500"):
+        loader(tmp_path, context=8, batch=1).batch(0)
+
+
+def identity(**changes):
+    return {"run.seed": 3, "data.tokenizer": "t" * 64, "sources": {"a": "1" * 64, "b": "2" * 64, "c": "3" * 64}, **changes}
+
+
+def consumed(made, steps):
+    for _ in made.stream(0, steps):
+        pass
+    return make_record(made, steps, identity(), begin(ASKED), lambda numbers: numbers)
+
+
+def test_the_record_is_small_and_the_same_whatever_the_ranks(mixed):
+    record = consumed(mixed_loader(mixed), 30)
+    assert consumed(mixed_loader(mixed, 0, 3), 30) == record
+    assert record["samples"] == 720
+    assert record["position"] == 720 + 11 + 48
+    assert len(json.dumps(record)) < 2000
+    far = mixed_loader(mixed)
+    far.go_on(10**6, "x")
+    assert len(json.dumps(make_record(far, 10**6, identity(), begin(ASKED), None))) < 2000
+
+
+def test_a_resumed_run_follows_its_last_steps(mixed, tmp_path):
+    record = json.loads(json.dumps(consumed(mixed_loader(mixed), 30)))
+    again = mixed_loader(mixed)
+    again.follow(record["state"], 30)
+    assert {k: again.state(30)[k] for k in ("digest", "content")} == {k: record["state"][k] for k in ("digest", "content")}
+    for other in (mixed_loader(mixed, seed=4), mixed_loader(mixed, window=0), mixed_loader(mixed, left_out=skips([(30, 40)]))):
+        with pytest.raises(DataError, match="not those that the run consumed"):
+            other.follow(record["state"], 30)
+
+
+def test_a_shard_altered_in_place_is_noticed_on_resume(mixed, tmp_path):
+    import shutil
+
+    root = tmp_path / "m"
+    shutil.copytree(mixed, root, ignore=shutil.ignore_patterns("fit-*", "cache"))
+    made = mixed_loader(root)
+    record = consumed(made, 30)
+    last = made.samples(29)
+    name = "abc"[int(last.source[0])]
+    shard = root / name / f"train-{int(last.shard[0]):05d}.shard"
+    content = bytearray(shard.read_bytes())
+    content[64 + 4 * (16 * int(last.row[0]) + 5)] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match="a shard was altered"):
+        mixed_loader(root).follow(record["state"], 30)
+
+
+def test_what_may_not_change_is_refused_by_name_and_what_may_is_recorded(mixed):
+    record = consumed(mixed_loader(mixed), 30)
+    spans = LEFT_OUT.spans
+    assert go_on(None, identity(), ASKED, (), False).history == begin(ASKED)
+    assert go_on(record, identity(), ASKED, spans, False).changes == ()
+    refused = [
+        (identity(**{"run.seed": 4}), ASKED, spans, "run.seed = 4: the run was begun with 3"),
+        (identity(**{"data.tokenizer": "u" * 64}), ASKED, spans, "data.tokenizer = uuuuuuuuuuuu: "),
+        (identity(sources={"a": "1" * 64, "b": "9" * 64, "c": "3" * 64}), ASKED, spans, r"data\.mixture\.b: the data is not"),
+        (identity(sources={"a": "1" * 64, "b": "2" * 64}), ASKED, spans, r"data\.mixture\.c: a source that is gone"),
+        (identity(), Asked(((0, {"a": 1.0, "b": 1.0, "c": 1.0}),), ASKED.caps), spans, 'data.on_change="accept"'),
+        (identity(), ASKED, ((30, 41),), "consumed already"),
+    ]
+    for now, asked, left_out, message in refused:
+        with pytest.raises(DataError, match=message):
+            go_on(record, now, asked, left_out, False)
+    other = Asked(((0, {"a": 1.0, "b": 1.0}),), {"a": None, "b": None})
+    two = identity(sources={"a": "1" * 64, "b": "2" * 64})
+    continued = go_on(record, two, other, (*spans, (900, 999)), True)
+    assert len(continued.changes) == 2
+    assert continued.history.asked[-1] == (record["position"], other)
+    before, after = (mixed_loader(mixed, history=h, left_out=skips([*spans, (900, 999)])) for h in (begin(ASKED), continued.history))
+    assert before.samples(29).digest("") == after.samples(29).digest("")
+    assert set(after.samples(40).source.tolist()) == {0, 1}
+    with pytest.raises(DataError, match=r"'c', which is not in the mixture any more"):
+        read_samples(after.course, after.course.samples(0, 24), 24, True)
+
+
+CONSUMER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[6])
+from test_loader import *
+root, log, world, ahead, start = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
+ranks = [mixed_loader(root, r, world) for r in range(world)]
+if start:
+    record = json.loads((log / "record.json").read_text())
+    for r in ranks:
+        r.follow(record["state"], start)
+for step, parts in enumerate(zip(*(r.stream(start, 10**6, ahead=ahead) for r in ranks)), start):
+    rows = np.concatenate([p.tokens for p in parts])[:24]
+    (log / f"{step}.tokens").write_bytes(rows.astype("<i4").tobytes())
+    record = make_record(ranks[0], step + 1, identity(), begin(ASKED), None)
+    (log / ".record").write_text(json.dumps(record))
+    (log / ".record").rename(log / "record.json")
+"""
+
+
+def killed_and_resumed(mixed, folder, kills, seed):
+    """Batches as a run that is killed again and again consumed them, with other ranks and prefetch depths each time."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir()
+    for kill in range(kills):
+        world, ahead = int(rng.choice([1, 2, 3, 4, 8])), int(rng.choice([1, 2, 5]))
+        record = folder / "record.json"
+        start = json.loads(record.read_text())["samples"] // 24 if record.exists() else 0
+        arguments = [str(mixed), str(folder), str(world), str(ahead), str(start), str(Path(__file__).parent)]
+        child = subprocess.Popen([sys.executable, "-c", CONSUMER, *arguments], cwd=Path(__file__).parents[2])
+        target = start + int(rng.integers(1, 12))
+        while child.poll() is None and not (folder / f"{target}.tokens").exists():
+            pass
+        assert child.poll() is None, f"the consumer of kill {kill} ended by itself"
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+    return json.loads((folder / "record.json").read_text())["samples"] // 24
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_anywhere_and_resumed_on_other_ranks_the_tokens_are_those_of_one_rank(mixed, tmp_path, kills):
+    steps = killed_and_resumed(mixed, tmp_path / "log", kills, seed=kills)
+    one = mixed_loader(mixed)
+    for step in range(steps):
+        found = np.frombuffer((tmp_path / "log" / f"{step}.tokens").read_bytes(), "<i4").reshape(24, 16)
+        assert np.array_equal(found, one.batch(step).tokens), step

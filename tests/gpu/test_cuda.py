@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from data.loader import Loader, open_split
 from parallel.world import World, join, leave
-from runs import GPT2_MODEL, TINY_MODEL, data_layout, run_config
+from runs import GPT2_MODEL, TINY_MODEL, data_layout, loader_of, run_config
 from trainer.engines import build_engine
 from trainer.model import attention, loss
 from trainer.model.gpt import GPT
@@ -25,9 +24,8 @@ def group():
 
 
 def steps(config, device, count=4):
-    split, _ = open_split(config.data.path, "train", config.train.context)
-    loader = Loader(split, 1, config.train.global_batch, 0, 1, config.data.document_mask)
-    engine = build_engine(config, data_layout(config, 1, 0), device)
+    layout = data_layout(config, 1, 0)
+    loader, engine = loader_of(config, layout, 0), build_engine(config, layout, device)
     first = {name: p.detach().float().cpu().clone() for name, p in engine.named}
     return first, [engine.step(loader.batch(step), 1e-3) for step in range(count)]
 

@@ -8,10 +8,10 @@ import hashlib
 import json
 
 import pytest
+import torch.distributed as dist
 
-from data.loader import evaluation_batches, open_split
 from layouts import BASE, MODELS, degrees
-from runs import engine_and_rows, run_config, whole_state
+from runs import engine_and_rows, held_out_of, run_config, whole_state
 
 # Model, ranks, layout. The data ranks are what the degrees leave over.
 CASES = [
@@ -62,8 +62,7 @@ def digest(tensor):
 def train(config):
     """Initial digests, the figures of every step, the evaluation and the final weights, as this rank sees them."""
     engine, loader = engine_and_rows(config)
-    split, _ = open_split(config.data.path, "held_out", config.train.context)
-    held_out = evaluation_batches(split, loader.global_batch, 2, loader.rank, loader.world, loader.document_mask)
+    held_out = held_out_of(config, engine.layout, dist.get_rank())
     initial = {name: digest(t) for name, t in whole_state(dict(engine.named)).items()}
     gradients = first_gradients(engine, loader.batch(0))
     steps = [engine.step(loader.batch(step), config.optim.lr) for step in range(config.train.steps)]
@@ -86,7 +85,7 @@ def first_gradients(engine, batch):
 def config_of(dataset, folder, model, layout="", mask=True):
     return run_config(
         dataset, folder, model=BASE | MODELS[model], parallel=degrees(layout), train={"global_batch": 16},
-        optim={"lr": 1e-3}, data={"document_mask": mask},
+        optim={"lr": 1e-3}, data={"document_mask": mask}, eval={"batches": 2},
     )  # fmt: skip
 
 

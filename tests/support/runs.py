@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.loader import Loader, open_split
 from data.prepare import Recipe, prepare
+from data.text import SourceSpec
 from parallel.sharding import local, place
 from trainer.config import RunConfig
 from trainer.engines import build_engine
 from trainer.engines.carry import layout_of
+from trainer.feed import open_feed
 
 VOCAB = 384
 
@@ -34,7 +35,7 @@ def text_folder(folder: Path) -> Path:
 
 
 def make_dataset(folder: Path) -> Path:
-    prepare(Recipe(str(text_folder(folder / "text")), vocab=VOCAB, held_out=0.1), folder / "dataset")
+    prepare(Recipe(SourceSpec(str(text_folder(folder / "text"))), vocab=VOCAB, held_out=0.1), folder / "dataset")
     return folder / "dataset"
 
 
@@ -42,7 +43,7 @@ def run_config(dataset: Path, folder: Path, **sections) -> RunConfig:
     plain = {
         "run": {"name": "test", "folder": folder},
         "model": TINY_MODEL,
-        "data": {"path": dataset},
+        "data": {"path": str(dataset)},
         "train": {"steps": 5, "global_batch": 8, "context": 64},
         "optim": {"lr": 3e-3, "schedule": {"warmup": 2}},
     }
@@ -57,13 +58,21 @@ def data_layout(config: RunConfig, world: int, zero: int):
     return layout_of(config.model_copy(update={"parallel": parallel}), world)
 
 
+def loader_of(config: RunConfig, layout, rank: int):
+    """A rank's loader at the beginning of a run."""
+    feed = open_feed(config)
+    return feed.loader(layout, layout.coordinates(rank), feed.continued(None))
+
+
+def held_out_of(config: RunConfig, layout, rank: int):
+    """A rank's evaluation batches of a lone source."""
+    return open_feed(config).evaluation(layout, layout.coordinates(rank))[""]
+
+
 def engine_and_rows(config: RunConfig):
     """This rank's engine, under the config's own layout of all ranks, and the loader of its rows. Collective."""
     layout = layout_of(config, dist.get_world_size())
-    split, _ = open_split(config.data.path, "train", config.train.context)
-    data, mask = layout.coordinates(dist.get_rank()).data, config.data.document_mask
-    loader = Loader(split, config.run.seed, config.train.global_batch, data, layout.data_ranks, mask)
-    return build_engine(config, layout, torch.device("cpu")), loader
+    return build_engine(config, layout, torch.device("cpu")), loader_of(config, layout, dist.get_rank())
 
 
 def figures(config: RunConfig, steps: int):

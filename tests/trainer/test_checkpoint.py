@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from runs import GPT2_MODEL, data_layout, run_config
+from runs import GPT2_MODEL, data_layout, loader_of, run_config
 from trainer import checkpoint
 from trainer.engines import build_engine
 from trainer.errors import CheckpointError
@@ -35,11 +35,9 @@ def test_round_trip_without_a_process_group(tmp_path):
 def trained(config, zero):
     import torch.distributed as dist
 
-    from data.loader import Loader, open_split
-
-    engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), torch.device("cpu"))
-    split, _ = open_split(config.data.path, "train", config.train.context)
-    loader = Loader(split, 1, 8, dist.get_rank(), dist.get_world_size(), True)
+    layout = data_layout(config, dist.get_world_size(), zero)
+    engine = build_engine(config, layout, torch.device("cpu"))
+    loader = loader_of(config, layout, dist.get_rank())
     for step in range(2):
         engine.step(loader.batch(step), 1e-2)
     return engine

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from data.loader import Batch
+from data.rows import Batch
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Engine(Protocol):
     """One model being trained, on this rank and its peers. Every method is collective: all ranks call it together."""
 
     def step(self, rows: Batch, lr: float) -> StepResult:
-        """Train on this rank's rows of a global batch, in as many micro-batches as the config says."""
+        """Train on this rank's rows of a global batch, and its columns of them, in as many micro-batches as the config says."""
         ...
 
     def evaluate(self, batches: Iterable[Batch]) -> float:

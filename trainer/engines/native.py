@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.loader import Batch
+from data.rows import Batch, ranges
 from parallel.context import tokens_of
 from parallel.layout import Layout
 from parallel.mesh import Groups
@@ -114,7 +114,7 @@ class NativeEngine:
         ids = ids[-context:]
         tokens = np.zeros((1, context), dtype=np.int64)  # what follows the last token is not seen by it
         tokens[0, : len(ids)] = ids
-        (micro,) = self._micro_batches(Batch(tokens, tokens, None, None))
+        (micro,) = self._micro_batches(self.own(Batch(tokens, tokens, None, None)))
         outputs = self.pipeline.forward([{key: value for key, value in micro.items() if key != "labels_BT"}])
         told = torch.zeros(self.config.model.vocab, device=self.device)
         held = np.arange(context) if self.index is None else self.index
@@ -137,18 +137,21 @@ class NativeEngine:
             for source, target in [(first.detach(), last.detach()), *self.optimizers.pairs(first, last)]:
                 local(target).copy_(local(source))
 
+    def own(self, rows: Batch) -> Batch:
+        """The columns of whole rows that this rank holds."""
+        return rows if self.index is None else rows.columns(ranges(self.index))
+
     def _micro_batches(self, rows: Batch) -> list[Inputs]:
-        """This rank's part of every micro-batch, as arguments of the model's forward."""
+        """Every micro-batch of this rank's rows, as arguments of the model's forward."""
         index, context = self.index, self.config.train.context
-        part = rows if index is None else rows.part(index)
         rest: dict[str, Any] = {"length": context}
         if index is not None and self.layout.context_kind == "all-gather":
             rest["queries_T"] = _to(index, self.device)
         size = min(self.layout.micro_rows, len(rows.tokens))
         out: list[Inputs] = []
         for start in range(0, len(rows.tokens), size):
-            micro, whole = part.rows(start, start + size), rows.rows(start, start + size)
-            arrays = {"x": micro.tokens, "labels_BT": micro.labels, "docs_BS": whole.docs, "positions_BT": micro.positions}
+            micro = rows.rows(start, start + size)
+            arrays = {"x": micro.tokens, "labels_BT": micro.labels, "docs_BS": micro.docs, "positions_BT": micro.positions}
             out.append({key: None if a is None else _to(a, self.device) for key, a in arrays.items()} | rest)
         return out
 
@@ -166,8 +169,8 @@ class NativeEngine:
         """Loss, predicted tokens, squared gradient norm and every expert's rows, over all ranks: the step's one extra
         collective. Ranks that know the same of these each give an equal share."""
         layout, moe = self.layout, self.config.model.moe
-        same_rows = layout.world // layout.data_ranks
-        counted = float((rows.labels >= 0).sum()) / same_rows
+        same_tokens = layout.world // layout.data_ranks // layout.cp
+        counted = float((rows.labels >= 0).sum()) / same_tokens
         figures = [loss / layout.tp, torch.tensor(counted, dtype=torch.float64), squares]
         loads = torch.zeros(0 if moe is None else self.config.model.layers, 0 if moe is None else moe.experts)
         loads = loads.to(self.device, torch.float64)

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from data.loader import Loader, evaluation_batches, open_split
 from parallel.sharding import local
-from runs import GPT2_MODEL, data_layout, run_config
+from runs import GPT2_MODEL, data_layout, held_out_of, loader_of, run_config
 from trainer.engines import build_engine
 from trainer.model import init
 from trainer.optim import learning_rate
@@ -64,10 +63,8 @@ def train(config, zero):
     import torch.distributed as dist
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    split, _ = open_split(config.data.path, "train", config.train.context)
-    held_out, _ = open_split(config.data.path, "held_out", config.train.context)
-    loader = Loader(split, config.run.seed, config.train.global_batch, rank, world, config.data.document_mask)
-    engine = build_engine(config, data_layout(config, world, zero), CPU)
+    layout = data_layout(config, world, zero)
+    loader, engine = loader_of(config, layout, rank), build_engine(config, layout, CPU)
     steps = config.train.steps
     results = []
     for step in range(steps):
@@ -75,7 +72,7 @@ def train(config, zero):
         r = engine.step(loader.batch(step), lr)
         assert r.applied
         results.append((r.loss, r.grad_norm, r.tokens))
-    evaluation = engine.evaluate(evaluation_batches(held_out, 8, 3, rank, world, True))
+    evaluation = engine.evaluate(held_out_of(config, layout, rank))
     return results, evaluation, {k: whole(v).clone() for k, v in engine.state().items()}
 
 
@@ -159,10 +156,10 @@ def test_bf16_follows_fp32_closely_and_is_layout_free_in_its_own_precision(ranks
 def non_finite(config, zero):
     import torch.distributed as dist
 
-    engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), CPU)
+    layout = data_layout(config, dist.get_world_size(), zero)
+    engine = build_engine(config, layout, CPU)
     before = digests(engine.state())
-    split, _ = open_split(config.data.path, "train", config.train.context)
-    batch = Loader(split, 1, 8, dist.get_rank(), dist.get_world_size(), True).batch(0)
+    batch = loader_of(config, layout, dist.get_rank()).batch(0)
     if dist.get_rank() == 1:
         forward = engine.parts[0].norm.forward
         engine.parts[0].norm.forward = lambda x: forward(x) * float("nan")

@@ -1,0 +1,45 @@
+"""What one thread makes ahead of its use: the next few results are ready when they are asked for, in order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def prefetched(make: Callable[[int], T], start: int, stop: int, ahead: int) -> Iterator[T]:
+    """make(start) .. make(stop - 1), of which up to `ahead` wait while an earlier one is in use. What `make` raises is
+    raised where its result was due; the thread ends with the iterator."""
+    results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
+    room = threading.Semaphore(ahead + 1)
+    ended = threading.Event()
+
+    def work() -> None:
+        for number in range(start, stop):
+            room.acquire()
+            if ended.is_set():
+                return
+            try:
+                results.put((make(number), None))
+            except BaseException as error:
+                results.put((None, error))
+                return
+
+    if start >= stop:
+        return
+    thread = threading.Thread(target=work, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        for _ in range(start, stop):
+            result, error = results.get()
+            if error is not None:
+                raise error
+            room.release()
+            yield result  # type: ignore[misc]
+    finally:
+        ended.set()
+        room.release()
+        thread.join()

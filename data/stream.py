@@ -1,0 +1,158 @@
+"""Batches straight from raw sources, with no preparation: the batch at step n is a function of (sources, seed, n), and
+any number of ranks goes on with the very next row.
+
+Row j of every global batch belongs to lane j // (rows a lane): a rank reads the lanes that its rows are of. The state is
+where every lane stands, one small table.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import DataError
+from data.lanes import CURSOR, Lane, Stream, chained
+from data.curriculum import History
+from data.prefetch import prefetched
+from data.course import Skips
+from data.rows import Batch, Columns, Where, read_rows
+
+Table = npt.NDArray[np.int64]
+"""Of every lane: its digest, and of every source its cursor."""
+
+_KEPT = 8
+_AGAIN = 2
+"""Steps that are read again after a resume, to see that they are the same."""
+
+
+@dataclass
+class StreamLoader:
+    """The training rows of rank r of `world`, in order from the step that it went on from."""
+
+    streams: tuple[Stream, ...]
+    mixture: History
+    skips: Skips
+    lanes: int
+    context: int
+    global_batch: int
+    rank: int
+    world: int
+    document_mask: bool
+    columns: Columns | None = None
+    warmup: tuple[tuple[int, int], ...] = ()
+    _lanes: dict[int, list[Lane]] = field(default_factory=dict)
+    _digests: dict[int, int] = field(default_factory=dict)
+    _tables: OrderedDict[int, Table] = field(default_factory=OrderedDict)
+    _batch: int = 0  # the batch of the order that is read next: a step's, but for what is skipped
+
+    def __post_init__(self) -> None:
+        for start, stop in self.skips.spans:
+            if start % self.global_batch or stop % self.global_batch:
+                raise DataError(
+                    f"data.skip: [{start}, {stop}]: a stream skips whole batches: give multiples of train.global_batch "
+                    f"{self.global_batch}"
+                )
+        self.restart(0, np.zeros((self.lanes, 1 + CURSOR * len(self.streams)), np.int64))
+
+    @property
+    def rows(self) -> int:
+        return -(-self.global_batch // self.world)
+
+    @property
+    def _share(self) -> int:
+        """Rows of a global batch that a lane gives."""
+        return self.global_batch // self.lanes
+
+    def restart(self, step: int, table: Table) -> None:
+        """Go on with `step` from where the lanes stand."""
+        first = min(self.rank * self.rows, self.global_batch)
+        last = min(first + self.rows, self.global_batch)
+        mine = range(first // self._share, -(-last // self._share)) if first < last else range(0)
+        self._lanes, self._digests = {}, {}
+        for number in mine:
+            self._digests[number] = int(table[number, 0])
+            self._lanes[number] = [Lane(stream, number, self.lanes) for stream in self.streams]
+            for k, lane in enumerate(self._lanes[number]):
+                lane.go_to(*(int(n) for n in table[number, 1 + CURSOR * k :][:CURSOR]))
+        self._batch = self._batch_of(step)
+        self._tables = OrderedDict({step: self._table()})
+
+    def _batch_of(self, step: int) -> int:
+        return int(self.skips.positions(np.array([step * self.global_batch]))[0]) // self.global_batch
+
+    def _table(self) -> Table:
+        """Where the lanes stand whose first row is this rank's; zeros elsewhere."""
+        out = np.zeros((self.lanes, 1 + CURSOR * len(self.streams)), np.int64)
+        for number, lanes in self._lanes.items():
+            if self.rank * self.rows <= number * self._share < (self.rank + 1) * self.rows:
+                out[number] = (self._digests[number], *(n for lane in lanes for n in lane.cursor()))
+        return out
+
+    def stream(
+        self, start: int, stop: int, ready: Callable[[Batch], Batch] = lambda batch: batch, ahead: int = 2
+    ) -> Iterator[Batch]:
+        """Batches of steps start..stop-1 as `ready` makes them, read ahead by one thread; `start` is the step that the
+        loader stands at."""
+        return prefetched(lambda step: ready(self.read(step)), start, stop, ahead)
+
+    def read(self, step: int) -> Batch:
+        """This rank's rows of the next step, which must be `step`; those of skipped batches before it are gone past."""
+        if step not in self._tables:
+            raise DataError(f"a stream goes on with step {max(self._tables)}, not {step}: it cannot go back")
+        wanted = self._batch_of(step)
+        while self._batch < wanted:
+            self._rows(self._batch)
+            self._batch += 1
+        places = self._rows(wanted)
+        self._batch += 1
+        position = wanted * self.global_batch
+        piece = [length for start, length in self.warmup if start <= position][-1:] or [self.context]
+        pieces = piece * len(places) if self.warmup else None
+        batch = read_rows(places, self.rows, self.context, self.document_mask, self.columns, pieces)
+        self._tables[step + 1] = self._table()
+        while len(self._tables) > _KEPT:
+            self._tables.popitem(last=False)
+        return batch
+
+    def _rows(self, batch: int) -> list[Where]:
+        """This rank's rows of a batch, with its lanes gone past all of theirs."""
+        positions = np.arange(batch * self.global_batch, (batch + 1) * self.global_batch, dtype=np.int64)
+        source, _ = self.mixture.locate(positions)
+        first = self.rank * self.rows
+        places = []
+        for number, lanes in self._lanes.items():
+            for j in range(number * self._share, (number + 1) * self._share):
+                row = lanes[int(source[j])].row(self.context)
+                self._digests[number] = chained(self._digests[number], row)
+                if first <= j < first + self.rows:
+                    places.append(row)
+        return places
+
+    def state(self, step: int, total: Callable[[Table], Table]) -> dict[str, Any]:
+        """Where every lane stands after `step` steps and a few before. Collective: `total` adds up over the ranks, each row
+        of the batch counted once."""
+        earlier = max([s for s in self._tables if s <= step - _AGAIN] or [min(self._tables)])
+        now, before = (total(self._tables[s]) for s in (step, earlier))
+        return {"lanes": now.tolist(), "earlier": {"step": earlier, "lanes": before.tolist()}}
+
+    def follow(self, state: Mapping[str, Any], step: int) -> None:
+        """Read the last steps again, compare, and go on with `step`. Raises DataError if the rows are not those that were
+        consumed."""
+        earlier = state["earlier"]
+        self.restart(int(earlier["step"]), np.array(earlier["lanes"], dtype=np.int64))
+        for again in range(int(earlier["step"]), step):
+            self.read(again)
+        table = np.array(state["lanes"], dtype=np.int64)
+        for number, lanes in self._lanes.items():
+            told = [self._digests[number], *(n for lane in lanes for n in lane.cursor())]
+            if told != table[number].tolist():
+                raise DataError(
+                    f"data.source: the rows of steps {earlier['step']} to {step} are not those that the run consumed (lane "
+                    f"{number}): a source's files have changed; put them back, or give another run.name"
+                )
+        self.restart(step, table)

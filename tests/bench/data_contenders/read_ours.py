@@ -1,0 +1,43 @@
+"""Mikoshi: the loader that training reads through, with its thread, its digest of what was consumed and its mixture."""
+
+import numpy as np
+from frame import ROWS, SEPARATOR, VOCAB, WEIGHTS, main
+
+from data.corpus import open_corpus
+from data.course import make_course
+from data.dataset import open_dataset
+from data.loader import Loader
+from data.mixture import Stage, mix, whole_weights
+from data.shards import TRAIN, DatasetInfo, fingerprint, write_index, write_shard
+from data.store import CacheLimits
+
+SHARD = 1 << 24  # tokens
+
+
+def convert(sources, task):
+    for source in sources:
+        place = task.folder / source.name
+        place.mkdir()
+        documents = source.documents()
+        cuts = np.searchsorted(source.ends, np.arange(SHARD, len(source.tokens), SHARD))
+        parts = [documents[a:b] for a, b in zip([0, *cuts], [*cuts, len(documents)], strict=True)]
+        shards = [write_shard(place / f"{number:04}.shard", part, 2) for number, part in enumerate(parts)]
+        splits = {TRAIN: shards}
+        info = DatasetInfo(fingerprint("none", splits), "none", "none", VOCAB, SEPARATOR, splits, 0.0, {})
+        write_index(place, info)
+
+
+def batches(task, start):
+    weights = whole_weights(WEIGHTS)
+    limits = CacheLimits(task.folder / "cache")
+    corpora = [open_corpus(open_dataset(str(task.folder / name), limits), TRAIN, task.context, name=name) for name in weights]
+    mixture = mix(list(weights), [Stage(0, tuple(weights.values()))], [None] * len(weights))
+    loader = Loader(make_course(corpora, mixture, 1), ROWS, 0, 1, task.masks)
+    step = start // ROWS
+    loader.go_on(step, "")
+    for batch in loader.stream(step, 1 << 60):
+        yield batch.tokens
+
+
+if __name__ == "__main__":
+    main(convert, batches, has_masks=True)

@@ -1,0 +1,229 @@
+"""A run's data, from its config: the sources, the datasets, the order of samples, and this rank's loader of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.corpus import Corpus, open_corpus
+from data.course import Skips, make_course, skips
+from data.curriculum import Asked, begin
+from data.dataset import Dataset, is_remote, open_dataset
+from data.errors import DataError
+from data.loader import Loader, evaluation_batches
+from data.prepare import Recipe
+from data.quality import Filters
+from data.record import Continued, Identity, first_digest, go_on
+from data.rows import Batch, Columns, ranges
+from data.shards import HELD_OUT, TOKENIZER, TRAIN
+from data.store import CacheLimits
+from data.text import SourceSpec
+from data.tokenizer import Tokenizer, parse_tokenizer
+from parallel.context import tokens_of
+from parallel.layout import Coordinates, Layout
+from trainer.config import RunConfig
+from trainer.errors import ConfigError
+from trainer.sections import DataSection, MixedSection
+
+_SOURCE_KEYS = ("format", "template", "where", "chat", "messages", "prompt", "response", "on_invalid")
+
+
+def sources(data: DataSection) -> dict[str, SourceSpec]:
+    """What is to be read for each source, "" the name of a lone one; those of a mixture that have a path of their own are
+    prepared already. Raises DataError where none is given."""
+    if not data.mixture:
+        if not data.source:
+            raise DataError('data.source: missing; give a file or folder of text, or "python-stdlib"')
+        return {"": _spec(data, data.source)}
+    out = {}
+    for name, mixed in data.mixture.items():
+        if mixed.source:
+            out[name] = _spec(data, mixed.source, mixed)
+        elif not mixed.path:
+            raise DataError(f"data.mixture.{name}.source: missing; give a file or folder of text, or its prepared data in path")
+    return out
+
+
+def _spec(data: DataSection, source: str, mixed: MixedSection | None = None) -> SourceSpec:
+    def value(key: str) -> Any:
+        own = None if mixed is None else getattr(mixed, key)
+        return getattr(data, key) if own is None else own
+
+    return SourceSpec(source=source, column=value("text_column"), **{key: value(key) for key in _SOURCE_KEYS})
+
+
+def recipes(data: DataSection) -> dict[str, Recipe]:
+    """How each source is prepared. Raises DataError for settings that cannot be."""
+    filters = Filters(**data.filters.model_dump(exclude={"deduplicate"}))
+    return {
+        name: Recipe(
+            spec, data.tokenizer, data.tokenizer_vocab, data.held_out, filters=filters,
+            deduplicate=data.filters.deduplicate, max_invalid=data.max_invalid,
+        )
+        for name, spec in sources(data).items()
+    }  # fmt: skip
+
+
+def places(data: DataSection) -> dict[str, str]:
+    """Where the prepared dataset of each source is."""
+    if not data.mixture:
+        return {"": data.path}
+    root = data.path.rstrip("/")
+    return {name: mixed.path or f"{root}/{name}" for name, mixed in data.mixture.items()}
+
+
+def datasets(config: RunConfig) -> dict[str, Dataset]:
+    """The prepared dataset of each source, open. Raises DataError if one is not there, or not like the others."""
+    data = config.data
+    limits = CacheLimits(data.cache.folder.expanduser().absolute(), data.cache.bytes, user=config.run.name)
+    found = {name: open_dataset(place, limits, data.tokenizer, data.held_out) for name, place in places(data).items()}
+    (first_name, first), *others = found.items()
+    for name, other in others:
+        if other.info.tokenizer != first.info.tokenizer:
+            raise DataError(
+                f"data.mixture.{name}: {other.place} was made by another tokenizer than {first.place} ({first_name}): prepare "
+                "both with one data.tokenizer"
+            )
+    return found
+
+
+def tokenizer_of(dataset: Dataset) -> Tokenizer:
+    """The tokenizer that made a dataset. Raises DataError if the file beside it is another."""
+    tokenizer = parse_tokenizer(dataset.read(TOKENIZER), f"{dataset.place}/{TOKENIZER}")
+    if tokenizer.fingerprint != dataset.info.tokenizer:
+        raise DataError(f"{dataset.place}/{TOKENIZER}: not the tokenizer that made the data; prepare the data again")
+    return tokenizer
+
+
+def asked(config: RunConfig, corpora: Mapping[str, Corpus]) -> Asked:
+    """The mixture that the config asks for, in samples."""
+    data, context = config.data, config.train.context
+    if not data.mixture:
+        return Asked(((0, {"": 1.0}),), {"": None})
+    starts = {0, *(-(-tokens // context) for mixed in data.mixture.values() for tokens, _ in mixed.schedule)}
+    stages = []
+    for start in sorted(starts):
+        weights = {}
+        for name, mixed in data.mixture.items():
+            passed = [weight for tokens, weight in mixed.schedule if -(-tokens // context) <= start]
+            weights[name] = passed[-1] if passed else mixed.weight
+        stages.append((start, weights))
+    caps = {
+        name: None if mixed.epochs is None else int(mixed.epochs * corpora[name].samples) for name, mixed in data.mixture.items()
+    }
+    return Asked(tuple(stages), caps)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """The data of a run, open. `identity`: what may not change in the run. `skipped`: positions left out."""
+
+    config: RunConfig
+    train: dict[str, Corpus]
+    held_out: dict[str, Corpus]
+    tokenizer: Tokenizer
+    identity: Identity
+    asked: Asked
+    skipped: Skips
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the training split of all sources."""
+        return sum(corpus.info.tokens(TRAIN) for corpus in self.train.values())
+
+    @property
+    def unigram_nats(self) -> float:
+        """Held-out loss of a model that knows only token frequencies, the mean of the sources' by their first weights."""
+        weights = self.asked.stages[0][1]
+        told = sum(w * self.train[name].info.unigram_nats for name, w in weights.items())
+        return told / sum(weights.values())
+
+    def weights(self, continued: Continued, step: int) -> dict[str, float]:
+        """The sources' weights in the mixture at a step."""
+        position = int(self.skipped.positions(np.array([step * self.config.train.global_batch]))[0])
+        return {name: float(weight) for name, weight in continued.history.weights(position).items()}
+
+    def continued(self, record: Mapping[str, Any] | None) -> Continued:
+        """How the run goes on from a checkpoint's record of its data. Raises DataError if it cannot."""
+        return go_on(record, self.identity, self.asked, self.skipped.spans, self.config.data.on_change == "accept")
+
+    def loader(self, layout: Layout, here: Coordinates, continued: Continued) -> Loader:
+        """This rank's loader, at the beginning of the run."""
+        config = self.config
+        warmup = [(step * config.train.global_batch, tokens) for step, tokens in config.data.warmup]
+        course = make_course(
+            tuple(self.train[name] for name in self.asked.names), continued.history, config.run.seed, config.data.shuffle_window,
+            self.skipped, warmup,
+        )  # fmt: skip
+        loader = Loader(
+            course, config.train.global_batch, here.data, layout.data_ranks, config.data.document_mask,
+            columns(config, layout, here),
+        )  # fmt: skip
+        loader.go_on(0, first_digest(self.identity))
+        return loader
+
+    def evaluation(self, layout: Layout, here: Coordinates) -> dict[str, Iterator[Batch]]:
+        """This rank's rows of the held-out text of every source, and their columns."""
+        config = self.config
+        return {
+            name: evaluation_batches(
+                corpus, config.train.global_batch, config.eval.batches, here.data, layout.data_ranks,
+                config.data.document_mask, columns(config, layout, here),
+            )
+            for name, corpus in self.held_out.items()
+        }  # fmt: skip
+
+
+def columns(config: RunConfig, layout: Layout, here: Coordinates) -> Columns | None:
+    """The columns of every row that a rank holds; None for all."""
+    if layout.cp == 1:
+        return None
+    return ranges(tokens_of(here.cp, layout.cp, config.train.context, layout.context_kind))
+
+
+def open_feed(config: RunConfig) -> Feed:
+    """Open a run's prepared data. Raises DataError if it is not there, not whole or too little for one row."""
+    data, context = config.data, config.train.context
+    found = datasets(config)
+    train = {name: open_corpus(d, TRAIN, context, data.packing, name) for name, d in found.items()}
+    held_out = {name: open_corpus(d, HELD_OUT, context, data.packing, name) for name, d in found.items()}
+    first = next(iter(found.values()))
+    identity: Identity = {
+        "run.seed": config.run.seed,
+        "train.context": context,
+        "data.packing": data.packing,
+        "data.document_mask": data.document_mask,
+        "data.shuffle_window": data.shuffle_window,
+        "data.tokenizer": first.info.tokenizer,
+        "data.warmup": [list(w) for w in data.warmup],
+        "sources": {name: d.info.fingerprint for name, d in found.items()},
+    }
+    return Feed(config, train, held_out, tokenizer_of(first), identity, asked(config, train), skips(data.skip))
+
+
+def check_feed(feed: Feed) -> None:
+    """What can be refused beforehand: sources that give too few samples for the steps, shuffling beyond the cache."""
+    config, end = feed.config, begin(feed.asked).end
+    wanted = config.train.steps * config.train.global_batch
+    last = int(feed.skipped.positions(np.array([max(0, wanted - 1)]))[0])
+    if last >= end:
+        steps = (end - (last + 1 - wanted)) // config.train.global_batch
+        caps = ", ".join(f"{name} {mixed.epochs:g}" for name, mixed in config.data.mixture.items() if mixed.epochs)
+        raise ConfigError(
+            f"train.steps = {config.train.steps}: the sources' epochs ({caps}) are enough for {steps} steps: lower it, or raise "
+            "data.mixture.NAME.epochs"
+        )
+    window, cache = config.data.shuffle_window, config.data.cache.bytes
+    for corpus in feed.train.values():
+        if not is_remote(corpus.dataset.place):
+            continue
+        sizes = sorted((s.bytes for s in corpus.shards), reverse=True)[: window or None]
+        if sum(sizes) > cache:
+            raise ConfigError(
+                f"data.shuffle_window = {window}: {len(sizes)} shards of {corpus.dataset.place}, {sum(sizes)} bytes, are shuffled "
+                f"together, and data.cache.bytes is {cache}: they would be fetched over and over: set a window of fewer "
+                "shards, or raise data.cache.bytes"
+            )
