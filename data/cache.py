@@ -32,7 +32,7 @@ from pathlib import Path
 
 from data.errors import DataError
 
-FOLDER_KEY, BYTES_KEY = "data.cache", "data.cache_bytes"
+FOLDER_KEY, BYTES_KEY = "data.cache.folder", "data.cache.bytes"
 _DEAD_ELSEWHERE = 3600.0  # seconds after which another host's unlocked part is dead: its locks may not be seen here
 
 

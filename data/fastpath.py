@@ -21,7 +21,7 @@ import numpy.typing as npt
 import tiktoken
 from tokenizers import Tokenizer as Backend
 
-from data.ranks import BYTE, LETTER, PATTERNS, unwritten
+from data.ranks import LETTER, PATTERNS, unwritten
 
 Ids = npt.NDArray[np.uint32]
 
@@ -184,7 +184,7 @@ def _merged(tokens: list[str], parts: dict[str, Any], backend: Backend) -> list[
 
 def _ranked(order: list[str], vocab: dict[str, int], pattern: str) -> Ranked:
     ids = np.array([vocab[token] for token in order], dtype=np.uint32)
-    tokens = [bytes(BYTE[letter] for letter in token) for token in order]
+    tokens = [token for token in map(unwritten, order) if token is not None]
     rising = bool((ids[1:] > ids[:-1]).all())  # then the ids are as good as ranks
     ranks = dict(zip(tokens, ids.tolist() if rising else range(len(tokens)), strict=True))
     # tiktoken looks for special tokens first and is quicker where there is one to look for; none is ever allowed.

@@ -178,8 +178,13 @@ def _build(build: _Build, recipe_digest: str, given: Tokenizer | None) -> Datase
         hashes = [work.hashes(job.piece.number) for job in jobs]
         left = [job for job, file in zip(jobs, hashes, strict=True) if not file.exists()]
         _each(build, "looking for doubles", hash_piece, work, jobs, left, lambda _number, _count: None)
-        build.show(Progress("comparing documents", 0))
-        find_doubles(hashes, build.folder / "doubles")
+        progress = Progress("comparing documents", source.bytes)
+
+        def compared(part: int, parts: int) -> None:
+            progress.done_bytes = source.bytes * part // parts
+            build.show(progress)
+
+        find_doubles(hashes, build.folder / "doubles", compared)
     with ThreadPoolExecutor(build.workers) as pool:
         known = pool.map(lambda job: finished(work, job.piece.number), jobs)
         tallies = {job.piece.number: tally for job, tally in zip(jobs, known, strict=True) if tally is not None}

@@ -61,17 +61,22 @@ def _alphabet() -> list[str]:
 
 LETTER = _alphabet()
 """LETTER[b]: how byte b is written in a byte-level vocabulary."""
-BYTE = {letter: byte for byte, letter in enumerate(LETTER)}
 
 
 def written(token: bytes) -> str:
     return "".join(LETTER[b] for b in token)
 
 
+_NONE = 0x10FFFF  # no letter of any byte
+_TO_BYTE = {**dict.fromkeys(range(256), _NONE), **{ord(letter): byte for byte, letter in enumerate(LETTER)}}
+
+
 def unwritten(token: str) -> bytes | None:
     """The bytes that a byte-level token stands for; None if it holds a character that is none of the 256."""
-    found = [BYTE.get(letter) for letter in token]
-    return None if None in found else bytes(b for b in found if b is not None)
+    try:
+        return token.translate(_TO_BYTE).encode("latin-1")
+    except UnicodeEncodeError:
+        return None
 
 
 def byte_level(
@@ -169,9 +174,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         taken.add(value)
     missing = [b for b in range(256) if bytes([b]) not in ranks]
     if missing:
-        raise DataError(
-            f"data.tokenizer: {path}: {len(missing)} of the 256 bytes have no token (first: {missing[0]})"
-        )
+        raise DataError(f"data.tokenizer: {path}: {len(missing)} of the 256 bytes have no token (first: {missing[0]})")
     return ranks
 
 

@@ -27,7 +27,7 @@ from data.fastpath import WINDOW, Bytes, Ids, Ranked, fast_path, seams_known, wi
 from data.ranks import SEPARATOR
 
 _COARSE = 1 << 22  # characters that a tokenizer with other seams than the known ones gets at once: some 100 bytes each
-_RUN = 1 << 19  # characters that a thread takes at a time
+_RUN = 1 << 16  # characters that a thread takes at a time
 
 
 class Part(Protocol):

@@ -16,10 +16,12 @@ from data.errors import DataError
 from data.loader import Loader, evaluation_batches
 from data.prepare import Recipe
 from data.quality import Filters
-from data.record import Continued, Identity, first_digest, go_on
+from data.lanes import Stream
+from data.record import Continued, Identity, Reader, first_digest, go_on
 from data.rows import Batch, Columns, ranges
 from data.shards import HELD_OUT, TOKENIZER, TRAIN
 from data.store import CacheLimits
+from data.stream import StreamLoader
 from data.text import SourceSpec
 from data.tokenizer import Tokenizer, parse_tokenizer
 from parallel.context import tokens_of
@@ -27,6 +29,7 @@ from parallel.layout import Coordinates, Layout
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.sections import DataSection, MixedSection
+from trainer.streamed import streams
 
 _SOURCE_KEYS = ("format", "template", "where", "chat", "messages", "prompt", "response", "on_invalid")
 
@@ -119,26 +122,33 @@ def asked(config: RunConfig, corpora: Mapping[str, Corpus]) -> Asked:
 
 @dataclass(frozen=True)
 class Feed:
-    """The data of a run, open. `identity`: what may not change in the run. `skipped`: positions left out."""
+    """The data of a run, open: rows of the sources' shards, or `streams` of the sources themselves in `lanes`.
+    `identity`: what may not change in the run. `skipped`: positions left out."""
 
     config: RunConfig
+    datasets: dict[str, Dataset]
     train: dict[str, Corpus]
     held_out: dict[str, Corpus]
     tokenizer: Tokenizer
     identity: Identity
     asked: Asked
     skipped: Skips
+    streams: tuple[Stream, ...] = ()
+    lanes: int = 0
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the training split of all sources."""
-        return sum(corpus.info.tokens(TRAIN) for corpus in self.train.values())
+    def told(self) -> str:
+        """How much there is to train on."""
+        if self.streams:
+            size = sum(stream.selection.source.bytes for stream in self.streams)
+            return f"{size / 1e6:,.1f} MB of raw text in {self.lanes} lanes"
+        return f"{sum(corpus.info.tokens(TRAIN) for corpus in self.train.values()):,} training tokens"
 
     @property
     def unigram_nats(self) -> float:
         """Held-out loss of a model that knows only token frequencies, the mean of the sources' by their first weights."""
         weights = self.asked.stages[0][1]
-        told = sum(w * self.train[name].info.unigram_nats for name, w in weights.items())
+        told = sum(w * self.datasets[name].info.unigram_nats for name, w in weights.items())
         return told / sum(weights.values())
 
     def weights(self, continued: Continued, step: int) -> dict[str, float]:
@@ -150,10 +160,15 @@ class Feed:
         """How the run goes on from a checkpoint's record of its data. Raises DataError if it cannot."""
         return go_on(record, self.identity, self.asked, self.skipped.spans, self.config.data.on_change == "accept")
 
-    def loader(self, layout: Layout, here: Coordinates, continued: Continued) -> Loader:
+    def loader(self, layout: Layout, here: Coordinates, continued: Continued) -> Reader:
         """This rank's loader, at the beginning of the run."""
         config = self.config
-        warmup = [(step * config.train.global_batch, tokens) for step, tokens in config.data.warmup]
+        warmup = tuple((step * config.train.global_batch, tokens) for step, tokens in config.data.warmup)
+        if self.streams:
+            return StreamLoader(
+                self.streams, continued.history, self.skipped, self.lanes, config.train.context, config.train.global_batch,
+                here.data, layout.data_ranks, config.data.document_mask, columns(config, layout, here), warmup,
+            )  # fmt: skip
         course = make_course(
             tuple(self.train[name] for name in self.asked.names), continued.history, config.run.seed, config.data.shuffle_window,
             self.skipped, warmup,
@@ -188,20 +203,29 @@ def open_feed(config: RunConfig) -> Feed:
     """Open a run's prepared data. Raises DataError if it is not there, not whole or too little for one row."""
     data, context = config.data, config.train.context
     found = datasets(config)
-    train = {name: open_corpus(d, TRAIN, context, data.packing, name) for name, d in found.items()}
+    tokenizer = tokenizer_of(next(iter(found.values())))
+    if data.stream:
+        made, prints, lanes = streams(config, recipes(data), tokenizer)
+        train = {}
+    else:
+        made, lanes = (), 0
+        train = {name: open_corpus(d, TRAIN, context, data.packing, name) for name, d in found.items()}
+        prints = {name: d.info.fingerprint for name, d in found.items()}
     held_out = {name: open_corpus(d, HELD_OUT, context, data.packing, name) for name, d in found.items()}
-    first = next(iter(found.values()))
     identity: Identity = {
         "run.seed": config.run.seed,
         "train.context": context,
         "data.packing": data.packing,
         "data.document_mask": data.document_mask,
         "data.shuffle_window": data.shuffle_window,
-        "data.tokenizer": first.info.tokenizer,
+        "data.tokenizer": tokenizer.fingerprint,
         "data.warmup": [list(w) for w in data.warmup],
-        "sources": {name: d.info.fingerprint for name, d in found.items()},
+        "data.lanes": lanes,
+        "sources": prints,
     }
-    return Feed(config, train, held_out, tokenizer_of(first), identity, asked(config, train), skips(data.skip))
+    return Feed(
+        config, found, train, held_out, tokenizer, identity, asked(config, train), skips(data.skip), made, lanes
+    )
 
 
 def check_feed(feed: Feed) -> None:

@@ -86,7 +86,8 @@ def layout_view(config: RunConfig, world: int, node_ranks: int = NODE_RANKS) -> 
     routed = [any(moe_layers & {*stages[s].layers} for s in layout.stages_of(pp)) for pp in range(layout.pp)]
     ulysses = layout.cp if layout.context_kind == "ulysses" else 1
     positions = [_tokens(layout, cp, config.train.context) for cp in range(layout.cp)]
-    share = config.train.global_batch // layout.data_ranks
+    batch = config.train.global_batch
+    share = layout.micro_rows * layout.micro_batches
     ranks = []
     for rank in range(world):
         at = layout.coordinates(rank)
@@ -103,7 +104,7 @@ def layout_view(config: RunConfig, world: int, node_ranks: int = NODE_RANKS) -> 
                 kv_heads=range(heads.start // group, (heads.stop - 1) // group + 1),
                 experts=_experts(config, layout, rank) if routed[at.pp] else None,
                 tokens=positions[at.cp],
-                rows=range(at.data * share, (at.data + 1) * share),
+                rows=range(min(at.data * share, batch), min((at.data + 1) * share, batch)),
                 kept=kept[at.pp],
             )
         )
@@ -178,8 +179,8 @@ def gradients_shared(layout: Layout) -> bool:
 
 
 def span(numbers: range) -> str:
-    """0-5, or 3 alone."""
-    return f"{numbers.start}-{numbers.stop - 1}" if len(numbers) > 1 else str(numbers.start)
+    """0-5, 3 alone, or - for none."""
+    return f"{numbers.start}-{numbers.stop - 1}" if len(numbers) > 1 else str(numbers.start) if numbers else "-"
 
 
 def spans(many: Iterable[range]) -> list[str]:
@@ -235,6 +236,12 @@ def notes(view: LayoutView) -> list[str]:
     """What holds of all ranks and no table shows."""
     at = view.layout
     said = [f"{plural(view.node_ranks, 'GPU')} a node, assumed"]
+    padding = at.data_ranks * at.micro_rows * at.micro_batches - len({row for rank in view.ranks for row in rank.rows})
+    if padding:
+        said.append(
+            f"{at.data_ranks} data ranks do not share the batch out evenly: the last have {plural(padding, 'row')} of padding, "
+            "which costs time and changes nothing"
+        )
     if at.tp > 1:
         said.append(
             f"between blocks a rank holds 1/{at.tp} of its tokens: the sequence is cut in {at.tp} (sequence parallel), "

@@ -170,7 +170,7 @@ class RunLog:
             unigram_nats=feed.unigram_nats,
         )  # fmt: skip
         self.console.say(
-            f"{config.run.name}: {feed.tokens:,} training tokens, {layout.world} rank(s) on {name}, "
+            f"{config.run.name}: {feed.told}, {layout.world} rank(s) on {name}, "
             f"ZeRO {layout.zero}, {config.engine.precision}"
         )
 

@@ -8,13 +8,16 @@ from parallel.world import check_device
 from trainer.config import RunConfig
 from trainer.engines.carry import layout_of
 from trainer.errors import ConfigError
-from trainer.feed import check_feed, open_feed
+from trainer.feed import check_feed, open_feed, places, recipes
 from trainer.runfolder import RunFolder
+from trainer.streamed import set_apart
 
 
 def preflight(config: RunConfig, ranks: int) -> None:
     """Check a run of `ranks` ranks. Raises ConfigError, DataError, LayoutError or RunError, one line each."""
     layout_of(config, ranks)
+    if config.data.stream:
+        set_apart(config, recipes(config.data), places(config.data))
     feed = open_feed(config)
     vocab = feed.tokenizer.vocab
     if config.model.vocab < vocab:

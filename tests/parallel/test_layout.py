@@ -37,7 +37,7 @@ REFUSED = [
     (Asked(cp=8, tp=2, context_kind="ulysses"), 16, DENSE, BATCH, "does not divide the 4 heads of a tensor-parallel rank"),
     (Asked(cp=2, context_kind="ring"), 2, DENSE, BATCH, 'context_kind "ring" (parallel.cp 2) does plain causal attention'),
     (Asked(tp=8), 8, DENSE, replace(BATCH, context=100), "train.context 100 is not divisible by parallel.tp 8"),
-    (Asked(), 5, DENSE, BATCH, "train.global_batch 32 cannot be shared evenly by 5 data ranks"),
+    (Asked(), 5, MOE, BATCH, "train.global_batch 32 cannot be shared evenly by 5 data ranks, and rows of padding"),
     (Asked(pp=4, schedule="dualpipev"), 4, replace(DENSE, layers=16), replace(BATCH, rows=4), "requires at least as many"),
     (Asked(replicas=3), 8, DENSE, BATCH, "parallel.replicas 3 does not divide the 8 data ranks"),
     (Asked(zero=0, replicas=2), 8, DENSE, BATCH, "zero 0 shares nothing out"),
@@ -56,6 +56,11 @@ def test_refused_with_the_reason_and_what_works(asked, world, facts, batch, why)
         changes = {k: int(v) if v.isdigit() else v for k, v in pairs.items()}
         dropped = {k: None for k in text.partition("(remove ")[2].rstrip(")").replace("parallel.", "").split(", ") if k}
         assert plan(replace(asked, **changes, **dropped), world, facts, batch).world == world
+
+
+def test_a_dense_model_takes_any_number_of_data_ranks():
+    layout = plan(Asked(), 5, DENSE, BATCH)
+    assert (layout.data_ranks, layout.micro_rows * layout.micro_batches) == (5, 7)
 
 
 def test_most_refusals_name_a_way_out():

@@ -1,0 +1,163 @@
+"""A run on raw sources, with no preparation: what little is set apart beforehand, and the streams of the rest.
+
+The dataset folder of such a run holds the tokenizer and as many held-out documents of every source as evaluation needs,
+found by reading from the source's beginning. It is made once; sources whose files have changed since are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from functools import reduce
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.atomic import commit_folder, locked_folder
+from data.errors import DataError
+from data.lanes import PIECE_BYTES, Stream
+from data.prepare import Recipe, train_on
+from data.progress import Show, quiet
+from data.shards import (
+    HELD_OUT,
+    INDEX,
+    TOKENIZER,
+    TRAIN,
+    DatasetInfo,
+    fingerprint,
+    read_index,
+    token_bytes,
+    unigram_nats,
+    write_index,
+    write_shard,
+)
+from data.sources import Piece, Source, open_source, pieces
+from data.tokenizer import Tokenizer, load_tokenizer
+from data.work import Selection, Tally, digest, encode, is_held_out, usable
+from trainer.config import RunConfig
+from trainer.errors import ConfigError
+
+_MOST_LANES = 64
+_COUNTED_TOKENS = 1 << 20
+"""Training tokens from which their frequencies are told."""
+_PATIENCE = 600.0
+
+
+def stream_fingerprint(recipe: Recipe, source: Source) -> str:
+    """Changes when a setting of a source, or a name or size of its files does."""
+    plain = {"files": source.describe(), "spec": asdict(recipe.spec), "filters": asdict(recipe.filters), "held_out": recipe.held_out}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def set_apart(
+    config: RunConfig, recipes: dict[str, Recipe], places: dict[str, str], show: Show = quiet
+) -> None:
+    """Make the folders of a streaming run where they are not there. Raises DataError for sources that cannot be used, or
+    that are not those that a folder was made from."""
+    if any(recipe.deduplicate for recipe in recipes.values()):
+        raise ConfigError("data.filters.deduplicate needs all documents beforehand: prepare the data, or set it to false")
+    wanted = config.eval.batches * config.train.global_batch * config.train.context + 1
+    sources = {name: open_source(recipe.spec) for name, recipe in recipes.items()}
+
+    def missing() -> list[str]:
+        return [name for name in recipes if not _is_there(Path(places[name]), recipes[name], sources[name], wanted)]
+
+    if not missing():
+        return
+    with locked_folder(Path(config.data.path), _PATIENCE) as (built, _):  # one rank of a node makes it, the others wait
+        left = missing()
+        named, beside = config.data.tokenizer, [Path(places[name]) / TOKENIZER for name in recipes if name not in left]
+        tokenizer = load_tokenizer(named or beside[0]) if named or beside else train_on(recipes, show)
+        for name in left:
+            made, folder = built / "dataset", Path(places[name])
+            shutil.rmtree(made, ignore_errors=True)
+            made.mkdir()
+            _set_apart(made, recipes[name], sources[name], tokenizer, wanted)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)  # one of too little held-out text
+            commit_folder(folder, made)
+        shutil.rmtree(built, ignore_errors=True)
+
+
+def _is_there(folder: Path, recipe: Recipe, source: Source, wanted: int) -> bool:
+    if not folder.exists():
+        return False
+    if not (folder / INDEX).exists():
+        raise DataError(f"data.path: {folder} exists and is not a dataset: give another path")
+    info = read_index(folder)
+    if info.recipe != stream_fingerprint(recipe, source):
+        raise DataError(
+            f"data.path: {folder} was set apart for a stream of other files or settings: remove it, or give another path"
+        )
+    return info.tokens(HELD_OUT) >= wanted or bool(info.report["exhausted"])
+
+
+def _set_apart(made: Path, recipe: Recipe, source: Source, tokenizer: Tokenizer, wanted: int) -> None:
+    selection, held, count = _selection(recipe, source, tokenizer), list[Any](), 0
+    counts = {split: np.zeros(tokenizer.vocab, np.int64) for split in (TRAIN, HELD_OUT)}
+    tally, exhausted = Tally(), True
+    for document in chain.from_iterable(usable(selection, piece, tally) for piece in pieces(source, PIECE_BYTES)):
+        side = HELD_OUT if is_held_out(digest(document.text or ""), recipe.held_out) else TRAIN
+        if side == TRAIN and counts[TRAIN].sum() >= _COUNTED_TOKENS:
+            continue
+        ((ids, learned),) = encode(tokenizer, [document])
+        counts[side] += np.bincount(ids, minlength=tokenizer.vocab)
+        if side == HELD_OUT:
+            held.append((ids, np.ones(len(ids), bool) if learned is None else learned))
+            count += len(ids)
+        if count >= wanted and counts[TRAIN].sum():
+            exhausted = False
+            break
+    if not count or not counts[TRAIN].sum():
+        raise DataError(
+            f"data.source: no document of {recipe.spec.source!r} {'is held out' if counts[TRAIN].sum() else 'can be used'} "
+            f"({tally.invalid} cannot be read, {tally.empty} empty): give more text, or change data.held_out"
+        )
+    flags = [flags for _, flags in held]
+    prompts = None if all(f.all() for f in flags) else flags
+    shard = write_shard(made / f"{HELD_OUT}-00000.shard", [ids for ids, _ in held], token_bytes(tokenizer.vocab), prompts)
+    splits = {TRAIN: [], HELD_OUT: [shard]}
+    tokenizer.save(made / TOKENIZER)
+    write_index(made, DatasetInfo(
+        fingerprint(tokenizer.fingerprint, splits), stream_fingerprint(recipe, source), tokenizer.fingerprint,
+        tokenizer.vocab, tokenizer.separator, splits, unigram_nats(counts[TRAIN], counts[HELD_OUT]),
+        {"source": recipe.spec.source, "stream": True, "exhausted": exhausted},
+    ))  # fmt: skip
+
+
+def _selection(recipe: Recipe, source: Source, tokenizer: Tokenizer) -> Selection:
+    most = recipe.max_invalid
+    specials = tokenizer.special_tokens if source.chat is not None else frozenset()
+    return Selection(source, recipe.filters, specials, -1 if most is None or 0 < most < 1 else int(most))
+
+
+def streams(config: RunConfig, recipes: dict[str, Recipe], tokenizer: Tokenizer) -> tuple[tuple[Stream, ...], dict[str, str], int]:
+    """The streams of a run's sources, the sources' fingerprints, and the number of lanes. Raises DataError if a source
+    has fewer pieces than there are lanes."""
+    out, prints = [], {}
+    for name, recipe in recipes.items():
+        source = open_source(recipe.spec)
+        prints[name] = stream_fingerprint(recipe, source)
+        target = min(PIECE_BYTES, max(1 << 12, source.bytes // (4 * _MOST_LANES)))
+        parts = pieces(source, target)
+        selection = _selection(recipe, source, tokenizer)
+        out.append(Stream(name, selection, parts, tokenizer, recipe.held_out, config.run.seed))
+    return tuple(out), prints, _lanes(config, [stream.pieces for stream in out], list(recipes.values()))
+
+
+def _lanes(config: RunConfig, parts: list[tuple[Piece, ...]], recipes: list[Recipe]) -> int:
+    fewest = reduce(min, map(len, parts))
+    batch, asked = config.train.global_batch, config.data.lanes
+    if asked is None:
+        return max(n for n in range(1, min(_MOST_LANES, fewest, batch) + 1) if batch % n == 0)
+    for recipe, pieces_of in zip(recipes, parts, strict=True):
+        if len(pieces_of) < asked:
+            raise DataError(
+                f"data.lanes = {asked}: {recipe.spec.source!r} comes in {len(pieces_of)} pieces, and every lane needs one: lower "
+                "it, or split the source in more files (compressed files are not cut)"
+            )
+    return asked
