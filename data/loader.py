@@ -37,7 +37,7 @@ def read_samples(
     ]
     batch = read_rows(places, rows, course.context, document_mask, columns, course.pieces(samples.position))
     vocab = course.corpora[0].info.vocab
-    if batch.tokens.max(initial=0) >= vocab or batch.labels.max(initial=0) >= vocab:
+    if batch.tokens.max(initial=0) >= vocab or batch.labels[:, -1].max(initial=0) >= vocab:  # labels are the next tokens
         at = int(np.flatnonzero(np.maximum(batch.tokens, batch.labels).max(1) >= vocab)[0])
         raise DataError(f"{places[at].shard.path}: token id {max(batch.tokens[at].max(), batch.labels[at].max())} is beyond the "
                         f"vocabulary of {vocab}: the data was not made by its tokenizer, or is damaged; prepare it again")

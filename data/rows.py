@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -50,8 +51,7 @@ class Batch:
         return Batch(self.tokens[:, index], self.labels[:, index], self.docs, np.ascontiguousarray(positions[:, index]))
 
 
-@dataclass(frozen=True)
-class Where:
+class Where(NamedTuple):
     """A sample's place: an open shard and, by how rows are made, the row's first token or the pieces it is made of."""
 
     shard: Shard
@@ -81,8 +81,9 @@ def read_rows(
     """
     parts = columns or whole_row(context)
     width = sum(stop - start for start, stop in parts)
-    tokens = np.zeros((rows, width), dtype=np.int64)
-    labels = np.full((rows, width), IGNORED, dtype=np.int64)
+    tokens = np.empty((rows, width), dtype=np.int64)
+    labels = np.empty((rows, width), dtype=np.int64)
+    empty = np.ones(rows, dtype=np.bool_)  # rows that are not filled from end to end
     cuts: list[Ids] = []  # numbers of places in the whole batch at which a document begins
     ends: list[Ids] = []  # numbers of places that are the last before such a one, to be predicted by nobody
     for row, place in enumerate(places):
@@ -90,6 +91,7 @@ def read_rows(
             continue
         base = row * context
         if place.pieces is None:
+            empty[row] = False
             _read_cut(place.shard, place.first, parts, tokens[row], labels[row])
             if document_mask:
                 document_ends = place.shard.ends
@@ -101,9 +103,11 @@ def read_rows(
                     ends.append(inside - 1)
                     cuts.append(inside if inside[-1] < base + context else inside[:-1])
         else:
+            tokens[row], labels[row], empty[row] = 0, IGNORED, False
             heads = _read_fitted(place.shard, *place.pieces, parts, tokens[row], labels[row])
             if document_mask:
                 cuts.append(heads[heads < context] + base)
+    tokens[empty], labels[empty] = 0, IGNORED
     if ends:
         _ignore(labels, np.concatenate(ends), context, parts)
     if not document_mask:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,6 +28,12 @@ PREPARE_EXAMPLES = (
     "Examples: `mikoshi prepare configs/runs/quickstart.toml data.source=my/texts data.path=build/my-texts`, "
     "`mikoshi prepare run.toml 'data.source=\"s3://bucket/web/*.jsonl.zst\"' data.filters.deduplicate=true --workers 32`"
 )
+
+Looked = Annotated[Path, typer.Argument(help="a run folder, or a run's TOML file", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="print it as JSON")]
+Width = Annotated[
+    int | None, typer.Option(min=20, help="columns to wrap lines at (default: lines are left as they are)", show_default=False)
+]
 
 data_app = typer.Typer(no_args_is_help=True, help="Look at a run's data: the batch at a step, counts, digests.")
 tokenizer_app = typer.Typer(no_args_is_help=True, help="Make a tokenizer.")
@@ -114,6 +122,109 @@ def shown(console: Console) -> Iterator[Show]:
             bar.update(tasks[progress.phase], completed=progress.done_bytes, rate=rate)
 
         yield show
+
+
+@data_app.command(
+    epilog="Examples: `mikoshi data inspect runs/quickstart --step 120`, "
+    "`mikoshi data inspect run.toml --step 1000000000 --row 3 --json`, "
+    "`mikoshi data inspect runs/chat --step 0 --rows 2 > batch.txt`"
+)
+def inspect(
+    run: Looked,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(help="counted from 0: what the log calls step 1 is --step 0")] = 0,
+    rows: Annotated[int | None, typer.Option(min=1, help="rows to show (default: 4, or 1 with --row)", show_default=False)] = None,
+    row: Annotated[int, typer.Option(help="the first row to show")] = -1,
+    width: Width = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the global batch at any step, past or future, as text: documents, and what of them is predicted.
+
+    Of a run folder, past batches are those that the run consumed, however its mixture was changed on the way.
+    """
+    from trainer.data_view import open_view, print_batch, rows_at
+    from trainer.errors import ConfigError
+
+    if row < -1:
+        raise ConfigError(f"--row {row}: rows are counted from 0")
+    view = open_view(run, overrides or [])
+    found = rows_at(view, step, max(0, row), rows or (4 if row < 0 else 1))
+    if as_json:
+        typer.echo(json.dumps({"step": step, "consumed": view.done and step < view.done, "rows": [asdict(r) for r in found]}))
+    else:
+        print_batch(view, step, found, _console(width))
+
+
+@data_app.command(
+    epilog="Examples: `mikoshi data stats configs/runs/quickstart.toml`, `mikoshi data stats runs/quickstart --json`"
+)
+def stats(run: Looked, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Count documents, tokens, rows and epochs of every source, its share of the run, lengths and packing."""
+    from rich.console import Console
+
+    from trainer.data_stats import print_stats
+    from trainer.data_stats import stats as count
+    from trainer.data_view import open_view
+
+    found = count(open_view(run, overrides or []))
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+    else:
+        print_stats(found, Console(highlight=False, soft_wrap=True, width=500))
+
+
+@data_app.command(
+    epilog="Examples: `mikoshi data sample run.toml -n 3`, `mikoshi data sample run.toml --source web --held-out --seed 7`"
+)
+def sample(
+    run: Looked,
+    overrides: Overrides = None,
+    source: Annotated[str | None, typer.Option(help="a source of the mixture (default: each)", show_default=False)] = None,
+    number: Annotated[int, typer.Option("-n", "--number", min=1, help="documents of each source")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed draws the same documents")] = 0,
+    held_out: Annotated[bool, typer.Option("--held-out", help="of the held-out split, not the training split")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="of each document, the first to show")] = 500,
+    width: Width = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show documents drawn at random from the prepared data, decoded, and where each stands."""
+    from trainer.data_sample import draw, print_drawn
+    from trainer.data_view import open_view
+
+    view = open_view(run, overrides or [])
+    found = draw(view, source, number, seed, held_out, tokens)
+    if as_json:
+        decode = view.feed.tokenizer.decode
+        typer.echo(json.dumps([asdict(one) | {"text": decode(one.beginning.tokens)} for one in found]))
+    else:
+        print_drawn(found, view.feed.tokenizer, _console(width))
+
+
+@data_app.command(epilog="Example: `mikoshi data verify configs/runs/quickstart.toml`")
+def verify(run: Looked, overrides: Overrides = None) -> None:
+    """Read all of the prepared data and compare every digest; exit 2 and name every file that is not what it was."""
+    from rich.console import Console
+
+    from data.errors import DataError
+    from trainer.config import load_config
+    from trainer.data_check import verify as check
+
+    config, console, damaged = load_config(run, overrides or []), Console(highlight=False, soft_wrap=True), list[str]()
+    with shown(console) as show:
+        for verdict in check(config, show):
+            told = f"{len(verdict.damaged)} damaged" if verdict.damaged else "whole"
+            name = f"{verdict.source}: " if verdict.source else ""
+            size = f"{verdict.files} files read, {verdict.bytes / 1e6:,.1f} MB"
+            console.print(f"{name}{verdict.place}: {size}: {told}", markup=False)
+            damaged += verdict.damaged
+    if damaged:
+        raise DataError("\n".join(damaged))
+
+
+def _console(width: int | None) -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=width is None, width=width)
 
 
 @tokenizer_app.command(

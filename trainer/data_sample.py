@@ -32,8 +32,9 @@ def draw(view: View, source: str | None, count: int, seed: int, held_out: bool, 
     are fewer); of each no more than its first `most_tokens` tokens. Raises ConfigError for a source that there is none of."""
     corpora = view.feed.held_out if held_out else view.feed.train
     if source is not None and source not in corpora:
-        known = ", ".join(name for name in corpora if name) or "one source without a name: leave --source out"
-        raise ConfigError(f"--source {source}: there is no such source; there is {known}")
+        known = ", ".join(name for name in corpora if name)
+        way_out = f"the mixture has {known}" if known else "the run has one, without a name: leave --source out"
+        raise ConfigError(f"--source {source}: there is no such source; {way_out}")
     out = []
     for name, corpus in corpora.items():
         if source in (None, name):

@@ -1,6 +1,6 @@
 """The benchmark of tokenizing: encode_batch beside bare tiktoken and bare `tokenizers` on the same texts.
 
-    python tests/bench/tokenizing.py [--rounds N] [--megabytes M] [--tokenizer gpt2]
+    python -P tests/bench/tokenizing.py [--rounds N] [--megabytes M] [--tokenizer gpt2]
 
 First a vocabulary that tiktoken can run, then one that stays with `tokenizers`; on one thread, then on all cores. In every
 round each contender encodes all the texts, in an order that turns with the round; a ratio is that of two turns of one round.

@@ -17,7 +17,6 @@ import tiktoken.load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
-from tokenizers import Tokenizer as Backend
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerFast
 
 from data import fastpath, ranks
@@ -383,7 +382,7 @@ print(t.fingerprint, t.vocab, t.encode('<|im_end|>def f'))
 
 @pytest.mark.parametrize("normalizer", [None, {"type": "NFC"}])
 def test_a_fork_after_encoding_encodes_too(normalizer, tmp_path):
-    plain = json.loads(Backend.to_str(train_tokenizer(VARIED, 300).backend))
+    plain = json.loads(train_tokenizer(VARIED, 300).backend.to_str())
     (tmp_path / "t.json").write_text(json.dumps(plain | {"normalizer": normalizer}))
     code = f"""
 import multiprocessing
