@@ -12,12 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from data.errors import DataError
 from data.pool import Tell, run
 from data.progress import Meter, Show
-from data.shards import HELD_OUT, TOKENIZER, TRAIN, DatasetInfo, ShardInfo, fingerprint, open_shard, write_index, write_shard
+from data.shards import (
+    HELD_OUT,
+    TOKENIZER,
+    TRAIN,
+    DatasetInfo,
+    ShardInfo,
+    fingerprint,
+    open_shard,
+    unigram_nats,
+    write_index,
+    write_shard,
+)
 from data.tokenizer import Tokenizer
 from data.work import SPLITS, Ids, Tally, Work, read_counts
 
@@ -101,12 +111,6 @@ def assemble(
     )
     write_index(folder, info)
     return info
-
-
-def unigram_nats(train: npt.NDArray[np.int64], held_out: npt.NDArray[np.int64]) -> float:
-    """Held-out cross-entropy, nats a token, of the training split's token frequencies (each count plus one)."""
-    p = (train + 1) / (train + 1).sum()
-    return float(-(held_out * np.log(p)).sum() / held_out.sum())
 
 
 def _refuse_nothing(total: Tally, report: Mapping[str, Any]) -> None:

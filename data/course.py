@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from data.corpus import Corpus
-from data.errors import DataError
 from data.curriculum import History
+from data.errors import DataError
 from data.order import Order
 
 Ids = npt.NDArray[np.int64]
@@ -69,6 +69,9 @@ class Samples:
         cut = slice(start, stop)
         return Samples(self.position[cut], self.source[cut], self.draw[cut], self.shard[cut], self.row[cut])
 
+    def take(self, index: Ids) -> Samples:
+        return Samples(self.position[index], self.source[index], self.draw[index], self.shard[index], self.row[index])
+
     def __len__(self) -> int:
         return len(self.position)
 
@@ -110,6 +113,10 @@ class Course:
             return parts[0]
         joined = [np.concatenate([getattr(p, f) for p in parts]) for f in ("position", "source", "draw", "shard", "row")]
         return Samples(*joined)
+
+    def digest(self, samples: Samples, before: str) -> str:
+        """The digest of all samples up to these, from that of all before them, whatever becomes of the mixture later."""
+        return replace(samples, source=self.mixture.numbers[samples.source]).digest(before)
 
     def pieces(self, positions: Ids) -> list[int] | None:
         """The warm-up's length for rows at these positions; None where there is no warm-up."""

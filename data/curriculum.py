@@ -48,6 +48,12 @@ class History:
         """All sources: those that are asked for now, then those of the past alone."""
         return tuple(dict.fromkeys(name for _, asked in reversed(self.asked) for name in asked.names))
 
+    @cached_property
+    def numbers(self) -> Ids:
+        """For each of `names` its number in the run: that of its first mention, which no later change alters."""
+        known = list(dict.fromkeys(name for _, asked in self.asked for name in asked.names))
+        return np.array([known.index(name) for name in self.names], dtype=np.int64)
+
     @property
     def end(self) -> int:
         """The first position for which no source is left."""

@@ -118,7 +118,9 @@ class Lane:
             self._reading, self._next = None, (piece + 1, 0)
             empty = empty + 1 if document == 0 else 0
             if empty > len(self.stream.pieces):
-                raise DataError(f"data.source: no document of {self.stream.name or 'the source'} can be used: every piece is empty")
+                raise DataError(
+                    f"data.source: no document of {self.stream.name or 'the source'} can be used: every piece is empty"
+                )
         order = permute(
             np.arange(len(block)), len(block), f"{self.stream.seed}:{self.stream.name}:{self._ordinal(piece)}:{document}"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +20,13 @@ from data.errors import DataError
 from data.prefetch import prefetched
 from data.rows import Batch, Columns, Ids, read_rows
 
+_TOGETHER = 1 << 16
+"""Tokens that are read together where a batch has fewer: rows cost less in company."""
 _KEPT = 64
 """Steps whose digests are kept, so that a resumed run can follow them again."""
 
 
-def read_samples(
-    course: Course, samples: Samples, rows: int, document_mask: bool, columns: Columns | None = None
-) -> Batch:
+def read_samples(course: Course, samples: Samples, rows: int, document_mask: bool, columns: Columns | None = None) -> Batch:
     """These samples as rows, padded to as many as `rows`. Raises DataError for those of a source that the run no longer has,
     and for ids beyond the data's vocabulary."""
     if len(samples) and samples.source.max() >= len(course.corpora):
@@ -39,8 +40,10 @@ def read_samples(
     vocab = course.corpora[0].info.vocab
     if batch.tokens.max(initial=0) >= vocab or batch.labels[:, -1].max(initial=0) >= vocab:  # labels are the next tokens
         at = int(np.flatnonzero(np.maximum(batch.tokens, batch.labels).max(1) >= vocab)[0])
-        raise DataError(f"{places[at].shard.path}: token id {max(batch.tokens[at].max(), batch.labels[at].max())} is beyond the "
-                        f"vocabulary of {vocab}: the data was not made by its tokenizer, or is damaged; prepare it again")
+        raise DataError(
+            f"{places[at].shard.path}: token id {max(batch.tokens[at].max(), batch.labels[at].max())} is beyond the "
+            f"vocabulary of {vocab}: the data was not made by its tokenizer, or is damaged; prepare it again"
+        )
     return batch
 
 
@@ -82,13 +85,30 @@ class Loader:
         """Batches of steps start..stop-1 as `ready` makes them, each read by one thread while those before it are in use:
         `ahead` at most wait. Every step's samples go into the digest."""
 
-        def read(step: int) -> Batch:
-            self._fetch_soon(step)
-            self._digests[step + 1] = self.samples(step).digest(self._digests.get(step, ""))
-            self._digests.pop(step - _KEPT, None)
-            return ready(self.batch(step))
+        together = max(1, _TOGETHER // (self.rows * self.course.context))
+        read: dict[int, Batch] = {}
 
-        return prefetched(read, start, stop, ahead)
+        def make(step: int) -> Batch:
+            self._fetch_soon(step, stop)
+            self._digests[step + 1] = self.course.digest(self.samples(step), self._digests.get(step, ""))
+            self._digests.pop(step - _KEPT - ahead, None)
+            if step not in read:
+                # The first alone, so that it comes at once; what cannot be read is told at its own step.
+                with suppress(DataError):
+                    read.update(self._batches(step, min(together if step > start else 1, stop - step)))
+            return ready(read.pop(step) if step in read else self.batch(step))
+
+        return prefetched(make, start, stop, ahead)
+
+    def _batches(self, step: int, count: int) -> dict[int, Batch]:
+        """This rank's part of several global batches, read together."""
+        size = self.global_batch
+        mine = [np.arange(s * size, (s + 1) * size)[self.rank * self.rows :][: self.rows] for s in range(count)]
+        whole = self.course.samples(step * size, (step + count) * size)
+        if any(len(own) < self.rows for own in mine):  # rows of padding
+            return {step: self.batch(step)}
+        batch = read_samples(self.course, whole.take(np.concatenate(mine)), count * self.rows, self.document_mask, self.columns)
+        return {step + s: batch.rows(s * self.rows, (s + 1) * self.rows) for s in range(count)}
 
     def go_on(self, step: int, digest: str) -> None:
         """The next step is `step`, and what was consumed before it has this digest."""
@@ -105,11 +125,15 @@ class Loader:
 
     def follow(self, state: Mapping[str, Any], step: int) -> None:
         """Find the last steps' samples and, on rank 0, read the last batch again; then go on with `step`. Raises DataError
-        if they are not those that were consumed."""
+        if they are not those that were consumed. Where some came from a source that the run no longer has, there is
+        nothing to compare."""
         earlier = state["earlier"]
-        digest = earlier["digest"]
-        for before in range(int(earlier["step"]), step):
-            digest = self.samples(before).digest(digest)
+        first, digest = int(earlier["step"]), earlier["digest"]
+        if first < step and self._gone(first, step):
+            self.go_on(step, state["digest"])
+            return
+        for before in range(first, step):
+            digest = self.course.digest(self.samples(before), digest)
         if digest != state["digest"]:
             raise DataError(
                 f"data: the samples of steps {earlier['step']} to {step} are not those that the run consumed (digest "
@@ -122,18 +146,23 @@ class Loader:
             )
         self.go_on(step, digest)
 
+    def _gone(self, start: int, stop: int) -> bool:
+        """Whether samples of these steps came from a source that the run no longer has."""
+        samples = self.course.samples(start * self.global_batch, stop * self.global_batch)
+        return int(samples.source.max()) >= len(self.course.corpora)
+
     def content(self, step: int) -> str:
         """Digest of the very tokens and labels of the whole global batch at a step."""
         batch = read_samples(self.course, self.samples(step), self.global_batch, self.document_mask)
         return hashlib.sha256(batch.tokens.tobytes() + batch.labels.tobytes()).hexdigest()
 
-    def _fetch_soon(self, step: int) -> None:
-        """Tell corpora that are kept elsewhere which shards this rank's coming rows are in."""
+    def _fetch_soon(self, step: int, stop: int) -> None:
+        """Tell corpora that are kept elsewhere which shards this rank's coming rows are in, those before step `stop`."""
         for k, corpus in enumerate(self.course.corpora):
             if corpus.dataset.ahead is None:
                 continue
             wanted: dict[int, None] = {}
-            for later in range(step, step + 8):
+            for later in range(step, min(step + 8, stop)):
                 samples = self.samples(later).part(self.rank * self.rows, (self.rank + 1) * self.rows)
                 wanted |= dict.fromkeys(samples.shard[samples.source == k].tolist())
             corpus.ahead(list(wanted))

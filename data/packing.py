@@ -131,7 +131,12 @@ def plan_name(split: str, context: int) -> str:
 
 
 def write_plan(
-    folder: Path, info: DatasetInfo, split: str, context: int, shards: Iterable[Shard], show: Callable[[int], None] = lambda _: None
+    folder: Path,
+    info: DatasetInfo,
+    split: str,
+    context: int,
+    shards: Iterable[Shard],
+    show: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Make the plan of a split's rows of `context` tokens and put it beside the shards: two files of numbers, and then
     `fit-T-split.json`, which lists them. `show` is told the number of shards done. Raises DataError if it cannot be written."""

@@ -7,19 +7,18 @@ where every lane stands, one small table.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data.course import Skips
+from data.curriculum import History
 from data.errors import DataError
 from data.lanes import CURSOR, Lane, Stream, chained
-from data.curriculum import History
 from data.prefetch import prefetched
-from data.course import Skips
 from data.rows import Batch, Columns, Where, read_rows
 
 Table = npt.NDArray[np.int64]
@@ -47,7 +46,8 @@ class StreamLoader:
     warmup: tuple[tuple[int, int], ...] = ()
     _lanes: dict[int, list[Lane]] = field(default_factory=dict)
     _digests: dict[int, int] = field(default_factory=dict)
-    _tables: OrderedDict[int, Table] = field(default_factory=OrderedDict)
+    _tables: dict[int, Table] = field(default_factory=dict)
+    _kept: int = _KEPT
     _batch: int = 0  # the batch of the order that is read next: a step's, but for what is skipped
 
     def __post_init__(self) -> None:
@@ -79,8 +79,20 @@ class StreamLoader:
             self._lanes[number] = [Lane(stream, number, self.lanes) for stream in self.streams]
             for k, lane in enumerate(self._lanes[number]):
                 lane.go_to(*(int(n) for n in table[number, 1 + CURSOR * k :][:CURSOR]))
-        self._batch = self._batch_of(step)
-        self._tables = OrderedDict({step: self._table()})
+        # The lanes stand after the last row that was consumed: what is skipped from there on is yet to be gone past.
+        self._batch = self._batch_of(step - 1) + 1 if step else 0
+        self._tables = {step: self._table()}
+
+    def _of_streams(self, lanes: Sequence[Sequence[int]], sources: Sequence[str]) -> Table:
+        """A table of these sources as one of the streams there are now; a new one's lanes stand at its beginning."""
+        was = np.array(lanes, dtype=np.int64)
+        out = np.zeros((self.lanes, 1 + CURSOR * len(self.streams)), np.int64)
+        out[:, 0] = was[:, 0]
+        for k, stream in enumerate(self.streams):
+            if stream.name in sources:
+                at = sources.index(stream.name)
+                out[:, 1 + CURSOR * k :][:, :CURSOR] = was[:, 1 + CURSOR * at :][:, :CURSOR]
+        return out
 
     def _batch_of(self, step: int) -> int:
         return int(self.skips.positions(np.array([step * self.global_batch]))[0]) // self.global_batch
@@ -98,6 +110,7 @@ class StreamLoader:
     ) -> Iterator[Batch]:
         """Batches of steps start..stop-1 as `ready` makes them, read ahead by one thread; `start` is the step that the
         loader stands at."""
+        self._kept = _KEPT + ahead
         return prefetched(lambda step: ready(self.read(step)), start, stop, ahead)
 
     def read(self, step: int) -> Batch:
@@ -115,8 +128,8 @@ class StreamLoader:
         pieces = piece * len(places) if self.warmup else None
         batch = read_rows(places, self.rows, self.context, self.document_mask, self.columns, pieces)
         self._tables[step + 1] = self._table()
-        while len(self._tables) > _KEPT:
-            self._tables.popitem(last=False)
+        while len(self._tables) > self._kept:
+            del self._tables[min(self._tables)]
         return batch
 
     def _rows(self, batch: int) -> list[Where]:
@@ -136,18 +149,23 @@ class StreamLoader:
     def state(self, step: int, total: Callable[[Table], Table]) -> dict[str, Any]:
         """Where every lane stands after `step` steps and a few before. Collective: `total` adds up over the ranks, each row
         of the batch counted once."""
-        earlier = max([s for s in self._tables if s <= step - _AGAIN] or [min(self._tables)])
-        now, before = (total(self._tables[s]) for s in (step, earlier))
-        return {"lanes": now.tolist(), "earlier": {"step": earlier, "lanes": before.tolist()}}
+        tables = dict(self._tables)  # another thread reads ahead
+        earlier = max([s for s in tables if s <= step - _AGAIN] or [min(tables)])
+        now, before = (total(tables[s]) for s in (step, earlier))
+        names = [stream.name for stream in self.streams]
+        return {"sources": names, "lanes": now.tolist(), "earlier": {"step": earlier, "lanes": before.tolist()}}
 
     def follow(self, state: Mapping[str, Any], step: int) -> None:
         """Read the last steps again, compare, and go on with `step`. Raises DataError if the rows are not those that were
-        consumed."""
-        earlier = state["earlier"]
-        self.restart(int(earlier["step"]), np.array(earlier["lanes"], dtype=np.int64))
+        consumed. Where the run has a source no more, there is nothing to read again."""
+        earlier, sources = state["earlier"], state["sources"]
+        table = self._of_streams(state["lanes"], sources)
+        if not {stream.name for stream in self.streams}.issuperset(sources):
+            self.restart(step, table)
+            return
+        self.restart(int(earlier["step"]), self._of_streams(earlier["lanes"], sources))
         for again in range(int(earlier["step"]), step):
             self.read(again)
-        table = np.array(state["lanes"], dtype=np.int64)
         for number, lanes in self._lanes.items():
             told = [self._digests[number], *(n for lane in lanes for n in lane.cursor())]
             if told != table[number].tolist():

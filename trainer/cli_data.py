@@ -52,8 +52,7 @@ def prepare(
 
     from data.corpus import open_corpus
     from data.dataset import is_megatron, is_remote
-    from data.prepare import prepare_all
-    from data.prepare import Stopped
+    from data.prepare import Stopped, prepare_all
     from data.prepare import prepare as prepare_one
     from data.shards import HELD_OUT, TRAIN
     from trainer.config import load_config
@@ -63,7 +62,8 @@ def prepare(
     run = load_config(config, overrides or [])
     if is_remote(run.data.path) or is_megatron(run.data.path):
         raise ConfigError(
-            f"data.path = {run.data.path!r}: data is prepared in a folder of this machine: give one, and copy it there afterwards"
+            f"data.path = {run.data.path!r}: data is prepared in a folder of this machine: give one, and copy it there "
+            "afterwards"
         )
     asked = recipes(run.data)
     if not asked:
@@ -133,7 +133,9 @@ def inspect(
     run: Looked,
     overrides: Overrides = None,
     step: Annotated[int, typer.Option(help="counted from 0: what the log calls step 1 is --step 0")] = 0,
-    rows: Annotated[int | None, typer.Option(min=1, help="rows to show (default: 4, or 1 with --row)", show_default=False)] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="rows to show (default: 4, or 1 with --row)", show_default=False)
+    ] = None,
     row: Annotated[int, typer.Option(help="the first row to show")] = -1,
     width: Width = None,
     as_json: AsJson = False,

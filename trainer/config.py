@@ -18,6 +18,7 @@ from trainer.errors import ConfigError
 from trainer.model.config import ModelConfig
 from trainer.sections import Count, DataSection, Natural, Section
 
+
 class RunSection(Section):
     name: str = Field("", pattern=r"^[A-Za-z0-9][\w.-]*$|^$", description="folder of the run (default: the file's name)")
     folder: Path = Field(Path("runs"), description="where run folders are kept")

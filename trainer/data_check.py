@@ -133,7 +133,11 @@ def _tokenizer_check(name: str, info: DatasetInfo, size: int, read: Callable[[],
 
 def _plan_checks(base: str, name: str, content: bytes, info: DatasetInfo, mapped: Mapped) -> list[Check]:
     """A check for each file that a plan of rows lists, and one that the plan as a whole is of this data."""
-    whole = Check(f"{base}/{name}", 0, lambda: read_plan(content, f"{base}/{name}", info, mapped) and None)
+
+    def belongs() -> None:
+        read_plan(content, f"{base}/{name}", info, mapped)
+
+    whole = Check(f"{base}/{name}", 0, belongs)
     try:
         files = {str(kind): (int(file["bytes"]), dict(file)) for kind, file in json.loads(content)["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):

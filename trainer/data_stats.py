@@ -1,4 +1,4 @@
-"""What a run's prepared data is in numbers: documents, tokens, rows, what the run will make of them, and how they are packed."""
+"""A run's prepared data in numbers: documents, tokens, rows, what the run makes of them, and how they are packed."""
 
 from __future__ import annotations
 

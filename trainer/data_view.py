@@ -37,8 +37,10 @@ MOST_STEPS = 1 << 40
 
 Ids = npt.NDArray[np.int64]
 
-_VISIBLE = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {127: 0x2421}
-_VISIBLE_TOO = {code: f"\\x{code:02x}" for code in range(128, 160)}
+_VISIBLE = {
+    **{code: chr(0x2400 + code) for code in range(32) if code not in (9, 10)},
+    **{code: f"\\x{code:02x}" for code in range(127, 160)},
+}
 
 
 @dataclass(frozen=True)
@@ -210,7 +212,7 @@ def shown(tokenizer: Tokenizer, segment: Segment, styled: bool) -> Text:
     """A segment's text, what is not predicted dimmed, or between OPEN and CLOSE. Control characters are made visible."""
     out = Text()
     for text, flag in marked(tokenizer, segment.tokens, segment.predicted):
-        clean = text.translate(_VISIBLE | _VISIBLE_TOO)
+        clean = text.translate(_VISIBLE)
         out.append(clean if flag or styled else f"{OPEN}{clean}{CLOSE}", style="" if flag else "dim")
     return out
 
@@ -230,7 +232,7 @@ def print_batch(view: View, step: int, rows: Sequence[Row], console: Console) ->
         names, counts = view.loader.course.mixture.names, np.bincount(samples.source).tolist()
         weights = feed.weights(view.continued, step)
         parts = [
-            f"{name} {count} rows ({weights.get(name, 0) / sum(weights.values()):.2%} asked)"
+            f"{name} {count} row{'' if count == 1 else 's'} ({weights.get(name, 0) / sum(weights.values()):.2%} asked)"
             for name, count in zip(names, counts, strict=False)
         ]
         say(console, ", ".join(parts))

@@ -13,10 +13,10 @@ from data.course import Skips, make_course, skips
 from data.curriculum import Asked, begin
 from data.dataset import Dataset, is_remote, open_dataset
 from data.errors import DataError
+from data.lanes import Stream
 from data.loader import Loader, evaluation_batches
 from data.prepare import Recipe
 from data.quality import Filters
-from data.lanes import Stream
 from data.record import Continued, Identity, Reader, first_digest, go_on
 from data.rows import Batch, Columns, ranges
 from data.shards import HELD_OUT, TOKENIZER, TRAIN
@@ -115,7 +115,8 @@ def asked(config: RunConfig, corpora: Mapping[str, Corpus]) -> Asked:
             weights[name] = passed[-1] if passed else mixed.weight
         stages.append((start, weights))
     caps = {
-        name: None if mixed.epochs is None else int(mixed.epochs * corpora[name].samples) for name, mixed in data.mixture.items()
+        name: None if mixed.epochs is None else int(mixed.epochs * corpora[name].samples)
+        for name, mixed in data.mixture.items()
     }
     return Asked(tuple(stages), caps)
 
@@ -223,9 +224,7 @@ def open_feed(config: RunConfig) -> Feed:
         "data.lanes": lanes,
         "sources": prints,
     }
-    return Feed(
-        config, found, train, held_out, tokenizer, identity, asked(config, train), skips(data.skip), made, lanes
-    )
+    return Feed(config, found, train, held_out, tokenizer, identity, asked(config, train), skips(data.skip), made, lanes)
 
 
 def check_feed(feed: Feed) -> None:

@@ -170,8 +170,7 @@ class RunLog:
             unigram_nats=feed.unigram_nats,
         )  # fmt: skip
         self.console.say(
-            f"{config.run.name}: {feed.told}, {layout.world} rank(s) on {name}, "
-            f"ZeRO {layout.zero}, {config.engine.precision}"
+            f"{config.run.name}: {feed.told}, {layout.world} rank(s) on {name}, ZeRO {layout.zero}, {config.engine.precision}"
         )
 
     def told(self, start: int, refused: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run, readable without a network: curves, events, layout and config."""
+"""One self-contained HTML page of a run, readable without a network: curves, data, events, layout and config."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from data.atomic import write_file
 from parallel.errors import LayoutError
 from trainer.config import RunConfig, parse_config
+from trainer.data_charts import data_section
 from trainer.errors import RunError
 from trainer.layout_svg import draw
 from trainer.layout_view import layout_view
@@ -41,6 +42,7 @@ def write_report(folder: RunFolder, target: Path) -> None:
         title=html.escape(config.run.name),
         tiles=_tiles(steps, evaluations, events),
         charts="\n".join(_charts(steps, evaluations, events)),
+        data=data_section(folder),
         layout=_layout(config, events),
         events=_event_rows(events),
         config=html.escape(config_text),
@@ -195,6 +197,8 @@ _PAGE = Template("""<!doctype html>
  .scroll { max-height: 340px; overflow: auto; } pre { margin: 0; font-size: 12.5px; }
  .layout { overflow-x: auto; } .layout svg { display: block; width: 100%; min-width: 760px; } section p { margin: 0 0 8px; }
  .grid section:last-child:nth-child(even) { grid-column: 1 / -1; }
+ .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 14px; margin-top: 14px; }
+ .pair section { min-width: 0; }
  @media (max-width: 760px) { .grid { grid-template-columns: 1fr; } }
 </style>
 <script>$plotly</script></head>
@@ -202,9 +206,10 @@ _PAGE = Template("""<!doctype html>
 <h1>$title</h1><p class="made">Mikoshi run, page made $made</p>
 <div class="tiles">$tiles</div>
 <div class="grid">$charts</div>
+<section class="below"><h2>Data</h2>$data</section>
 <section class="below"><h2>Layout</h2>$layout</section>
 <section class="below"><h2>Events</h2><div class="scroll"><table>
 <tr><th>time, UTC</th><th>event</th><th>step</th><th></th></tr>$events</table></div></section>
 <section class="below"><h2>Resolved config</h2><div class="scroll"><pre>$config</pre></div></section>
-</main></body></html>
+</main><script>window.dispatchEvent(new Event("resize"));</script></body></html>
 """)

@@ -128,10 +128,14 @@ class DataSection(Section):
             raise ValueError('packing "fit" needs all lengths beforehand: prepare the data, or set packing = "cut"')
         for name, mixed in self.mixture.items():
             if mixed.path and mixed.source:
-                raise ValueError(f"mixture.{name} has a source and a path: leave out the path, or the source if it is prepared there")
+                raise ValueError(
+                    f"mixture.{name} has a source and a path: leave out the path, or the source if it is prepared there"
+                )
             if self.stream and (mixed.path or mixed.epochs):
                 key = "path" if mixed.path else "epochs"
                 raise ValueError(f"mixture.{name}.{key} needs prepared data: leave it out, or set stream = false")
         if self.mixture and self.source:
-            raise ValueError(f"source = {self.source!r} and a mixture: name the source in [data.mixture.NAME], or leave one out")
+            raise ValueError(
+                f"source = {self.source!r} and a mixture: name the source in [data.mixture.NAME], or leave one out"
+            )
         return self

@@ -49,13 +49,16 @@ _PATIENCE = 600.0
 
 def stream_fingerprint(recipe: Recipe, source: Source) -> str:
     """Changes when a setting of a source, or a name or size of its files does."""
-    plain = {"files": source.describe(), "spec": asdict(recipe.spec), "filters": asdict(recipe.filters), "held_out": recipe.held_out}
+    plain = {
+        "files": source.describe(),
+        "spec": asdict(recipe.spec),
+        "filters": asdict(recipe.filters),
+        "held_out": recipe.held_out,
+    }
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def set_apart(
-    config: RunConfig, recipes: dict[str, Recipe], places: dict[str, str], show: Show = quiet
-) -> None:
+def set_apart(config: RunConfig, recipes: dict[str, Recipe], places: dict[str, str], show: Show = quiet) -> None:
     """Make the folders of a streaming run where they are not there. Raises DataError for sources that cannot be used, or
     that are not those that a folder was made from."""
     if any(recipe.deduplicate for recipe in recipes.values()):
@@ -135,7 +138,9 @@ def _selection(recipe: Recipe, source: Source, tokenizer: Tokenizer) -> Selectio
     return Selection(source, recipe.filters, specials, -1 if most is None or 0 < most < 1 else int(most))
 
 
-def streams(config: RunConfig, recipes: dict[str, Recipe], tokenizer: Tokenizer) -> tuple[tuple[Stream, ...], dict[str, str], int]:
+def streams(
+    config: RunConfig, recipes: dict[str, Recipe], tokenizer: Tokenizer
+) -> tuple[tuple[Stream, ...], dict[str, str], int]:
     """The streams of a run's sources, the sources' fingerprints, and the number of lanes. Raises DataError if a source
     has fewer pieces than there are lanes."""
     out, prints = [], {}

@@ -342,7 +342,9 @@ def test_what_may_not_change_is_refused_by_name_and_what_may_is_recorded(mixed):
     continued = go_on(record, two, other, (*spans, (900, 999)), True)
     assert len(continued.changes) == 2
     assert continued.history.asked[-1] == (record["position"], other)
-    before, after = (mixed_loader(mixed, history=h, left_out=skips([*spans, (900, 999)])) for h in (begin(ASKED), continued.history))
+    before, after = (
+        mixed_loader(mixed, history=h, left_out=skips([*spans, (900, 999)])) for h in (begin(ASKED), continued.history)
+    )
     assert before.samples(29).digest("") == after.samples(29).digest("")
     assert set(after.samples(40).source.tolist()) == {0, 1}
     with pytest.raises(DataError, match=r"'c', which is not in the mixture any more"):

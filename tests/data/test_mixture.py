@@ -18,7 +18,11 @@ WEIGHTS = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)
 def mixtures(draw):
     first = draw(WEIGHTS)
     sources = len(first)
-    later = draw(st.dictionaries(st.integers(1, 300), st.lists(st.integers(0, 9), min_size=sources, max_size=sources).filter(any), max_size=3))
+    later = draw(
+        st.dictionaries(
+            st.integers(1, 300), st.lists(st.integers(0, 9), min_size=sources, max_size=sources).filter(any), max_size=3
+        )
+    )
     stages = [Stage(0, tuple(first)), *(Stage(start, tuple(w)) for start, w in sorted(later.items()))]
     caps = draw(st.lists(st.none() | st.integers(0, 150), min_size=sources, max_size=sources))
     return mix([f"s{k}" for k in range(sources)], stages, caps), caps
@@ -88,7 +92,11 @@ def test_weights_become_whole_numbers_exactly_or_to_the_finest():
     assert whole_weights({"a": 3, "b": 1}) == {"a": 3, "b": 1}
     odd = whole_weights({"a": 1234567891, "b": 987654321})
     assert abs(odd["a"] / sum(odd.values()) - 1234567891 / (1234567891 + 987654321)) <= 1 / FINEST
-    for wrong, message in [({"a": -1.0}, "not negative"), ({"a": 0.0, "b": 0.0}, "every weight is 0"), ({"a": 1.0, "b": 1e-9}, "raise it")]:
+    for wrong, message in [
+        ({"a": -1.0}, "not negative"),
+        ({"a": 0.0, "b": 0.0}, "every weight is 0"),
+        ({"a": 1.0, "b": 1e-9}, "raise it"),
+    ]:
         with pytest.raises(DataError, match=message):
             whole_weights(wrong)
 

@@ -463,7 +463,7 @@ def test_one_long_document_is_held_out_at_its_end(tmp_path, shard_tokens):
 
 
 def test_the_unigram_loss_is_the_loss_of_token_frequencies():
-    from data.assemble import unigram_nats
+    from data.shards import unigram_nats
 
     uniform = np.full(64, 1000)
     assert unigram_nats(uniform, uniform) == pytest.approx(np.log(64))
