@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 RANKS ?= $(shell $(PYTHON) -c 'import glob, os; n = len(glob.glob("/dev/nvidia[0-9]*")) or os.cpu_count(); print(max(r for r in (1, 2, 4, 8, 16) if r <= n))')
 RUN := configs/runs/quickstart.toml
 
-.PHONY: help train test test-slow test-all bench bench-gpu clean
+.PHONY: help train test test-slow test-all bench bench-train bench-data bench-gpu clean
 
 help:
 	@echo "make train      prepare real text, train a GPT on every rank of this machine, report, and let it write"
 	@echo "make test       lint, types and tests, under 12 minutes on 2 cores"
 	@echo "make test-all   and the slow ones: compilation, soaks"
-	@echo "make bench      speed and memory beside Hugging Face, plain PyTorch and DeepSpeed, on this CPU"
+	@echo "make bench      bench-train: speed and memory beside Hugging Face, plain PyTorch and DeepSpeed, on this CPU;"
+	@echo "                bench-data: reading beside litdata, mosaicml-streaming, Megatron and datasets, and tokenizing"
 	@echo "make bench-gpu  the same on a CUDA device, with GPT-2 124M and 1.5B"
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -40,8 +41,18 @@ test-slow: $(VENV)/.dev
 
 test-all: test test-slow
 
-bench: $(VENV)/.dev
+bench: bench-train bench-data
+
+bench-train: $(VENV)/.dev
 	$(BIN)/python -P tests/bench/run.py
+
+# The libraries that are read beside get environments of their own under build/, a few GB, on the first run.
+bench-data: $(VENV)/.dev
+	$(BIN)/python -P tests/bench/reading.py
+	$(BIN)/python -P tests/bench/tokenizing.py
+	$(BIN)/python -P tests/bench/preparing.py
+	$(BIN)/python -P tests/bench/hedge.py
+	$(BIN)/python -P tests/bench/scale.py
 
 # Runs with the Python at hand, where torch sees the GPU.
 bench-gpu:

@@ -72,6 +72,11 @@ def open_corpus(dataset: Dataset, split: str, context: int, packing: Packing = "
     Rows fitted to documents need a plan, which is made beside the shards where there is none.
     """
     shards = dataset.shards(split)
+    if dataset.info.report.get("stream") and not shards:
+        raise DataError(
+            f"data.path: {dataset.place} was set apart for a stream and has no training text: set data.stream = true, or prepare "
+            "the data under another path"
+        )
     if packing == "fit":
         plan = _plan(dataset, split, context)
         counts = plan.counts

@@ -77,8 +77,10 @@ class Samples:
 
     def digest(self, before: str) -> str:
         """The digest of all samples up to these, from that of all before them."""
-        table = np.stack([self.position, self.source, self.draw, self.shard, self.row]).astype("<i8")
-        return hashlib.sha256(before.encode() + table.tobytes()).hexdigest()
+        digest = hashlib.sha256(before.encode())
+        for numbers in (self.position, self.source, self.draw, self.shard, self.row):
+            digest.update(numbers.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,22 @@ from typing import Any
 
 import numpy as np
 
+from data.buffers import Buffers
 from data.corpus import Corpus
 from data.course import Course, Samples, Skips
 from data.errors import DataError
 from data.prefetch import prefetched
-from data.rows import Batch, Columns, Ids, read_rows
+from data.rows import Batch, Columns, Ids, Take, read_rows
 
-_TOGETHER = 1 << 16
+_TOGETHER = 1 << 17
 """Tokens that are read together where a batch has fewer: rows cost less in company."""
 _KEPT = 64
 """Steps whose digests are kept, so that a resumed run can follow them again."""
 
 
-def read_samples(course: Course, samples: Samples, rows: int, document_mask: bool, columns: Columns | None = None) -> Batch:
+def read_samples(
+    course: Course, samples: Samples, rows: int, document_mask: bool, columns: Columns | None = None, take: Take = np.empty
+) -> Batch:
     """These samples as rows, padded to as many as `rows`. Raises DataError for those of a source that the run no longer has,
     and for ids beyond the data's vocabulary."""
     if len(samples) and samples.source.max() >= len(course.corpora):
@@ -36,7 +39,7 @@ def read_samples(course: Course, samples: Samples, rows: int, document_mask: boo
         course.corpora[source].where(shard, row)
         for source, shard, row in zip(samples.source.tolist(), samples.shard.tolist(), samples.row.tolist(), strict=True)
     ]
-    batch = read_rows(places, rows, course.context, document_mask, columns, course.pieces(samples.position))
+    batch = read_rows(places, rows, course.context, document_mask, columns, course.pieces(samples.position), take)
     vocab = course.corpora[0].info.vocab
     if batch.tokens.max(initial=0) >= vocab or batch.labels[:, -1].max(initial=0) >= vocab:  # labels are the next tokens
         at = int(np.flatnonzero(np.maximum(batch.tokens, batch.labels).max(1) >= vocab)[0])
@@ -60,6 +63,7 @@ class Loader:
     document_mask: bool
     columns: Columns | None = None
     _digests: dict[int, str] = field(default_factory=dict, compare=False, repr=False)
+    _buffers: Buffers = field(default_factory=Buffers, compare=False, repr=False)
 
     @property
     def skips(self) -> Skips:
@@ -107,7 +111,8 @@ class Loader:
         whole = self.course.samples(step * size, (step + count) * size)
         if any(len(own) < self.rows for own in mine):  # rows of padding
             return {step: self.batch(step)}
-        batch = read_samples(self.course, whole.take(np.concatenate(mine)), count * self.rows, self.document_mask, self.columns)
+        samples, rows, take = whole.take(np.concatenate(mine)), count * self.rows, self._buffers.take
+        batch = read_samples(self.course, samples, rows, self.document_mask, self.columns, take)
         return {step + s: batch.rows(s * self.rows, (s + 1) * self.rows) for s in range(count)}
 
     def go_on(self, step: int, digest: str) -> None:

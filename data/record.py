@@ -87,6 +87,11 @@ def go_on(
 def _check_identity(was: Identity, now: Identity, accept: bool) -> None:
     sources_was, sources_now = was["sources"], now["sources"]
     for key in dict.fromkeys([*was, *now]):
+        if key == "data.tokenizer" and was[key] != now[key]:
+            raise DataError(
+                f"{key}: the data's tokenizer is not the one that the run was begun with (fingerprint {_short(now[key])}, was "
+                f"{_short(was[key])}): give the same data, or another run.name"
+            )
         if key != "sources" and was.get(key) != now.get(key):
             raise DataError(f"{key} = {_short(now.get(key))}: the run was begun with {_short(was.get(key))}: set it back, or "
                             "give another run.name")  # fmt: skip

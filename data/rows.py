@@ -7,7 +7,7 @@ and where a row is padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,14 +20,17 @@ IGNORED = -100
 """Label of a position that is not predicted. The same value as in torch's cross-entropy."""
 
 Ids = npt.NDArray[np.int64]
+Numbers = npt.NDArray[np.int32]
+Take = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]]
+"""Gives an array of a shape and type to fill, as numpy.empty does."""
 Columns = tuple[tuple[int, int], ...]
 """The parts [start, stop) of a row that a context-parallel rank holds, in its order."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows, int64 [rows, T] each. `docs` numbers the documents in a row and `positions` counts inside each;
-    both None when rows are read as one document.
+    """Some rows, [rows, T] each, tokens and labels int64, the others int32. `docs` numbers the documents in a row and
+    `positions` counts inside each; both None when rows are read as one document.
 
     On a context-parallel rank `tokens`, `labels` and `positions` are of its own columns only, while `docs` is of the
     whole row, since a query must know what its keys elsewhere belong to.
@@ -35,8 +38,8 @@ class Batch:
 
     tokens: Ids
     labels: Ids
-    docs: Ids | None
-    positions: Ids | None
+    docs: Numbers | None
+    positions: Numbers | None
 
     def rows(self, start: int, stop: int) -> Batch:
         docs = None if self.docs is None else self.docs[start:stop]
@@ -46,8 +49,8 @@ class Batch:
     def columns(self, columns: Columns) -> Batch:
         """The part of every whole row that a context-parallel rank holds."""
         index = np.concatenate([np.arange(*part) for part in columns])
-        positions = np.broadcast_to(np.arange(self.tokens.shape[1]), self.tokens.shape)
-        positions = positions if self.positions is None else self.positions
+        counted = np.broadcast_to(np.arange(self.tokens.shape[1], dtype=np.int32), self.tokens.shape)
+        positions = counted if self.positions is None else self.positions
         return Batch(self.tokens[:, index], self.labels[:, index], self.docs, np.ascontiguousarray(positions[:, index]))
 
 
@@ -71,69 +74,61 @@ def ranges(index: Ids) -> Columns:
 
 def read_rows(
     places: Sequence[Where], rows: int, context: int, document_mask: bool, columns: Columns | None = None,
-    pieces: Sequence[int] | None = None,
+    pieces: Sequence[int] | None = None, take: Take = np.empty,
 ) -> Batch:  # fmt: skip
     """The rows at these places, and padding up to `rows`, of which nothing is predicted.
 
     With `document_mask`, the first token of a document is never predicted from the one before it, and attention and
     positions begin anew with it. `pieces`: for every row the length at which they also begin anew, T for none (a
-    sequence-length warm-up); labels stay.
+    sequence-length warm-up); labels stay. `take` gives the arrays that are filled.
     """
     parts = columns or whole_row(context)
     read = _cut_rows if not places or places[0].pieces is None else _fitted_rows
-    tokens, labels, cuts, ends = read(places, context, parts, document_mask)
+    width = sum(stop - start for start, stop in parts)
+    tokens, labels = take((rows, width), np.int64), take((rows, width), np.int64)
+    tokens[len(places) :], labels[len(places) :] = 0, IGNORED
+    cuts, ends = read(places, context, parts, document_mask, tokens, labels)
     if ends:
         _ignore(labels, np.concatenate(ends), context, parts)
-    if rows > len(places):
-        missing = (rows - len(places), tokens.shape[1])
-        tokens = np.concatenate((tokens, np.zeros(missing, np.int64)))
-        labels = np.concatenate((labels, np.full(missing, IGNORED, np.int64)))
     if not document_mask:
         if columns is None:
             return Batch(tokens, labels, None, None)
-        own = np.concatenate([np.arange(*part) for part in parts])
+        own = np.concatenate([np.arange(*part, dtype=np.int32) for part in parts])
         return Batch(tokens, labels, None, np.repeat(own[None], rows, 0))
-    docs, positions = _documents(cuts, rows, context, pieces)
+    docs, positions = _documents(cuts, rows, context, pieces, take)
     if columns is not None:
         positions = np.concatenate([positions[:, start:stop] for start, stop in parts], axis=1)
     return Batch(tokens, labels, docs, positions)
 
 
-_Read = tuple[Ids, Ids, list[Ids], list[Ids]]
-"""Tokens and labels, and in numbers of places of the whole batch, row after row: where documents begin, and what comes last
-before such a place and is to be predicted by nobody."""
+_Marks = tuple[list[Ids], list[Ids]]
+"""In numbers of places of the whole batch, row after row: where documents begin, and what comes last before such a place
+and is to be predicted by nobody."""
 
 
-def _cut_rows(places: Sequence[Where], context: int, parts: Columns, document_mask: bool) -> _Read:
+def _cut_rows(places: Sequence[Where], context: int, parts: Columns, document_mask: bool, tokens: Ids, labels: Ids) -> _Marks:
     """Rows that are stretches of shards. Those of one shard are read together: numpy takes as long for one as for ten."""
     groups: dict[int, tuple[Shard, list[int], list[int]]] = {}
     for row, place in enumerate(places):
         _, at, firsts = groups.setdefault(id(place.shard), (place.shard, [], []))
         at.append(row)
         firsts.append(place.first)
-    blocks: list[list[npt.NDArray[Any]]] = [[] for _ in parts]
-    cuts, ends, order = list[Ids](), list[Ids](), list[int]()
+    cuts, ends = list[Ids](), list[Ids]()
     for shard, at, firsts in groups.values():
-        first, order = np.array(firsts, dtype=np.int64), order + at
-        for block, (start, stop) in zip(blocks, parts, strict=True):
-            block.append(_windows(shard.tokens, start, stop - start + 1)[first])
+        rows, first, column = np.array(at, dtype=np.int64), np.array(firsts, dtype=np.int64), 0
+        for start, stop in parts:
+            into = slice(column, column := column + stop - start)
+            read = _windows(shard.tokens, start, stop - start + 1)[first]
+            tokens[rows, into], labels[rows, into] = read[:, :-1], read[:, 1:]
+            if shard.learned is not None:
+                for row, from_token in zip(at, firsts, strict=True):
+                    flags = _bits(shard.learned, from_token + start + 1, stop - start)
+                    labels[row, into][~flags] = IGNORED
         if document_mask:
-            inside, after = _ends_within(shard.ends, first, context, np.array(at, dtype=np.int64) * context)
+            inside, after = _ends_within(shard.ends, first, context, rows * context)
             ends.append(inside - 1)
             cuts.append(inside[inside < after])
-    back = np.argsort(np.array(order, dtype=np.int64))
-    whole = [
-        np.concatenate(block)[back].astype(np.int64) if block else np.zeros((0, stop - start + 1), np.int64)
-        for block, (start, stop) in zip(blocks, parts, strict=True)
-    ]
-    tokens = whole[0][:, :-1] if len(whole) == 1 else np.concatenate([block[:, :-1] for block in whole], axis=1)
-    labels = whole[0][:, 1:].copy() if len(whole) == 1 else np.concatenate([block[:, 1:] for block in whole], axis=1)
-    for shard, at, firsts in groups.values():
-        if shard.learned is not None:
-            for row, from_token in zip(at, firsts, strict=True):
-                flags = [_bits(shard.learned, from_token + start + 1, stop - start) for start, stop in parts]
-                labels[row, ~np.concatenate(flags)] = IGNORED
-    return tokens, labels, cuts, ends
+    return cuts, ends
 
 
 def _windows(tokens: npt.NDArray[Any], start: int, length: int) -> npt.NDArray[Any]:
@@ -155,17 +150,17 @@ def _ends_within(ends: npt.NDArray[Any], first: Ids, context: int, base: Ids) ->
     return inside, np.repeat(base + context, counts)
 
 
-def _fitted_rows(places: Sequence[Where], context: int, parts: Columns, document_mask: bool) -> _Read:
+def _fitted_rows(
+    places: Sequence[Where], context: int, parts: Columns, _document_mask: bool, tokens: Ids, labels: Ids
+) -> _Marks:
     """Rows that are whole documents put together."""
-    width = sum(stop - start for start, stop in parts)
-    tokens = np.zeros((len(places), width), dtype=np.int64)
-    labels = np.full((len(places), width), IGNORED, dtype=np.int64)
     cuts: list[Ids] = []
+    tokens[:], labels[:] = 0, IGNORED
     for row, place in enumerate(places):
         assert place.pieces is not None
         heads = _read_fitted(place.shard, *place.pieces, parts, tokens[row], labels[row])
         cuts.append(heads[heads < context] + row * context)
-    return tokens, labels, cuts, []
+    return cuts, []
 
 
 def _read_fitted(shard: Shard, firsts: list[int], lengths: list[int], parts: Columns, tokens: Ids, labels: Ids) -> Ids:
@@ -203,14 +198,20 @@ def _ignore(labels: Ids, places: Ids, context: int, parts: Columns) -> None:
     labels[np.concatenate([mask[:, start:stop] for start, stop in parts], axis=1)] = IGNORED
 
 
-def _documents(cuts: list[Ids], rows: int, context: int, pieces: Sequence[int] | None) -> tuple[Ids, Ids]:
+def _documents(cuts: list[Ids], rows: int, context: int, pieces: Sequence[int] | None, take: Take) -> tuple[Numbers, Numbers]:
     """Number of the document at every place of every row, from 0, and the position in it. `cuts`: the places of the
     whole batch, one row after another, at which one begins within a row."""
-    places = np.arange(rows * context)
-    more = [places[row * context : (row + 1) * context : piece] for row, piece in enumerate(pieces or ())]
-    begins = np.unique(np.concatenate([places[::context], *cuts, *more]))
-    lengths = np.diff(begins, append=rows * context)
+    firsts = np.arange(0, rows * context, context)
+    more = [np.arange(row * context, (row + 1) * context, piece) for row, piece in enumerate(pieces or ())]
+    begins = np.unique(np.concatenate([firsts, *cuts, *more]))
     owner = begins // context
     number = np.arange(len(begins)) - np.searchsorted(owner, np.arange(rows))[owner]
-    docs = np.repeat(number, lengths).reshape(rows, context)
-    return docs, (places - np.repeat(begins, lengths)).reshape(rows, context)
+    # Written as what changes from a place to the next, then added up.
+    docs, positions = take((rows * context,), np.int32), take((rows * context,), np.int32)
+    docs[:], positions[:] = 0, 1
+    docs[begins] = np.diff(number, prepend=0)
+    positions[begins] = 1 - np.diff(begins, prepend=-1)
+    positions[:1] = 0
+    np.cumsum(docs, out=docs)
+    np.cumsum(positions, out=positions)
+    return docs.reshape(rows, context), positions.reshape(rows, context)

@@ -45,3 +45,15 @@ def test_the_readmes_commands_run_as_written(tmp_path):
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
     assert (tmp_path / "runs/quickstart/report.html").exists()
+
+
+def test_the_readmes_settings_are_settings(tmp_path):
+    from trainer.config import load_config
+
+    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        base = (ROOT / "configs/runs/quickstart.toml").as_posix()
+        lone = block.replace("[data]\n", '[data]\nsource = ""\n')
+        (tmp_path / "run.toml").write_text(f'base = "{base}"\n{lone}')
+        assert load_config(tmp_path / "run.toml").data.mixture

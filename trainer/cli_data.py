@@ -136,7 +136,7 @@ def inspect(
     rows: Annotated[
         int | None, typer.Option(min=1, help="rows to show (default: 4, or 1 with --row)", show_default=False)
     ] = None,
-    row: Annotated[int, typer.Option(help="the first row to show")] = -1,
+    row: Annotated[int | None, typer.Option(help="the first row to show (default: 0)", show_default=False)] = None,
     width: Width = None,
     as_json: AsJson = False,
 ) -> None:
@@ -145,14 +145,12 @@ def inspect(
     Of a run folder, past batches are those that the run consumed, however its mixture was changed on the way.
     """
     from trainer.data_view import open_view, print_batch, rows_at
-    from trainer.errors import ConfigError
 
-    if row < -1:
-        raise ConfigError(f"--row {row}: rows are counted from 0")
     view = open_view(run, overrides or [])
-    found = rows_at(view, step, max(0, row), rows or (4 if row < 0 else 1))
+    found = rows_at(view, step, row or 0, rows or (4 if row is None else 1))
     if as_json:
-        typer.echo(json.dumps({"step": step, "consumed": view.done and step < view.done, "rows": [asdict(r) for r in found]}))
+        consumed = None if view.done is None else step < view.done
+        typer.echo(json.dumps({"step": step, "consumed": consumed, "rows": [asdict(r) for r in found]}))
     else:
         print_batch(view, step, found, _console(width))
 

@@ -49,13 +49,14 @@ def _lengths(found: Stats) -> str:
             hovertemplate="%{customdata[0]} tokens: %{customdata[1]:,} documents<extra>" + html.escape(s.name) + "</extra>",
         ))  # fmt: skip
     title = "Documents by tokens, from so many on" + ("" if lone else ", % of each source")
-    return _chart(title, lines, {"title": "tokens", "type": "category"}, {"rangemode": "tozero"})
+    x = {"title": "tokens", "type": "category", "tickangle": 0, "tickfont": {"size": 10}}
+    return _chart(title, lines, x, {"rangemode": "tozero"})
 
 
 def _short(size: int) -> str:
     for unit, name in ((1 << 30, "Gi"), (1 << 20, "Mi"), (1 << 10, "Ki")):
         if size >= unit:
-            return f"{size // unit} {name}"
+            return f"{size // unit}{name}"
     return str(size)
 
 

@@ -174,8 +174,8 @@ def _packed(corpus: Corpus) -> tuple[Packed, dict[int, int]]:
             lengths += np.bincount(np.log2(np.maximum(sizes, 1)).astype(np.int64), minlength=64)
             looked_at += len(ends)
             rows += count
-            cut += int((sizes - 1 > context).sum()) if plan else _cut(ends, sizes, count, context)
-            several += 0 if plan else _several(ends, count, context)
+            cut += int((sizes - 1 > context).sum()) if plan else documents_cut(ends, sizes, count, context)
+            several += 0 if plan else rows_joined(ends, count, context)
     if plan is not None:
         joined: float | None = float((np.diff(plan.starts.astype(np.int64)) > 1).mean())
     else:
@@ -185,13 +185,13 @@ def _packed(corpus: Corpus) -> tuple[Packed, dict[int, int]]:
     return Packed(corpus.samples, used, joined, cut if looked_at else None, looked_at), found
 
 
-def _cut(ends: Ids, sizes: Ids, rows: int, context: int) -> int:
+def documents_cut(ends: Ids, sizes: Ids, rows: int, context: int) -> int:
     """Documents whose tokens are read in more than one row. The last token of each need not be read."""
     starts = ends - sizes
     return int(((np.maximum(ends - 2, starts) // context > starts // context) & (starts < rows * context)).sum())
 
 
-def _several(ends: Ids, rows: int, context: int) -> int:
+def rows_joined(ends: Ids, rows: int, context: int) -> int:
     """Rows with the end of a document inside."""
     inside = ends[(ends % context != 0) & (ends < rows * context)]
     return len(np.unique(inside // context))

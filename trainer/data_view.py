@@ -20,7 +20,7 @@ from rich.text import Text
 from data.corpus import Corpus
 from data.dataset import is_megatron
 from data.loader import Loader, read_samples
-from data.record import Continued
+from data.record import Continued, go_on
 from data.rows import IGNORED, Where
 from data.shards import Shard
 from data.tokenizer import Tokenizer
@@ -67,7 +67,8 @@ def open_view(path: Path, overrides: Sequence[str] = ()) -> View:
             "prepare the data and set data.stream = false"
         )
     feed, found = open_feed(config), _newest(open_run(path).checkpoints) if path.is_dir() else None
-    continued = feed.continued(found[1] if found else None)
+    accept = config.data.on_change == "accept"  # and steps that the sources are not enough for are no reason not to look
+    continued = go_on(found[1] if found else None, feed.identity, feed.asked, feed.skipped.spans, accept)
     layout = Layout()
     loader = feed.loader(layout, layout.coordinates(0), continued)
     assert isinstance(loader, Loader)
@@ -272,7 +273,8 @@ def print_row(row: Row, tokenizer: Tokenizer, context: int, console: Console) ->
 
 
 def say(console: Console, text: str, style: str = "") -> None:
-    console.print(text, style=style, markup=False)
+    """Print a line that is never wrapped."""
+    console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def is_styled(console: Console) -> bool:

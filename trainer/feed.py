@@ -10,7 +10,7 @@ import numpy as np
 
 from data.corpus import Corpus, open_corpus
 from data.course import Skips, make_course, skips
-from data.curriculum import Asked, begin
+from data.curriculum import Asked, History
 from data.dataset import Dataset, is_remote, open_dataset
 from data.errors import DataError
 from data.lanes import Stream
@@ -159,20 +159,25 @@ class Feed:
 
     def continued(self, record: Mapping[str, Any] | None) -> Continued:
         """How the run goes on from a checkpoint's record of its data. Raises DataError if it cannot."""
-        return go_on(record, self.identity, self.asked, self.skipped.spans, self.config.data.on_change == "accept")
+        accept = self.config.data.on_change == "accept"
+        continued = go_on(record, self.identity, self.asked, self.skipped.spans, accept)
+        check_steps(self, continued.history)
+        return continued
 
     def loader(self, layout: Layout, here: Coordinates, continued: Continued) -> Reader:
-        """This rank's loader, at the beginning of the run."""
+        """This rank's loader, at the beginning of the run. Its sources are numbered as the run's history has them, whatever
+        their order in the config."""
         config = self.config
         warmup = tuple((step * config.train.global_batch, tokens) for step, tokens in config.data.warmup)
         if self.streams:
+            named = {stream.name: stream for stream in self.streams}
             return StreamLoader(
-                self.streams, continued.history, self.skipped, self.lanes, config.train.context, config.train.global_batch,
+                tuple(named[name] for name in continued.history.names if name in named), continued.history, self.skipped, self.lanes, config.train.context, config.train.global_batch,
                 here.data, layout.data_ranks, config.data.document_mask, columns(config, layout, here), warmup,
             )  # fmt: skip
         course = make_course(
-            tuple(self.train[name] for name in self.asked.names), continued.history, config.run.seed, config.data.shuffle_window,
-            self.skipped, warmup,
+            tuple(self.train[name] for name in continued.history.names if name in self.train), continued.history,
+            config.run.seed, config.data.shuffle_window, self.skipped, warmup,
         )  # fmt: skip
         loader = Loader(
             course, config.train.global_batch, here.data, layout.data_ranks, config.data.document_mask,
@@ -227,9 +232,9 @@ def open_feed(config: RunConfig) -> Feed:
     return Feed(config, found, train, held_out, tokenizer, identity, asked(config, train), skips(data.skip), made, lanes)
 
 
-def check_feed(feed: Feed) -> None:
-    """What can be refused beforehand: sources that give too few samples for the steps, shuffling beyond the cache."""
-    config, end = feed.config, begin(feed.asked).end
+def check_steps(feed: Feed, history: History) -> None:
+    """Raises ConfigError where the sources give too few samples for the steps."""
+    config, end = feed.config, history.end
     wanted = config.train.steps * config.train.global_batch
     last = int(feed.skipped.positions(np.array([max(0, wanted - 1)]))[0])
     if last >= end:
@@ -239,14 +244,17 @@ def check_feed(feed: Feed) -> None:
             f"train.steps = {config.train.steps}: the sources' epochs ({caps}) are enough for {steps} steps: lower it, or raise "
             "data.mixture.NAME.epochs"
         )
-    window, cache = config.data.shuffle_window, config.data.cache.bytes
-    for corpus in feed.train.values():
-        if not is_remote(corpus.dataset.place):
-            continue
-        sizes = sorted((s.bytes for s in corpus.shards), reverse=True)[: window or None]
-        if sum(sizes) > cache:
-            raise ConfigError(
-                f"data.shuffle_window = {window}: {len(sizes)} shards of {corpus.dataset.place}, {sum(sizes)} bytes, are shuffled "
-                f"together, and data.cache.bytes is {cache}: they would be fetched over and over: set a window of fewer "
-                "shards, or raise data.cache.bytes"
-            )
+
+
+def check_cache(feed: Feed) -> None:
+    """Raises ConfigError where the shards that are shuffled together, those of all sources, are more than the cache holds."""
+    window, cache = feed.config.data.shuffle_window, feed.config.data.cache.bytes
+    far = [corpus for corpus in feed.train.values() if is_remote(corpus.dataset.place)]
+    sizes = [size for c in far for size in sorted((s.bytes for s in c.shards), reverse=True)[: window or None]]
+    if sum(sizes) > cache:
+        places = ", ".join(corpus.dataset.place for corpus in far)
+        raise ConfigError(
+            f"data.shuffle_window = {window}: {len(sizes)} shards of {places}, {sum(sizes)} bytes, are shuffled together, and "
+            f"data.cache.bytes is {cache}: they would be fetched over and over: set a window of fewer shards, or raise "
+            "data.cache.bytes"
+        )

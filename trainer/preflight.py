@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 
 from parallel.world import check_device
+from trainer.checkpoint import steps_in
 from trainer.config import RunConfig
 from trainer.engines.carry import layout_of
 from trainer.errors import ConfigError
-from trainer.feed import check_feed, open_feed, places, recipes
+from trainer.feed import check_cache, open_feed, places, recipes
 from trainer.runfolder import RunFolder
 from trainer.streamed import set_apart
 
@@ -25,7 +26,9 @@ def preflight(config: RunConfig, ranks: int) -> None:
             f"model.vocab = {config.model.vocab}: smaller than the {vocab} tokens of the data's tokenizer: "
             f"use model.vocab={vocab} or more"
         )
-    check_feed(feed)
+    check_cache(feed)
+    if not steps_in(RunFolder(config.run.path).checkpoints):  # else what it has consumed counts, which its ranks will read
+        feed.continued(None)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')
     check_device("cuda" if config.parallel.async_tp else config.engine.device)

@@ -92,6 +92,10 @@ def _is_there(folder: Path, recipe: Recipe, source: Source, wanted: int) -> bool
     if not (folder / INDEX).exists():
         raise DataError(f"data.path: {folder} exists and is not a dataset: give another path")
     info = read_index(folder)
+    if "stream" not in info.report:
+        raise DataError(
+            f"data.path: {folder} is prepared data: set data.stream = false to train on it, or give the stream another path"
+        )
     if info.recipe != stream_fingerprint(recipe, source):
         raise DataError(
             f"data.path: {folder} was set apart for a stream of other files or settings: remove it, or give another path"

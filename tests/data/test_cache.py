@@ -41,14 +41,14 @@ def test_a_file_in_use_is_never_evicted_and_a_map_outlives_its_file(s3, tmp_path
 def test_a_cache_too_small_is_told_with_its_key(s3, tmp_path):
     with (
         opened(s3, tmp_path, bytes=SIZE - 1) as store,
-        pytest.raises(DataError, match=rf"^data\.cache_bytes: {SIZE - 1} .*0\.shard"),
+        pytest.raises(DataError, match=rf"^data\.cache\.bytes: {SIZE - 1} .*0\.shard"),
     ):
         read(store, "0.shard")
     assert s3.requests == []
     with (
         opened(s3, tmp_path, bytes=2 * SIZE - 1, timeout=0.2) as store,
         store.fetch(wanted("0.shard")),
-        pytest.raises(DataError, match=r"^data\.cache_bytes: .* no room for 1\.shard"),
+        pytest.raises(DataError, match=r"^data\.cache\.bytes: .* no room for 1\.shard"),
     ):
         read(store, "1.shard")
 
@@ -130,7 +130,7 @@ def test_a_full_disk_evicts_and_then_is_told_by_name(s3, small_disk):
         for path in folder.glob("*.data"):
             path.unlink()
         (small_disk / "of others").write_bytes(bytes(500_000))
-        with pytest.raises(DataError, match=rf"^data\.cache: the disk of {folder} is full, .*7\.shard needs {SIZE} bytes"):
+        with pytest.raises(DataError, match=rf"^data\.cache\.folder: the disk of {folder} is full, .*7\.shard needs {SIZE} bytes"):
             read(store, "7.shard")
         assert left(folder) == []
         (small_disk / "of others").unlink()

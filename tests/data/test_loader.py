@@ -1,5 +1,6 @@
 """The batch at step n is a function: of no rank count, no history, and of the very tokens that were prepared."""
 
+import itertools
 import json
 import os
 import signal
@@ -132,8 +133,8 @@ def test_every_epoch_reads_every_sample_once_in_another_order(mixed, window):
     assert epochs[0] != epochs[1]
     if window == 1:
         shards = [s for s, _ in epochs[0]]
-        assert sum(a != b for a, b in zip(shards, shards[1:], strict=False)) == len(corpora[0].counts) - 1
-        assert shards[0] != [s for s, _ in epochs[1]][0] or shards != [s for s, _ in epochs[1]]
+        assert sum(a != b for a, b in itertools.pairwise(shards)) == len(corpora[0].counts) - 1
+        assert shards[0] != next(s for s, _ in epochs[1]) or shards != [s for s, _ in epochs[1]]
 
 
 def test_what_is_skipped_is_left_out_and_the_rest_stays(mixed):
@@ -294,7 +295,7 @@ def test_the_record_is_small_and_the_same_whatever_the_ranks(mixed):
     assert len(json.dumps(make_record(far, 10**6, identity(), begin(ASKED), None))) < 2000
 
 
-def test_a_resumed_run_follows_its_last_steps(mixed, tmp_path):
+def test_a_resumed_run_follows_its_last_steps(mixed):
     record = json.loads(json.dumps(consumed(mixed_loader(mixed), 30)))
     again = mixed_loader(mixed)
     again.follow(record["state"], 30)
@@ -328,7 +329,7 @@ def test_what_may_not_change_is_refused_by_name_and_what_may_is_recorded(mixed):
     assert go_on(record, identity(), ASKED, spans, False).changes == ()
     refused = [
         (identity(**{"run.seed": 4}), ASKED, spans, "run.seed = 4: the run was begun with 3"),
-        (identity(**{"data.tokenizer": "u" * 64}), ASKED, spans, "data.tokenizer = uuuuuuuuuuuu: "),
+        (identity(**{"data.tokenizer": "u" * 64}), ASKED, spans, r"data\.tokenizer: .*\(fingerprint uuuuuuuuuuuu"),
         (identity(sources={"a": "1" * 64, "b": "9" * 64, "c": "3" * 64}), ASKED, spans, r"data\.mixture\.b: the data is not"),
         (identity(sources={"a": "1" * 64, "b": "2" * 64}), ASKED, spans, r"data\.mixture\.c: a source that is gone"),
         (identity(), Asked(((0, {"a": 1.0, "b": 1.0, "c": 1.0}),), ASKED.caps), spans, 'data.on_change="accept"'),

@@ -89,7 +89,7 @@ def test_a_prompt_is_read_and_not_predicted_cut_or_fitted(tmp_path):
     documents = [np.arange(1 + 20 * n, 15 + 20 * n) for n in range(8)]
     learned = [np.arange(14) >= 5 + n % 3 for n in range(8)]
     folder = make(tmp_path / "d", documents, learned)
-    known = {int(t): bool(f) for d, l in zip(documents, learned, strict=True) for t, f in zip(d, l, strict=True)}
+    known = {int(t): bool(f) for d, told in zip(documents, learned, strict=True) for t, f in zip(d, told, strict=True)}
     for packing in ("cut", "fit"):
         rows = all_rows(opened(folder, 16, packing))
         told = rows.labels[rows.labels != IGNORED]

@@ -210,7 +210,7 @@ def test_addresses(s3, tmp_path):
         store.read("a")
     assert not any(word in str(error.value) for word in ("me:", "secret", "hidden"))
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"^data\.cache: cannot use .*file"):
+    with pytest.raises(DataError, match=r"^data\.cache\.folder: cannot use .*file"):
         open_store(s3.url, CacheLimits(tmp_path / "file"), s3.options)
 
 

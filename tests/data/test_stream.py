@@ -69,6 +69,7 @@ def steps_of(root, world, start, stop, state=None, **how):
 
     states = [r.state(stop, lambda table: table) for r in ranks]
     merged = {
+        "sources": states[0]["sources"],
         "lanes": np.sum([s["lanes"] for s in states], axis=0).tolist(),
         "earlier": {
             "step": states[0]["earlier"]["step"],
@@ -111,7 +112,7 @@ def test_a_lane_reads_every_document_of_its_pieces_once_and_none_that_is_held_ou
     while lane.piece < 2 * per_epoch:
         tokens += lane.row(CONTEXT).shard.tokens[:-1].tolist()
     for document in np.split(np.array(tokens), np.flatnonzero(np.array(tokens) == tokenizer.separator) + 1)[:-1]:
-        seen.append(tokenizer.decode(document[:-1].tolist()))
+        seen += [tokenizer.decode(document[:-1].tolist())]
     first, second = seen[: len(kept)], seen[len(kept) : 2 * len(kept)]
     assert sorted(first) == sorted(second) == sorted(kept)
     assert first != second, "another order in the next epoch"

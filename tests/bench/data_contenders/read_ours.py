@@ -5,9 +5,9 @@ from frame import ROWS, SEPARATOR, VOCAB, WEIGHTS, main
 
 from data.corpus import open_corpus
 from data.course import make_course
+from data.curriculum import Asked, begin
 from data.dataset import open_dataset
 from data.loader import Loader
-from data.mixture import Stage, mix, whole_weights
 from data.shards import TRAIN, DatasetInfo, fingerprint, write_index, write_shard
 from data.store import CacheLimits
 
@@ -28,11 +28,10 @@ def convert(sources, task):
 
 
 def batches(task, start):
-    weights = whole_weights(WEIGHTS)
     limits = CacheLimits(task.folder / "cache")
-    corpora = [open_corpus(open_dataset(str(task.folder / name), limits), TRAIN, task.context, name=name) for name in weights]
-    mixture = mix(list(weights), [Stage(0, tuple(weights.values()))], [None] * len(weights))
-    loader = Loader(make_course(corpora, mixture, 1), ROWS, 0, 1, task.masks)
+    corpora = [open_corpus(open_dataset(str(task.folder / name), limits), TRAIN, task.context, name=name) for name in WEIGHTS]
+    history = begin(Asked(((0, dict(WEIGHTS)),), dict.fromkeys(WEIGHTS)))
+    loader = Loader(make_course(corpora, history, 1), ROWS, 0, 1, task.masks)
     step = start // ROWS
     loader.go_on(step, "")
     for batch in loader.stream(step, 1 << 60):

@@ -1,6 +1,6 @@
 """The data benchmark: our loader beside others' on the same corpus, alternating, medians.
 
-    python tests/bench/data.py [--rounds N] [--tokens N] [--seconds S] [--only NAME ...] [--contexts N ...]
+    python tests/bench/reading.py [--rounds N] [--tokens N] [--seconds S] [--only NAME ...] [--contexts N ...]
 
 Prints Markdown tables with the machine, the versions and the commit: tokens per CPU-second (all threads of one process)
 of batches of 8 random rows, mixed of two sources and shuffled, with document masks and as they come; then the time to

@@ -1,0 +1,34 @@
+"""Memory for batches that is used again once nobody holds a view of it: fresh pages cost more than what is put in them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_KEPT = 64
+_ALONE = 3
+"""References to a buffer that only the list holds: the list's, the loop's and getrefcount's own."""
+
+
+class Buffers:
+    """Arrays to fill. One that was given out is given out again only when it, and every array and tensor that looks into
+    it, is gone. For one thread."""
+
+    def __init__(self) -> None:
+        self._buffers: list[npt.NDArray[np.uint8]] = []
+
+    def take(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """An array of the shape, its values whatever they were."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        for buffer in self._buffers:
+            if buffer.nbytes >= size and buffer.nbytes <= 2 * size and sys.getrefcount(buffer) == _ALONE:
+                return buffer[:size].view(dtype).reshape(shape)
+        made = np.empty(size, dtype=np.uint8)
+        if len(self._buffers) == _KEPT:
+            self._buffers.pop(0)
+        self._buffers.append(made)
+        return made.view(dtype).reshape(shape)
