@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -80,25 +79,6 @@ def _flock(handle: int) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system that knows no locks does without
             raise
-
-
-@contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a fresh folder that becomes `target` when the block ends well, and is removed when it raises.
-
-    A partial folder that a killed process left behind is cleared first. Raises FileExistsError if `target` exists.
-    """
-    if target.exists():
-        raise FileExistsError(f"{target} exists already")
-    built = partial_path(target)
-    shutil.rmtree(built, ignore_errors=True)
-    built.mkdir(parents=True)
-    try:
-        yield built
-        commit_folder(target)
-    except BaseException:
-        shutil.rmtree(built, ignore_errors=True)
-        raise
 
 
 def write_file(target: Path, content: bytes, durable: bool = True) -> None:

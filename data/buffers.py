@@ -10,8 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 _KEPT = 64
-_ALONE = 3
-"""References to a buffer that only the list holds: the list's, the loop's and getrefcount's own."""
+
+
+def _references(buffers: list[npt.NDArray[np.uint8]], at: int) -> int:
+    return sys.getrefcount(buffers[at])
+
+
+_ALONE = _references([np.empty(1, dtype=np.uint8)], 0)
+"""References to a buffer that only the list holds, as this interpreter counts them."""
 
 
 class Buffers:
@@ -24,9 +30,9 @@ class Buffers:
     def take(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """An array of the shape, its values whatever they were."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
-        for buffer in self._buffers:
-            if buffer.nbytes >= size and buffer.nbytes <= 2 * size and sys.getrefcount(buffer) == _ALONE:
-                return buffer[:size].view(dtype).reshape(shape)
+        for at in range(len(self._buffers)):
+            if size <= self._buffers[at].nbytes <= 2 * size and _references(self._buffers, at) == _ALONE:
+                return self._buffers[at][:size].view(dtype).reshape(shape)
         made = np.empty(size, dtype=np.uint8)
         if len(self._buffers) == _KEPT:
             self._buffers.pop(0)

@@ -74,8 +74,8 @@ def open_corpus(dataset: Dataset, split: str, context: int, packing: Packing = "
     shards = dataset.shards(split)
     if dataset.info.report.get("stream") and not shards:
         raise DataError(
-            f"data.path: {dataset.place} was set apart for a stream and has no training text: set data.stream = true, or prepare "
-            "the data under another path"
+            f"data.path: {dataset.place} was set apart for a stream and has no training text: set data.stream = true, or "
+            "prepare the data under another path"
         )
     if packing == "fit":
         plan = _plan(dataset, split, context)

@@ -22,12 +22,6 @@ class Progress:
     def bytes_per_second(self) -> float:
         return (self.done_bytes - self.resumed_bytes) / max(1e-3, time.monotonic() - self.started)
 
-    @property
-    def seconds_left(self) -> float:
-        """At the rate so far; infinite before anything is done."""
-        left = self.total_bytes - self.done_bytes
-        return left / self.bytes_per_second if self.bytes_per_second > 0 else float("inf")
-
 
 Show = Callable[[Progress], None]
 

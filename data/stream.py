@@ -29,6 +29,16 @@ _AGAIN = 2
 """Steps that are read again after a resume, to see that they are the same."""
 
 
+def check_whole_batches(left_out: Skips, global_batch: int) -> None:
+    """Raises DataError for what a stream cannot skip: a part of a batch."""
+    for start, stop in left_out.spans:
+        if start % global_batch or stop % global_batch:
+            raise DataError(
+                f"data.skip: [{start}, {stop}]: a stream skips whole batches: give multiples of train.global_batch "
+                f"{global_batch}"
+            )
+
+
 @dataclass
 class StreamLoader:
     """The training rows of rank r of `world`, in order from the step that it went on from."""
@@ -51,12 +61,7 @@ class StreamLoader:
     _batch: int = 0  # the batch of the order that is read next: a step's, but for what is skipped
 
     def __post_init__(self) -> None:
-        for start, stop in self.skips.spans:
-            if start % self.global_batch or stop % self.global_batch:
-                raise DataError(
-                    f"data.skip: [{start}, {stop}]: a stream skips whole batches: give multiples of train.global_batch "
-                    f"{self.global_batch}"
-                )
+        check_whole_batches(self.skips, self.global_batch)
         self.restart(0, np.zeros((self.lanes, 1 + CURSOR * len(self.streams)), np.int64))
 
     @property

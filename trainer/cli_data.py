@@ -251,3 +251,43 @@ def train(
     out.parent.mkdir(parents=True, exist_ok=True)
     made.save(out)
     console.print(f"{out}: {made.vocab} tokens; use it with data.tokenizer={out}", markup=False)
+
+
+@data_app.command(
+    name="to-megatron",
+    epilog="Example: `mikoshi data to-megatron configs/runs/quickstart.toml build/quickstart-train --split train`",
+)
+def to_megatron(
+    run: Looked,
+    prefix: Annotated[Path, typer.Argument(help="PREFIX.bin and PREFIX.idx are written", show_default=False)],
+    overrides: Overrides = None,
+    source: Annotated[str, typer.Option(help="a source of the mixture", show_default=False)] = "",
+    split: Annotated[str, typer.Option(help="train or held_out")] = "train",
+) -> None:
+    """Write prepared documents as a Megatron corpus, which Megatron-LM and `data.path` read as it is."""
+    from data.megatron import write_megatron
+    from data.shards import token_bytes
+    from trainer.config import load_config
+    from trainer.errors import ConfigError
+    from trainer.feed import datasets
+
+    found = datasets(load_config(run, overrides or []))
+    if source not in found:
+        raise ConfigError(f"--source {source!r}: the sources are {', '.join(found)}")
+    dataset = found[source]
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    made = write_megatron(prefix, map(dataset.shard, dataset.shards(split)), token_bytes(dataset.info.vocab))
+    typer.echo(f"{made.prefix}.bin and .idx: {made.documents:,} documents, {made.tokens:,} tokens; SHA-256 {made.digest}")
+
+
+@data_app.command(name="in-order", epilog="Example: `mikoshi data in-order corpora/deduplicated build/in-order`")
+def in_order(
+    prefix: Annotated[Path, typer.Argument(help="a Megatron corpus whose .idx points here and there", show_default=False)],
+    target: Annotated[Path, typer.Argument(help="TARGET.bin and TARGET.idx are written", show_default=False)],
+) -> None:
+    """Write a Megatron corpus anew in the order of its .idx, as one that only its index was shuffled in must be to be read."""
+    from data.megatron import rewrite
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    made = rewrite(prefix, target)
+    typer.echo(f"{made.prefix}.bin and .idx: {made.documents:,} documents, {made.tokens:,} tokens; SHA-256 {made.digest}")

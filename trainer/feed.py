@@ -21,7 +21,7 @@ from data.record import Continued, Identity, Reader, first_digest, go_on
 from data.rows import Batch, Columns, ranges
 from data.shards import HELD_OUT, TOKENIZER, TRAIN
 from data.store import CacheLimits
-from data.stream import StreamLoader
+from data.stream import StreamLoader, check_whole_batches
 from data.text import SourceSpec
 from data.tokenizer import Tokenizer, parse_tokenizer
 from parallel.context import tokens_of
@@ -171,8 +171,9 @@ class Feed:
         warmup = tuple((step * config.train.global_batch, tokens) for step, tokens in config.data.warmup)
         if self.streams:
             named = {stream.name: stream for stream in self.streams}
+            streams_now = tuple(named[name] for name in continued.history.names if name in named)
             return StreamLoader(
-                tuple(named[name] for name in continued.history.names if name in named), continued.history, self.skipped, self.lanes, config.train.context, config.train.global_batch,
+                streams_now, continued.history, self.skipped, self.lanes, config.train.context, config.train.global_batch,
                 here.data, layout.data_ranks, config.data.document_mask, columns(config, layout, here), warmup,
             )  # fmt: skip
         course = make_course(
@@ -210,7 +211,9 @@ def open_feed(config: RunConfig) -> Feed:
     data, context = config.data, config.train.context
     found = datasets(config)
     tokenizer = tokenizer_of(next(iter(found.values())))
+    left_out = skips(data.skip)
     if data.stream:
+        check_whole_batches(left_out, config.train.global_batch)
         made, prints, lanes = streams(config, recipes(data), tokenizer)
         train = {}
     else:
@@ -229,7 +232,7 @@ def open_feed(config: RunConfig) -> Feed:
         "data.lanes": lanes,
         "sources": prints,
     }
-    return Feed(config, found, train, held_out, tokenizer, identity, asked(config, train), skips(data.skip), made, lanes)
+    return Feed(config, found, train, held_out, tokenizer, identity, asked(config, train), left_out, made, lanes)
 
 
 def check_steps(feed: Feed, history: History) -> None:
@@ -241,8 +244,8 @@ def check_steps(feed: Feed, history: History) -> None:
         steps = (end - (last + 1 - wanted)) // config.train.global_batch
         caps = ", ".join(f"{name} {mixed.epochs:g}" for name, mixed in config.data.mixture.items() if mixed.epochs)
         raise ConfigError(
-            f"train.steps = {config.train.steps}: the sources' epochs ({caps}) are enough for {steps} steps: lower it, or raise "
-            "data.mixture.NAME.epochs"
+            f"train.steps = {config.train.steps}: the sources' epochs ({caps}) are enough for {steps} steps: lower it, or "
+            "raise data.mixture.NAME.epochs"
         )
 
 

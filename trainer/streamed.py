@@ -98,7 +98,8 @@ def _is_there(folder: Path, recipe: Recipe, source: Source, wanted: int) -> bool
         )
     if info.recipe != stream_fingerprint(recipe, source):
         raise DataError(
-            f"data.path: {folder} was set apart for a stream of other files or settings: remove it, or give another path"
+            f"data.path: {folder} was set apart for a stream of other files or settings: a run goes on with those that it was "
+            "begun with alone: put them back, or begin another run with another data.path"
         )
     return info.tokens(HELD_OUT) >= wanted or bool(info.report["exhausted"])
 
@@ -166,7 +167,7 @@ def _lanes(config: RunConfig, parts: list[tuple[Piece, ...]], recipes: list[Reci
     for recipe, pieces_of in zip(recipes, parts, strict=True):
         if len(pieces_of) < asked:
             raise DataError(
-                f"data.lanes = {asked}: {recipe.spec.source!r} comes in {len(pieces_of)} pieces, and every lane needs one: lower "
-                "it, or split the source in more files (compressed files are not cut)"
+                f"data.lanes = {asked}: {recipe.spec.source!r} comes in {len(pieces_of)} pieces, and every lane needs one: "
+                "lower it, or split the source in more files (compressed files are not cut)"
             )
     return asked

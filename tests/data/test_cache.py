@@ -130,7 +130,8 @@ def test_a_full_disk_evicts_and_then_is_told_by_name(s3, small_disk):
         for path in folder.glob("*.data"):
             path.unlink()
         (small_disk / "of others").write_bytes(bytes(500_000))
-        with pytest.raises(DataError, match=rf"^data\.cache\.folder: the disk of {folder} is full, .*7\.shard needs {SIZE} bytes"):
+        told = rf"^data\.cache\.folder: the disk of {folder} is full, .*7\.shard needs {SIZE} bytes"
+        with pytest.raises(DataError, match=told):
             read(store, "7.shard")
         assert left(folder) == []
         (small_disk / "of others").unlink()

@@ -45,8 +45,8 @@ def write_sources(root):
     for n in range(4):
         write_jsonl(root / "web" / f"{n}.jsonl", texts[:third][n::4], "body")
     (root / "books").mkdir()
-    pq.write_table(pa.Table.from_pylist([{"text": t, "n": i} for i, t in enumerate(texts[third:])]), root / "books" / "b.parquet",
-                   row_group_size=40)  # fmt: skip
+    table = pa.Table.from_pylist([{"text": text, "n": n} for n, text in enumerate(texts[third:])])
+    pq.write_table(table, root / "books" / "b.parquet", row_group_size=40)
     (root / "code").mkdir()
     for path in sorted([*Path(json.__file__).parent.glob("*.py"), *Path(logging.__file__).parent.glob("*.py")]):
         (root / "code" / f"{path.parent.name}_{path.name}.txt").write_text(path.read_text())
@@ -78,7 +78,7 @@ def write_run(folder, data_path, steps=40, **sections):
 
 
 def command(config_file, verb, *overrides, ranks=1, env=None):
-    arguments = [verb, str(config_file), *map(str, overrides), *(["--ranks", str(ranks)] if verb == "train" else [])]
+    arguments = [*verb.split(), str(config_file), *map(str, overrides), *(["--ranks", str(ranks)] if verb == "train" else [])]
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "trainer.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         cwd=config_file.parent, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
@@ -101,7 +101,13 @@ def inside(config_file, verb, *overrides, code=0):
     """Call the command in this process, as one rank, which spares the time that importing torch takes."""
     told, ended, arguments = io.StringIO(), 0, sys.argv
     with contextlib.chdir(config_file.parent), contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-        sys.argv = ["mikoshi", verb, str(config_file), *map(str, overrides), *(["--ranks=1"] if verb == "train" else [])]
+        sys.argv = [
+            "mikoshi",
+            *verb.split(),
+            str(config_file),
+            *map(str, overrides),
+            *(["--ranks=1"] if verb == "train" else []),
+        ]
         try:
             cli.main()
         except SystemExit as end:

@@ -65,14 +65,14 @@ def test_missing_data(run, config_file, tmp_path, ranks):
 
 
 def test_missing_and_empty_source(run, config_file, tmp_path):
-    one_error(run("prepare", config_file, "data.path=new"), "data.source", "neither a file or folder")
+    one_error(run("prepare", config_file, "data.path=new"), "data.source", "is neither a file, folder or glob here")
     (tmp_path / "text").mkdir()
     one_error(run("prepare", config_file, "data.path=new"), "holds no files to read")
     (tmp_path / "text" / "a.txt").write_text("")
     one_error(run("prepare", config_file, "data.path=new"), "no document of", "1 empty", "it is empty")
     (tmp_path / "text" / "b.jsonl").write_text('{"content": "x"}\n')
     wrong_key = run("prepare", config_file, "data.path=new", "data.on_invalid=skip")
-    one_error(wrong_key, "b.jsonl:1: no text under data.text_column = 'text'; its keys are content")
+    one_error(wrong_key, "(1 skipped, 1 empty)", "b.jsonl:1: no column: 'text' is not there; it has content")
     (tmp_path / "text" / "gone").symlink_to(tmp_path / "nowhere")
     one_error(run("prepare", config_file, "data.path=new"), "gone cannot be read", "leads nowhere")
     (tmp_path / "text" / "gone").unlink()
@@ -86,7 +86,7 @@ def test_missing_and_empty_source(run, config_file, tmp_path):
 def test_text_that_is_not_utf8(run, config_file, tmp_path):
     text_folder(tmp_path / "text")
     (tmp_path / "text" / "bad.txt").write_bytes(b"caf\xe9")
-    one_error(run("prepare", config_file, "data.path=new"), "bad.txt: not UTF-8 text: byte 3", 'data.on_invalid = "skip"')
+    one_error(run("prepare", config_file, "data.path=new"), "bad.txt: not UTF-8: byte 3", 'on_invalid = "skip"')
     assert not (tmp_path / "new").exists()
     assert not left_over(tmp_path)
     code, out, _ = run("prepare", config_file, "data.path=new", "data.on_invalid=skip", f"data.tokenizer_vocab={VOCAB}")
@@ -108,9 +108,13 @@ def test_truncated_and_altered_shard(run, config_file, tmp_path):
     shard.write_bytes(content[:-100])
     one_error(run("train", config_file), "train-00000.shard", "truncated", "prepare the data again")
     shard.write_bytes(content[:20])
+    one_error(run("train", config_file), "train-00000.shard", "20 bytes", f"{len(content)} are listed")
+    shard.write_bytes(b"GARBAGE!" + content[8:])
     one_error(run("train", config_file), "train-00000.shard", "not a token shard")
+    shard.write_bytes(content[:40] + bytes([content[40] ^ 1]) + content[41:])
+    one_error(run("train", config_file), "train-00000.shard", "not the shard that dataset.json lists")
     shard.unlink()
-    one_error(run("train", config_file), "train-00000.shard", "No such file")
+    one_error(run("train", config_file), "train-00000.shard", "no such file")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"format": 1}', b'{"format": 99}', b'{"a": "\xff"}', b"[]"])
@@ -121,8 +125,8 @@ def test_damaged_index(run, config_file, tmp_path, content):
 
 def test_world_size_that_does_not_divide_the_batch(run, config_file):
     one_error(
-        run("train", config_file, "--ranks", 3), "train.global_batch 4 cannot be shared evenly by 3 data ranks",
-        "start 1, 2 or 4 ranks", "train.global_batch=6",
+        run("train", config_file, "--ranks", 3, "model.moe={experts=4, top_k=2}"),
+        "train.global_batch 4 cannot be shared evenly by 3 data ranks", "start 1, 2 or 4 ranks", "train.global_batch=6",
     )  # fmt: skip
 
 
@@ -199,8 +203,13 @@ def test_another_model_or_other_data_is_not_gone_on_with(run, config_file, tmp_p
     one_error(run("train", config_file, "model.width=64"), "model.width = 64", "begun with 32", "run.name")
     one_error(run("train", config_file, "run.seed=2"), "run.seed = 2", "begun with 1")
     text_folder(tmp_path / "text")
-    assert run("prepare", config_file, "data.path=other", f"data.tokenizer_vocab={VOCAB}", "data.held_out=0.2")[0] == 0
-    one_error(run("train", config_file, "data.path=other"), "is not what the run", "fingerprint")
+    other = ("prepare", config_file, f"data.tokenizer_vocab={VOCAB}", "data.held_out=0.2")
+    assert run(*other, "data.path=other", "data.tokenizer=data/tokenizer.json")[0] == 0
+    one_error(
+        run("train", config_file, "data.path=other"), "data.path: the data is not what the run", "fingerprint", "run.name"
+    )
+    assert run(*other, "data.path=foreign")[0] == 0
+    one_error(run("train", config_file, "data.path=foreign"), "data.tokenizer: the data's tokenizer is not the one", "run.name")
 
 
 def test_fewer_steps_than_are_done_is_not_a_stop(run, config_file):
@@ -331,16 +340,16 @@ def test_jsonl_and_parquet_sources_and_their_mistakes(run, config_file, tmp_path
     code, out, _ = run(*prepare, "data.path=good")
     assert code == 0
     assert f"{len(rows)} documents" in out
-    one_error(run("prepare", config_file, "data.path=new"), "a.jsonl:1: no text under data.text_column = 'text'", "body")
+    one_error(run("prepare", config_file, "data.path=new"), "a.jsonl:1: no column: 'text'", "it has body")
     (text / "a.jsonl").write_text('{"body": "x"}\n{"body": \n')
     one_error(run(*prepare, "data.path=new"), "a.jsonl:2: not JSON")
     (text / "a.jsonl").write_text('{"body": "ab \\ud83d cd"}\n')
     one_error(run(*prepare, "data.path=new"), "a.jsonl:1: not text: half of a surrogate pair")
     assert run(*prepare, "data.path=skipped", "data.on_invalid=skip")[0] == 0
     (text / "a.jsonl").unlink()
-    one_error(run("prepare", config_file, "data.path=new"), "b.parquet: no column data.text_column = 'text'; it has body")
+    one_error(run("prepare", config_file, "data.path=new"), "b.parquet: no column: 'text'", "it has body")
     (text / "b.parquet").write_bytes(b"PAR1 no")
-    one_error(run(*prepare, "data.path=new"), "b.parquet: not a readable Parquet file")
+    one_error(run(*prepare, "data.path=new"), "b.parquet: unreadable file: not a whole Parquet file")
 
 
 def test_help_and_schema(run):

@@ -17,14 +17,14 @@ from datarun import (
     command,
     events,
     inside,
-    paragraphs,
-    records,
     kill_at,
     mixture,
+    paragraphs,
+    records,
     run,
     stop_at,
-    write_run,
     write_jsonl,
+    write_run,
     write_sources,
 )
 from faulty import Fault, faulty_s3
@@ -35,28 +35,29 @@ from trainer.feed import open_feed
 
 # What becomes of a run: the ranks and layout of each start, and how it ends before the last: at a step, by TERM or KILL.
 JOURNEYS = {
-    "three ranks, then one": [(3, [], ("stop", 13)), (1, [], None)],
+    "stopped on three, ended on two": [(3, [], ("stop", 13)), (2, [], None)],
     "killed on two, stopped on four, ended on three": [(2, [], ("kill", 17)), (4, [], ("stop", 24)), (3, [], None)],
     "one, then two by tensors, then two by context": [
         (1, [], ("stop", 7)), (2, ["parallel.tp=2"], ("kill", 25)), (2, ["parallel.cp=2"], None),
     ],
-    "killed on three, ended on two": [(3, [], ("kill", 23)), (2, [], None)],
+    "killed on three, ended on one": [(3, [], ("kill", 23)), (1, [], None)],
     "two of two kinds at once": [(4, ["parallel.tp=2"], ("stop", 12)), (4, ["parallel.cp=2", "parallel.zero=3"], None)],
 }  # fmt: skip
-QUICK = "killed on three, ended on two"
+QUICK = "killed on three, ended on one"
 
 
 def journeys():
     return [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in JOURNEYS]
 
 
-def travel(config_file, name, journey, *overrides):
+def travel(config_file, name, journey):
     for ranks, layout, end in JOURNEYS[journey]:
-        process = command(config_file, "train", f"run.name={name}", *layout, *overrides, ranks=ranks)
-        if end is None:
-            process.communicate(timeout=180)
-            assert process.returncode == 0
+        if end is None and ranks == 1:
+            inside(config_file, "train", f"run.name={name}")
+        elif end is None:
+            run(config_file, "train", f"run.name={name}", *layout, ranks=ranks)
         else:
+            process = command(config_file, "train", f"run.name={name}", *layout, ranks=ranks)
             {"stop": stop_at, "kill": kill_at}[end[0]](process, config_file, name, end[1])
 
 
@@ -64,13 +65,13 @@ def mixed_run(folder, packing):
     sources = write_sources(folder / "raw")
     # What `code` gives is used up on the way, and the others go on without it.
     config_file = write_run(folder, folder / "data", data={
-        "mixture": mixture(sources, code={"epochs": 0.2}), "packing": packing, "shuffle_window": 1,
+        "mixture": mixture(sources, code={"epochs": 0.04}), "packing": packing, "shuffle_window": 1,
         "warmup": [[0, 16], [5, 32], [15, 64]],
     })  # fmt: skip
     inside(config_file, "prepare")
     feed = open_feed(load_config(config_file))
     drawn = feed.continued(None).history.counts(40 * 8)
-    assert drawn["code"] == feed.asked.caps["code"] > 8, "the cap is reached"
+    assert 0 <= feed.asked.caps["code"] - drawn["code"] <= 1, "the cap is reached, to less than a sample"
     inside(config_file, "train", "run.name=quiet")
     return config_file
 
@@ -157,7 +158,7 @@ def s3(prepared):
         yield server
 
 
-def far(s3, config_file, *overrides, cache=12_000, **how):
+def far(s3, config_file, *overrides, cache=24_000, **how):
     """Train on the uploaded dataset, as a process that finds the store by its environment."""
     env = {
         "AWS_ENDPOINT": s3.options["endpoint"], "AWS_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true",
@@ -174,17 +175,17 @@ def test_a_distant_dataset_through_faults_gives_the_same_run(s3, prepared):
     s3.always(lambda n: flipped[n % 5] if s3.requests[n].startswith("train") else faults[n % 6])
     far(s3, prepared, "run.name=far", ranks=2)
     assert_same_run(prepared, "far", "near")
-    assert sum(file.stat().st_size for file in (prepared.parent / "cache").glob("*.data")) <= 12_000
+    assert sum(file.stat().st_size for file in (prepared.parent / "cache").glob("*.data")) <= 24_000
     fetched = [name for name in s3.requests if name.startswith("train")]
-    assert len(fetched) > len(set(fetched)) > 10, "more than the cache holds, some of it after a fault"
+    assert len(fetched) > len(set(fetched)) > 5, "more than the cache holds, some of it after a fault"
 
 
 @pytest.mark.slow
 def test_a_cache_that_does_not_hold_the_window_is_refused(s3, prepared):
     s3.forget()
-    out = far(s3, prepared, "run.name=small", cache=5_000, code=2)
+    out = far(s3, prepared, "run.name=small", cache=13_000, code=2)
     assert "error: data.shuffle_window = 2: 2 shards of s3://bucket/sets/web" in out
-    assert "data.cache.bytes is 5000" in out
+    assert "data.cache.bytes is 13000" in out
     out = far(s3, prepared, "run.name=small", "data.shuffle_window=0", code=2)
     assert "error: data.shuffle_window = 0: " in out
 
@@ -215,7 +216,7 @@ def test_a_distant_dataset_is_read_to_its_very_last_sample(s3, prepared):
     steps = samples // 100
     out = far(s3, prepared, "run.name=whole", *mixed, f"train.steps={steps}", cache=4_000_000)
     assert f"finished {steps} steps" in out
-    out = far(s3, prepared, "run.name=beyond", *mixed, f"train.steps={steps + 1}", code=2)
+    out = far(s3, prepared, "run.name=beyond", *mixed, f"train.steps={steps + 1}", cache=4_000_000, code=2)
     assert f"error: train.steps = {steps + 1}: the sources' epochs (web 1) are enough for {steps} steps" in out
 
 
