@@ -112,7 +112,8 @@ def _check_sequences(index: Index, in_order: bool) -> None:
             at = int(np.argmax(apart))
             raise DataError(
                 f"{index.path}: sequence {start + at} is at byte {pointers[at]}, where the one before it ends at "
-                f"{ends[at] - index.width * lengths[at]}: not in the order of the .bin; write it in order with `mikoshi data in-order`"
+                f"{ends[at] - index.width * lengths[at]}: not in the order of the .bin; write it in order with "
+                "`mikoshi data in-order`"
             )
         reached = int(ends[-1])
     if in_order and reached != index.bytes:

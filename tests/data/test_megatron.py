@@ -152,7 +152,7 @@ def patched(path, at, raw):
         ("idx", lambda p: patched(p, 34, struct.pack("<i", -3)), "sequence 0 is -3 ids"),
         ("idx", lambda p: patched(p, 46, struct.pack("<i", 3)), "sequence 4 is at byte 32.* ends at 28"),
         ("idx", lambda p: patched(p, 50, struct.pack("<i", 1)), "has 40 bytes, but .* add up to 36"),
-        ("idx", lambda p: patched(p, 54, struct.pack("<q", 4)), "sequence 0 is at byte 4, .* ends at 0: .*rewrite"),
+        ("idx", lambda p: patched(p, 54, struct.pack("<q", 4)), "sequence 0 is at byte 4, .* ends at 0: .*in-order"),
         ("idx", lambda p: patched(p, 62, struct.pack("<q", -4)), "sequence 1 .* at byte -4: truncated"),
         ("idx", lambda p: patched(p, 94, struct.pack("<q", 1)), "documents go from 1 to 5"),
         ("idx", lambda p: patched(p, 118, struct.pack("<q", 4)), "documents go from 0 to 4, its sequences from 0 to 5"),
