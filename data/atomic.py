@@ -99,3 +99,19 @@ def write_file(target: Path, content: bytes, durable: bool = True) -> None:
         raise
     if durable:
         flush(target.parent)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a finished folder, to add to it: of several processes one does so at a time. Waits for it; without
+    effect where the folder cannot be written, as what is added then cannot be either."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        yield
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -76,13 +76,15 @@ def load_chat(chat: str) -> ChatTemplate:
             config = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DataError(f'chat = {chat!r}: {path} cannot be read: {why}; give "chatml" or a file with a template') from None
+        raise DataError(
+            f'data.chat = {chat!r}: {path} cannot be read: {why}; give "chatml" or a file with a template'
+        ) from None
     if path.suffix == ".json":
         text = config.get("chat_template") if isinstance(config, dict) else None
         if isinstance(text, list):  # several templates under names of their own
             text = next((t.get("template") for t in text if isinstance(t, dict) and t.get("name") == "default"), None)
         if not isinstance(text, str):
-            raise DataError(f"chat = {chat!r}: {path} has no text under 'chat_template': give the file of a template")
+            raise DataError(f"data.chat = {chat!r}: {path} has no text under 'chat_template': give the file of a template")
     template = ChatTemplate(chat, str(text), *_tokens(config if isinstance(config, dict) else {}))
     _compiled(template)
     return template
@@ -141,7 +143,7 @@ def _compiled(template: ChatTemplate) -> jinja2.Template:
     try:
         return environment.from_string(template.text)
     except jinja2.TemplateError as error:
-        raise DataError(f"chat = {template.name!r} is not a template that can be used: {_line(error)}") from None
+        raise DataError(f"data.chat = {template.name!r} is not a template that can be used: {_line(error)}") from None
 
 
 def chat_parts(template: ChatTemplate, messages: object, specials: frozenset[str] = frozenset()) -> tuple[Part, ...]:

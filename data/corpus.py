@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from data.atomic import alone_in
 from data.dataset import Dataset
 from data.errors import DataError
 from data.packing import FitPlan, cut_counts, plan_name, read_plan, write_plan
@@ -93,8 +94,10 @@ def open_corpus(dataset: Dataset, split: str, context: int, packing: Packing = "
 def _plan(dataset: Dataset, split: str, context: int) -> FitPlan:
     name = f"{plan_name(split, context)}.json"
     if dataset.folder is not None and not (dataset.folder / name).exists():
-        shards = (dataset.shard(shard) for shard in dataset.shards(split))
-        write_plan(dataset.folder, dataset.info, split, context, shards)
+        with alone_in(dataset.folder):
+            if not (dataset.folder / name).exists():  # another process may just have made it
+                shards = (dataset.shard(shard) for shard in dataset.shards(split))
+                write_plan(dataset.folder, dataset.info, split, context, shards)
     try:
         content = dataset.read(name)
     except DataError as error:
@@ -102,4 +105,4 @@ def _plan(dataset: Dataset, split: str, context: int) -> FitPlan:
             f'data.packing = "fit": {dataset.place} has no plan of rows of {context} tokens ({error}): prepare the data with '
             "this setting in a folder, and put what it wrote there"
         ) from None
-    return read_plan(content, f"{dataset.place}/{name}", dataset.info, dataset.mapped)
+    return read_plan(content, f"{dataset.place}/{name}", dataset.info, split, context, dataset.mapped)

@@ -7,6 +7,7 @@ how many were drawn from it before, and the source's own order which row that is
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -86,7 +87,7 @@ class Samples:
 @dataclass(frozen=True)
 class Course:
     """All samples of a run in order. `warmup`: from a position on, the length at which attention and positions begin
-    anew inside a row, ascending; rows are whole from the last on."""
+    anew inside a row, ascending; before the first, rows are whole."""
 
     corpora: tuple[Corpus, ...]
     orders: tuple[Order, ...]
@@ -94,6 +95,7 @@ class Course:
     skips: Skips = Skips()
     warmup: tuple[tuple[int, int], ...] = ()
     _blocks: OrderedDict[int, Samples] = field(default_factory=OrderedDict, compare=False, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @property
     def context(self) -> int:
@@ -129,13 +131,14 @@ class Course:
         return [self.context if i < 0 else self.warmup[i][1] for i in at.tolist()]
 
     def _block(self, number: int) -> Samples:
-        block = self._blocks.get(number)
-        if block is None:
-            block = self._make_block(number)
-            self._blocks[number] = block
-            while len(self._blocks) > 4:
-                self._blocks.popitem(last=False)
-        return block
+        with self._lock:  # the prefetch thread and whoever looks at another step
+            block = self._blocks.get(number)
+            if block is None:
+                block = self._make_block(number)
+                self._blocks[number] = block
+                while len(self._blocks) > 4:
+                    self._blocks.popitem(last=False)
+            return block
 
     def _make_block(self, number: int) -> Samples:
         positions = self.skips.positions(np.arange(number * _BLOCK, (number + 1) * _BLOCK, dtype=np.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
@@ -60,7 +61,10 @@ def resolve(path: str, commit: str | None, config: str | None, split: str, sourc
         raise DataError(f"data.source: {source!r} has no split {split!r}; it has {', '.join(map(str, splits)) or 'none'}")
     files = []
     with told(source):
+        inside = f"hf://datasets/{path}@{commit}/" if commit else f"{Path(path).resolve()}/"
         for url in splits[split]:
+            if not (str(url) if commit else str(Path(url).resolve())).startswith(inside):
+                raise DataError(f"data.source: {source!r} names a file that is not its own ({url}): it is not read")
             (file,) = list_files(str(url))
             name = str(url).partition(f"@{commit}/")[2] if commit else file.name
             files.append(File(name or file.name, file.url, file.size, commit or file.etag))

@@ -32,49 +32,62 @@ PIECE_BYTES = 8 << 20
 """A piece is read from its beginning to go on within it, so it is small."""
 
 CURSOR = 3
+COUNTS = 4
+_NAMES = 20
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A raw source in use. `held_out`: share of its documents that are kept for evaluation, and not read here."""
+    """A raw source in use. `shares`: where it has fewer pieces than there are lanes, each piece is read by so many of them,
+    every one taking its share of the documents. `held_out`: share of the documents kept for evaluation, not read here."""
 
     name: str
     selection: Selection
     pieces: tuple[Piece, ...]
+    shares: int
     tokenizer: Tokenizer
     held_out: float
     seed: int
 
-    def piece(self, ordinal: int) -> Piece:
-        """The piece that comes `ordinal`-th of all epochs together."""
-        epoch, place = divmod(ordinal, len(self.pieces))
-        at = permute(np.array([place]), len(self.pieces), f"{self.seed}:{self.name}:epoch:{epoch}:pieces")
-        return self.pieces[int(at[0])]
+    @property
+    def units(self) -> int:
+        """Shares of pieces: what is dealt out to lanes."""
+        return len(self.pieces) * self.shares
+
+    def unit(self, ordinal: int) -> tuple[Piece, int]:
+        """The piece, and which share of it, that comes `ordinal`-th of all epochs together."""
+        epoch, place = divmod(ordinal, self.units)
+        at = permute(np.array([place]), self.units, f"{self.seed}:{self.name}:epoch:{epoch}:pieces")
+        piece, share = divmod(int(at[0]), self.shares)
+        return self.pieces[piece], share
 
 
 @dataclass
 class Lane:
-    """One lane of one source, at a place in it. `tally` counts what was left out on the way."""
+    """One lane of one source, at a place in it. `left_out`: documents used, unreadable, empty and dropped before it;
+    `names` tells the first unreadable ones."""
 
     stream: Stream
     number: int
     lanes: int
-    tally: Tally = field(default_factory=Tally)
+    left_out: Ids = field(default_factory=lambda: np.zeros(COUNTS, np.int64))
+    names: list[str] = field(default_factory=list)
     piece: int = 0  # pieces of this lane before the one being read
     document: int = 0  # usable documents of the piece before the block at the front
     offset: int = 0  # tokens of that block before the next row
     _tokens: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
     _ends: Ids = field(default_factory=lambda: np.zeros(0, np.int64))
     _learned: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
-    _blocks: list[tuple[int, int, int]] = field(default_factory=list)  # of each block read: piece, document, its tokens
-    _reading: Iterator[list[Document]] | None = None
+    _blocks: list[tuple[int, int, int, Ids]] = field(default_factory=list)  # piece, document, tokens and counts of each
+    _reading: Iterator[tuple[list[Document], Ids]] | None = None
     _next: tuple[int, int] = (0, 0)  # piece and document at which the block after those read begins
 
     def cursor(self) -> tuple[int, int, int]:
         return self.piece, self.document, self.offset
 
-    def go_to(self, piece: int, document: int, offset: int) -> None:
-        """Forget what was read and go on from a cursor."""
+    def go_to(self, piece: int, document: int, offset: int, left_out: Ids) -> None:
+        """Forget what was read and go on from a cursor, before which so much was left out."""
+        self.left_out = left_out.copy()
         self.piece, self.document, self.offset = piece, document, offset
         self._tokens, self._ends, self._learned = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.bool_)
         self._blocks, self._reading, self._next = [], None, (piece, document)
@@ -100,7 +113,8 @@ class Lane:
         """Go past these tokens, and past the blocks that end among them."""
         self.offset += tokens
         while self._blocks and self.offset >= self._blocks[0][2]:
-            _, _, size = self._blocks.pop(0)
+            _, _, size, counts = self._blocks.pop(0)
+            self.left_out += counts
             self.offset -= size
             self._tokens, self._learned = self._tokens[size:], self._learned[size:]
             self._ends = self._ends[self._ends > size] - size
@@ -111,13 +125,18 @@ class Lane:
         while True:
             piece, document = self._next
             if self._reading is None:
-                self._reading = _blocks(self.stream, self._ordinal(piece), document, self.tally)
-            block = next(self._reading, None)
-            if block is not None:
+                self._reading = _blocks(self.stream, self._ordinal(piece), document, self.names)
+            block, counts = next(self._reading)
+            if block:
                 break
+            # What came after a piece's last document counts with it: it is read again when that is.
+            if self._blocks:
+                self._blocks[-1][3][:] += counts
+            else:
+                self.left_out += counts
             self._reading, self._next = None, (piece + 1, 0)
             empty = empty + 1 if document == 0 else 0
-            if empty > len(self.stream.pieces):
+            if empty > self.stream.units:
                 raise DataError(
                     f"data.source: no document of {self.stream.name or 'the source'} can be used: every piece is empty"
                 )
@@ -133,18 +152,26 @@ class Lane:
         sizes = np.cumsum([len(ids) for ids in tokens], dtype=np.int64)
         self._ends = np.concatenate((self._ends, sizes + len(self._tokens)))
         self._tokens, self._learned = np.concatenate((self._tokens, *tokens)), np.concatenate((self._learned, *flags))
-        self._blocks.append((piece, document, int(sizes[-1]) if len(sizes) else 0))
+        counts[0] = len(used)
+        self._blocks.append((piece, document, int(sizes[-1]) if len(sizes) else 0, counts))
         self._next = (piece, document + len(block))
-        self.tally.documents += len(used)
 
     def _ordinal(self, piece: int) -> int:
         return self.number + piece * self.lanes
 
 
-def _blocks(stream: Stream, ordinal: int, first: int, tally: Tally) -> Iterator[list[Document]]:
-    """The usable documents of a piece from the `first` on, in blocks; where one ends is a function of where it begins."""
-    ahead = usable(stream.selection, stream.piece(ordinal), Tally() if first else tally)
-    documents = islice(ahead, first, None)
+def _blocks(stream: Stream, ordinal: int, first: int, names: list[str]) -> Iterator[tuple[list[Document], Ids]]:
+    """The usable documents of a unit from the `first` on, in blocks, and at its end an empty one; where one ends is a
+    function of where it begins. With each, what was left out on the way to it (the first share of a piece counts that)."""
+    tally, (piece, share) = Tally(), stream.unit(ordinal)
+    documents = islice(usable(stream.selection, piece, tally), share, None, stream.shares)
+
+    def left_out() -> Ids:
+        return np.array([0, tally.invalid, tally.empty, sum(tally.dropped.values())], dtype=np.int64) * (share == 0)
+
+    for _ in islice(documents, first):
+        pass
+    told = left_out()
     while True:
         block: list[Document] = []
         size = 0
@@ -153,9 +180,12 @@ def _blocks(stream: Stream, ordinal: int, first: int, tally: Tally) -> Iterator[
             size += len(document.text or "")
             if len(block) >= _BLOCK_DOCUMENTS or size >= _BLOCK_CHARACTERS:
                 break
+        seen = left_out()
+        names += [name for name in tally.names if share == 0 and name not in names][: _NAMES - len(names)]
+        yield block, seen - told
+        told = seen
         if not block:
             return
-        yield block
 
 
 def chained(before: int, row: Where) -> int:

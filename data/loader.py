@@ -7,7 +7,7 @@ their rows together are the same global batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +19,11 @@ from data.corpus import Corpus
 from data.course import Course, Samples, Skips
 from data.errors import DataError
 from data.prefetch import prefetched
-from data.rows import Batch, Columns, Ids, Take, read_rows
+from data.rows import Batch, Columns, Ids, Take, Where, read_rows
 
 _TOGETHER = 1 << 17
 """Tokens that are read together where a batch has fewer: rows cost less in company."""
+_LOOKED_AT = 64
 _KEPT = 64
 """Steps whose digests are kept, so that a resumed run can follow them again."""
 
@@ -40,7 +41,11 @@ def read_samples(
         for source, shard, row in zip(samples.source.tolist(), samples.shard.tolist(), samples.row.tolist(), strict=True)
     ]
     batch = read_rows(places, rows, course.context, document_mask, columns, course.pieces(samples.position), take)
-    vocab = course.corpora[0].info.vocab
+    return _within(course.corpora[0].info.vocab, batch, places)
+
+
+def _within(vocab: int, batch: Batch, places: Sequence[Where]) -> Batch:
+    """The batch. Raises DataError for ids beyond the vocabulary."""
     if batch.tokens.max(initial=0) >= vocab or batch.labels[:, -1].max(initial=0) >= vocab:  # labels are the next tokens
         at = int(np.flatnonzero(np.maximum(batch.tokens, batch.labels).max(1) >= vocab)[0])
         raise DataError(
@@ -157,8 +162,9 @@ class Loader:
         return int(samples.source.max()) >= len(self.course.corpora)
 
     def content(self, step: int) -> str:
-        """Digest of the very tokens and labels of the whole global batch at a step."""
-        batch = read_samples(self.course, self.samples(step), self.global_batch, self.document_mask)
+        """Digest of the very tokens and labels of the global batch at a step: of up to 64 of its rows."""
+        samples = self.samples(step).take(np.unique(np.linspace(0, self.global_batch - 1, _LOOKED_AT).astype(np.int64)))
+        batch = read_samples(self.course, samples, len(samples), self.document_mask)
         return hashlib.sha256(batch.tokens.tobytes() + batch.labels.tobytes()).hexdigest()
 
     def _fetch_soon(self, step: int, stop: int) -> None:
@@ -187,4 +193,4 @@ def evaluation_batches(
         samples: Ids = np.arange(first, min(first + share, (number + 1) * rows, corpus.samples), dtype=np.int64)
         shards = np.searchsorted(before, samples, side="right") - 1
         places = [corpus.where(int(s), int(i)) for s, i in zip(shards, samples - before[shards], strict=True)]
-        yield read_rows(places, share, corpus.context, document_mask, columns)
+        yield _within(corpus.info.vocab, read_rows(places, share, corpus.context, document_mask, columns), places)

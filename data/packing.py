@@ -105,9 +105,10 @@ def fit_shard(ends: Ids, context: int) -> npt.NDArray[np.void]:
 
 @dataclass(frozen=True)
 class FitPlan:
-    """Fitted rows of a split. `counts`: rows of each shard; `pieces` of all shards, mapped; `starts`: the first piece of
-    every row, and at the end their number."""
+    """Fitted rows of a split, of `context` places each. `counts`: rows of each shard; `pieces` of all shards, mapped;
+    `starts`: the first piece of every row, and at the end their number."""
 
+    context: int
     counts: Ids
     pieces: npt.NDArray[np.void]
     starts: npt.NDArray[np.uint64]
@@ -122,7 +123,7 @@ class FitPlan:
     @property
     def used(self) -> float:
         """Share of the places of all rows that hold a token."""
-        capacity = int(self.counts.sum())
+        capacity = int(self.counts.sum()) * self.context
         return float(self.pieces["length"].sum(dtype=np.int64)) / capacity if capacity else 0.0
 
 
@@ -177,14 +178,15 @@ def write_plan(
 
 
 def read_plan(
-    content: bytes, name: str, info: DatasetInfo, mapped: Callable[[str, int, str], npt.NDArray[np.uint8]]
-) -> FitPlan:
-    """Open a plan from its JSON, called `name`; `mapped(file, bytes, sha256)` gives the bytes of a file beside it.
+    content: bytes, name: str, info: DatasetInfo, split: str, context: int,
+    mapped: Callable[[str, int, str], npt.NDArray[np.uint8]],
+) -> FitPlan:  # fmt: skip
+    """Open a split's plan from its JSON, called `name`; `mapped(file, bytes, sha256)` gives the bytes of a file beside it.
     Raises DataError if it belongs to other data or is damaged."""
     try:
         raw = json.loads(content)
         counts = np.array(raw["counts"], dtype=np.int64)
-        if raw["dataset"] != info.fingerprint:
+        if raw["dataset"] != info.fingerprint or raw["context"] != context or len(counts) != len(info.splits[split]):
             raise DataError(f"{name}: the plan of rows is of other data: remove it, and prepare again")
         stem = name.rpartition("/")[2].removesuffix(".json")
         found = {
@@ -192,13 +194,13 @@ def read_plan(
             for kind in _KINDS
         }
         pieces, starts = found["pieces"].view(_RECORD), found["starts"].view("<u8")
-        if len(starts) != counts.sum() + 1 or starts[-1] != len(pieces):
+        if counts.min(initial=0) < 0 or len(starts) != counts.sum() + 1 or starts[-1] != len(pieces):
             raise DataError(f"{name}: the plan of rows is not whole: remove it, and prepare again")
     except DataError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{name}: the plan of rows is damaged ({error}): remove it, and prepare again") from None
-    return FitPlan(counts, pieces, starts, np.cumsum(counts) - counts)
+    return FitPlan(context, counts, pieces, starts, np.cumsum(counts) - counts)
 
 
 def verify_plan(content: bytes, name: str, mapped: Callable[[str, int, str], npt.NDArray[np.uint8]]) -> None:

@@ -6,6 +6,7 @@ Nothing is tried again here: who asks decides, counts and verifies.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 import weakref
@@ -37,6 +38,9 @@ class Unlike(Exception):
     """Something arrived, and not what was asked for."""
 
 
+_ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
+
+
 @dataclass(frozen=True)
 class Remote:
     """A folder in a store: its address, fit to be shown, obstore's handle, and what obstore still has in hand."""
@@ -52,7 +56,9 @@ def open_remote(url: str, timeout: float, options: Mapping[str, str]) -> Remote:
     scheme = url.partition("://")[0]
     if scheme not in SCHEMES:
         raise DataError(f"{_shown(url)}: not an address of a store: give one with {', '.join(s + '://' for s in SCHEMES)}")
-    plain = any(value.startswith("http://") for value in (url, *options.values()))
+    # obstore takes these from the environment too, but not the leave to use plain http once it is given client options.
+    told = (os.environ.get(name, "") for name in _ENDPOINTS)
+    plain = any(value.startswith("http://") for value in (url, *options.values(), *told))
     client = {"read_timeout": timedelta(seconds=timeout), "timeout": _WHOLE_REQUEST, "allow_http": plain}
     settings: dict[str, Any] = {"config": dict(options)} if options else {}
     if scheme != "file":

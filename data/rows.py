@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from data.errors import DataError
 from data.shards import Shard
 
 IGNORED = -100
 """Label of a position that is not predicted. The same value as in torch's cross-entropy."""
+
+_VERIFY = "`mikoshi data verify` names what is damaged"
 
 Ids = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int32]
@@ -158,6 +161,10 @@ def _fitted_rows(
     tokens[:], labels[:] = 0, IGNORED
     for row, place in enumerate(places):
         assert place.pieces is not None
+        if sum(place.pieces[1]) > context:
+            raise DataError(
+                f"{place.shard.path}: the plan of rows has one that is too long: `mikoshi data verify` names what is damaged"
+            )
         heads = _read_fitted(place.shard, *place.pieces, parts, tokens[row], labels[row])
         cuts.append(heads[heads < context] + row * context)
     return cuts, []
@@ -167,6 +174,10 @@ def _read_fitted(shard: Shard, firsts: list[int], lengths: list[int], parts: Col
     """Fill a row with pieces, one after another; returns where each begins, and last where the padding does."""
     begin, heads = 0, [0]
     for first, length in zip(firsts, lengths, strict=True):
+        if first + length >= len(shard.tokens):
+            raise DataError(
+                f"{shard.path}: the plan of rows reaches beyond the shard: `mikoshi data verify` names what is damaged"
+            )
         at = 0
         for start, stop in parts:
             low, high = max(start, begin), min(stop, begin + length)

@@ -176,6 +176,7 @@ def parse_index(content: bytes, name: str) -> DatasetInfo:
             raise DataError(f"{name}: made by another version of the format; prepare the data again")
         splits = {split: [ShardInfo(**s) for s in shards] for split, shards in raw.pop("splits").items()}
         info = DatasetInfo(splits=splits, **raw)
+        _check_types(info)
     except DataError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # the last: not JSON, or not UTF-8
@@ -186,3 +187,16 @@ def parse_index(content: bytes, name: str) -> DatasetInfo:
     if info.fingerprint != fingerprint(info.tokenizer, splits):
         raise DataError(f"{name}: the fingerprint does not match the shards listed; prepare the data again")
     return info
+
+
+def _check_types(info: DatasetInfo) -> None:
+    """Raises ValueError for what this version does not write."""
+    texts, numbers = (info.fingerprint, info.recipe, info.tokenizer), (info.vocab, info.separator)
+    shards = [shard for shards in info.splits.values() for shard in shards]
+    counts = (n for shard in shards for n in (shard.tokens, shard.documents, shard.bytes))
+    if not all(isinstance(t, str) for t in (*texts, *(s.file for s in shards), *(s.sha256 for s in shards))):
+        raise ValueError("a name or digest is no text")
+    if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*numbers, *counts)) or not 0 < info.vocab <= 1 << 32:
+        raise ValueError("a count is no number, or out of range")
+    if not isinstance(info.report, dict) or not isinstance(info.unigram_nats, (int, float)):
+        raise ValueError("the report or the unigram figure is missing")

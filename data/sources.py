@@ -133,7 +133,8 @@ def documents(source: Source, piece: Piece, specials: Iterable[str] = ()) -> Ite
             for document in read_span(file, format_of(file, source.format), span, how):
                 if document.text is None and not document.dropped and source.spec.on_invalid == "error":
                     name = _with_line(document.name, file)
-                    raise DataError(f'{name}: {document.problem} (on_invalid = "skip" leaves such out)')
+                    column = "data.text_column names it, " if document.problem.startswith("no column") else ""
+                    raise DataError(f'{name}: {document.problem} ({column}data.on_invalid = "skip" leaves such out)')
                 yield document
 
 

@@ -17,12 +17,13 @@ import numpy.typing as npt
 from data.course import Skips
 from data.curriculum import History
 from data.errors import DataError
-from data.lanes import CURSOR, Lane, Stream, chained
+from data.lanes import COUNTS, CURSOR, Lane, Stream, chained
 from data.prefetch import prefetched
 from data.rows import Batch, Columns, Where, read_rows
 
 Table = npt.NDArray[np.int64]
-"""Of every lane: its digest, and of every source its cursor."""
+"""Of every lane: its digest, and of every source its cursor and its counts."""
+_WIDTH = CURSOR + COUNTS
 
 _KEPT = 8
 _AGAIN = 2
@@ -54,6 +55,7 @@ class StreamLoader:
     document_mask: bool
     columns: Columns | None = None
     warmup: tuple[tuple[int, int], ...] = ()
+    most_invalid: float | None = None
     _lanes: dict[int, list[Lane]] = field(default_factory=dict)
     _digests: dict[int, int] = field(default_factory=dict)
     _tables: dict[int, Table] = field(default_factory=dict)
@@ -62,7 +64,7 @@ class StreamLoader:
 
     def __post_init__(self) -> None:
         check_whole_batches(self.skips, self.global_batch)
-        self.restart(0, np.zeros((self.lanes, 1 + CURSOR * len(self.streams)), np.int64))
+        self.restart(0, np.zeros((self.lanes, 1 + _WIDTH * len(self.streams)), np.int64))
 
     @property
     def rows(self) -> int:
@@ -83,7 +85,9 @@ class StreamLoader:
             self._digests[number] = int(table[number, 0])
             self._lanes[number] = [Lane(stream, number, self.lanes) for stream in self.streams]
             for k, lane in enumerate(self._lanes[number]):
-                lane.go_to(*(int(n) for n in table[number, 1 + CURSOR * k :][:CURSOR]))
+                cursor, counts = np.split(table[number, 1 + _WIDTH * k :][:_WIDTH], [CURSOR])
+                piece, document, offset = cursor.tolist()
+                lane.go_to(piece, document, offset, counts)
         # The lanes stand after the last row that was consumed: what is skipped from there on is yet to be gone past.
         self._batch = self._batch_of(step - 1) + 1 if step else 0
         self._tables = {step: self._table()}
@@ -91,12 +95,12 @@ class StreamLoader:
     def _of_streams(self, lanes: Sequence[Sequence[int]], sources: Sequence[str]) -> Table:
         """A table of these sources as one of the streams there are now; a new one's lanes stand at its beginning."""
         was = np.array(lanes, dtype=np.int64)
-        out = np.zeros((self.lanes, 1 + CURSOR * len(self.streams)), np.int64)
+        out = np.zeros((self.lanes, 1 + _WIDTH * len(self.streams)), np.int64)
         out[:, 0] = was[:, 0]
         for k, stream in enumerate(self.streams):
             if stream.name in sources:
                 at = sources.index(stream.name)
-                out[:, 1 + CURSOR * k :][:, :CURSOR] = was[:, 1 + CURSOR * at :][:, :CURSOR]
+                out[:, 1 + _WIDTH * k :][:, :_WIDTH] = was[:, 1 + _WIDTH * at :][:, :_WIDTH]
         return out
 
     def _batch_of(self, step: int) -> int:
@@ -104,10 +108,10 @@ class StreamLoader:
 
     def _table(self) -> Table:
         """Where the lanes stand whose first row is this rank's; zeros elsewhere."""
-        out = np.zeros((self.lanes, 1 + CURSOR * len(self.streams)), np.int64)
+        out = np.zeros((self.lanes, 1 + _WIDTH * len(self.streams)), np.int64)
         for number, lanes in self._lanes.items():
             if self.rank * self.rows <= number * self._share < (self.rank + 1) * self.rows:
-                out[number] = (self._digests[number], *(n for lane in lanes for n in lane.cursor()))
+                out[number] = (self._digests[number], *(n for lane in lanes for n in (*lane.cursor(), *lane.left_out)))
         return out
 
     def stream(
@@ -157,8 +161,28 @@ class StreamLoader:
         tables = dict(self._tables)  # another thread reads ahead
         earlier = max([s for s in tables if s <= step - _AGAIN] or [min(tables)])
         now, before = (total(tables[s]) for s in (step, earlier))
-        names = [stream.name for stream in self.streams]
-        return {"sources": names, "lanes": now.tolist(), "earlier": {"step": earlier, "lanes": before.tolist()}}
+        return {
+            "sources": [stream.name for stream in self.streams],
+            "lanes": now.tolist(),
+            "earlier": {"step": earlier, "lanes": before.tolist()},
+            "left_out": self._left_out(now),
+        }
+
+    def _left_out(self, table: Table) -> dict[str, int]:
+        """Documents of all lanes used, and left out by reason. Raises DataError for more unreadable ones than may be."""
+        counts = table[:, 1:].reshape(self.lanes, len(self.streams), _WIDTH)[:, :, CURSOR:].sum((0, 1)).tolist()
+        used, unreadable, most = counts[0], counts[1], self.most_invalid
+        if most is not None and unreadable > (most if most >= 1 or most == 0 else most * (used + unreadable)):
+            raise DataError(
+                f"data.max_invalid = {most:g}: {unreadable} of {used + unreadable} documents cannot be read: "
+                + ("; ".join(self.names[:3]) or "other ranks read them")
+            )
+        return dict(zip(("used", "unreadable", "empty", "dropped"), counts, strict=True))
+
+    @property
+    def names(self) -> list[str]:
+        """The first documents that this rank could not read."""
+        return [name for lanes in self._lanes.values() for lane in lanes for name in lane.names]
 
     def follow(self, state: Mapping[str, Any], step: int) -> None:
         """Read the last steps again, compare, and go on with `step`. Raises DataError if the rows are not those that were
@@ -172,7 +196,7 @@ class StreamLoader:
         for again in range(int(earlier["step"]), step):
             self.read(again)
         for number, lanes in self._lanes.items():
-            told = [self._digests[number], *(n for lane in lanes for n in lane.cursor())]
+            told = [self._digests[number], *(int(n) for lane in lanes for n in (*lane.cursor(), *lane.left_out))]
             if told != table[number].tolist():
                 raise DataError(
                     f"data.source: the rows of steps {earlier['step']} to {step} are not those that the run consumed (lane "

@@ -173,16 +173,18 @@ def _parse_template(template: str) -> tuple[tuple[str, str], ...]:
     try:
         fields = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise DataError(f"template = {template!r}: {error}; write columns as {{name}} and a brace as {{{{ or }}}}") from None
+        raise DataError(
+            f"data.template = {template!r}: {error}; write columns as {{name}} and a brace as {{{{ or }}}}"
+        ) from None
     pairs = []
     for literal, column, form, conversion in fields:
         if column is not None and (not column or set(column) & set(".[]") or form or conversion):
             raise DataError(
-                f"template = {template!r}: a field is the plain name of a column, such as {{text}}, and nothing else"
+                f"data.template = {template!r}: a field is the plain name of a column, such as {{text}}, and nothing else"
             )
         pairs.append((literal, column or ""))
     if not any(column for _, column in pairs):
-        raise DataError(f"template = {template!r} names no column: write one as {{text}}")
+        raise DataError(f"data.template = {template!r} names no column: write one as {{text}}")
     return tuple(pairs)
 
 
@@ -208,7 +210,7 @@ def _compile_where(text: str) -> tuple[Callable[[Row], bool], set[str]]:
         value = _value(tree)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         why = f": {error}" if type(error) is ValueError else ""
-        raise DataError(f"where = {text!r} cannot be read{why}; it is made of {ALLOWED_IN_WHERE}") from None
+        raise DataError(f"data.where = {text!r} cannot be read{why}; it is made of {ALLOWED_IN_WHERE}") from None
     names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - {"len"}
 
     def keep(row: Row) -> bool:

@@ -239,6 +239,7 @@ def train(
     """Train a byte-level BPE tokenizer on text: up to 64 MB of it, from all over the source."""
     from rich.console import Console
 
+    from data.atomic import write_file
     from data.prepare import Recipe, train_on
     from data.text import SourceSpec
     from trainer.errors import ConfigError
@@ -248,8 +249,11 @@ def train(
     console = Console(highlight=False, soft_wrap=True)
     with shown(console) as show:
         made = train_on({"": Recipe(SourceSpec(source, column=column, on_invalid="skip"), vocab=vocab)}, show)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made.save(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_file(out, made.backend.to_str().encode())
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be written: {error.strerror}: give another path") from None
     console.print(f"{out}: {made.vocab} tokens; use it with data.tokenizer={out}", markup=False)
 
 

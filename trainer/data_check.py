@@ -135,7 +135,8 @@ def _plan_checks(base: str, name: str, content: bytes, info: DatasetInfo, mapped
     """A check for each file that a plan of rows lists, and one that the plan as a whole is of this data."""
 
     def belongs() -> None:
-        read_plan(content, f"{base}/{name}", info, mapped)
+        _, context, split = name.removesuffix(".json").split("-", 2)
+        read_plan(content, f"{base}/{name}", info, split, int(context), mapped)
 
     whole = Check(f"{base}/{name}", 0, belongs)
     try:

@@ -96,7 +96,7 @@ def datasets(config: RunConfig) -> dict[str, Dataset]:
 def tokenizer_of(dataset: Dataset) -> Tokenizer:
     """The tokenizer that made a dataset. Raises DataError if the file beside it is another."""
     tokenizer = parse_tokenizer(dataset.read(TOKENIZER), f"{dataset.place}/{TOKENIZER}")
-    if tokenizer.fingerprint != dataset.info.tokenizer:
+    if (tokenizer.fingerprint, tokenizer.vocab) != (dataset.info.tokenizer, dataset.info.vocab):
         raise DataError(f"{dataset.place}/{TOKENIZER}: not the tokenizer that made the data; prepare the data again")
     return tokenizer
 
@@ -168,13 +168,17 @@ class Feed:
         """This rank's loader, at the beginning of the run. Its sources are numbered as the run's history has them, whatever
         their order in the config."""
         config = self.config
-        warmup = tuple((step * config.train.global_batch, tokens) for step, tokens in config.data.warmup)
+        starts = self.skipped.positions(
+            np.array([step * config.train.global_batch for step, _ in config.data.warmup], dtype=np.int64)
+        )
+        warmup = tuple((start, tokens) for start, (_, tokens) in zip(starts.tolist(), config.data.warmup, strict=True))
         if self.streams:
             named = {stream.name: stream for stream in self.streams}
             streams_now = tuple(named[name] for name in continued.history.names if name in named)
             return StreamLoader(
                 streams_now, continued.history, self.skipped, self.lanes, config.train.context, config.train.global_batch,
                 here.data, layout.data_ranks, config.data.document_mask, columns(config, layout, here), warmup,
+                config.data.max_invalid,
             )  # fmt: skip
         course = make_course(
             tuple(self.train[name] for name in continued.history.names if name in self.train), continued.history,

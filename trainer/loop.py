@@ -74,13 +74,14 @@ def _fit(config: RunConfig, world: World, device: torch.device) -> bool:
             if done == steps or (config.eval.every and done % config.eval.every == 0 and not stopping):
                 evaluate(done)
             if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                path = checkpoint.save(folder.checkpoints, done, engine.state(), record(done), config.checkpoint.keep)
-                log.event("save", step=done, path=path.name)
+                told = record(done)
+                path = checkpoint.save(folder.checkpoints, done, engine.state(), told, config.checkpoint.keep)
+                log.saved(done, path.name, told["data"]["state"].get("left_out"))
                 saved = done
             if stopping:
                 log.event("stop", step=done, asked=stop.asked or "another rank")
                 break
-        log.finish(saved, steps)
+        log.finish(saved, steps, getattr(loader, "names", []))
     return saved == steps
 
 
@@ -131,7 +132,9 @@ def resume(
             raise CheckpointError(
                 f"{key} = {now}: the run at {folder.path} was begun with {before}: set it back, or give another run.name"
             )
-    data = manifest.record["data"]
+    data = manifest.record.get("data")
+    if data is None:
+        raise CheckpointError(f"{path}: does not say how its data goes on: another version wrote it; give another run.name")
     continued = feed.continued(data)
     loader = feed.loader(layout, here, continued)
     loader.follow(data["state"], manifest.step)
@@ -156,6 +159,7 @@ class RunLog:
         self.console = TrainConsole(config.train.steps, config.log.every, silent)
         self.started = time.perf_counter()
         self.skipped = 0
+        self.left_out: dict[str, int] = {}
         if silent:
             return
         write_file(folder.config, to_toml(config).encode())
@@ -224,11 +228,21 @@ class RunLog:
         if not self.silent:
             self.folder.event(kind, **fields)
 
-    def finish(self, saved: int, steps: int) -> None:
+    def saved(self, done: int, name: str, left_out: dict[str, int] | None) -> None:
+        """`left_out`: of a stream, how many documents were used and how many left out by reason."""
+        self.left_out = left_out or {}
+        self.event("save", step=done, path=name, **({"documents": left_out} if left_out else {}))
+
+    def finish(self, saved: int, steps: int, unreadable: list[str]) -> None:
         if not self.silent:
             self.metrics.close()
             self.event("end", step=saved, finished=saved == steps)
             done = f"finished {steps} steps" if saved == steps else f"stopped and saved after step {saved} of {steps}"
             self.console.say(f"{done}: {self.folder.path}")
+            if self.left_out.get("unreadable"):
+                told = ", ".join(f"{count:,} {what}" for what, count in self.left_out.items())
+                self.console.say(f"warning: documents of the stream that cannot be read were left out ({told})")
+                for name in unreadable[:5]:
+                    self.console.say(f"  {name}")
             if self.skipped:
                 self.console.say(f"warning: {self.skipped} step(s) changed nothing: the gradient norm was not finite")

@@ -55,7 +55,7 @@ def train_rank(run: RunConfig, place: World) -> int:
         if watched:  # all is saved: when a peer ends a moment earlier, the agent's SIGTERM is no longer meant for us
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         leave()
-        return code
+        _end(code)
     except Exception as error:
         _gone(error, place.rank)
 
@@ -91,7 +91,11 @@ def generate_rank(
 
 def _gone(error: Exception, rank: int) -> NoReturn:
     """End this rank with no orderly leave, which would wait for peers that wait for it: gone at once, the launcher sees it."""
-    code = say(error, rank)
+    _end(say(error, rank))
+
+
+def _end(code: int) -> NoReturn:
+    """End this process now: what is to be kept is on disk, and no thread of a library has a say in how it ends."""
     with contextlib.suppress(OSError):  # whoever reads our output may be what is gone
         sys.stdout.flush()
         sys.stderr.flush()
@@ -143,6 +147,5 @@ def _leave_message(text: str) -> None:
     if file is None:
         print(f"error: {text}", file=sys.stderr)
         return
-    message = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text(json.dumps({"message": message}))
+    Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))

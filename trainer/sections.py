@@ -22,7 +22,7 @@ class MixedSection(Section):
 
     weight: float = Field(1.0, ge=0, description="its part of the samples, beside the others' weights")
     schedule: list[tuple[Natural, Annotated[float, Field(ge=0)]]] = Field(
-        [], description="other weights later, [tokens, weight]: from so many trained tokens on"
+        [], description="other weights later, [tokens, weight]: from so many tokens of the order on"
     )
     epochs: float | None = Field(None, gt=0, description="times that it is read at most (default: as often as it takes)")
     path: str | None = Field(
@@ -126,6 +126,10 @@ class DataSection(Section):
             raise ValueError(f"warmup: its steps {steps} do not go up")
         if self.stream and self.packing == "fit":
             raise ValueError('packing "fit" needs all lengths beforehand: prepare the data, or set packing = "cut"')
+        if self.stream and self.shuffle_window:
+            raise ValueError("shuffle_window is of prepared shards: leave it out, or set stream = false")
+        if self.lanes and not self.stream:
+            raise ValueError("lanes are of a stream: leave them out, or set stream = true")
         for name, mixed in self.mixture.items():
             if mixed.path and mixed.source:
                 raise ValueError(

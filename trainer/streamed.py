@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict
-from functools import reduce
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data.atomic import commit_folder, locked_folder
+from data.dataset import is_megatron, is_remote
 from data.errors import DataError
 from data.lanes import PIECE_BYTES, Stream
 from data.prepare import Recipe, train_on
@@ -35,7 +35,7 @@ from data.shards import (
     write_index,
     write_shard,
 )
-from data.sources import Piece, Source, open_source, pieces
+from data.sources import Source, open_source, pieces
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.work import Selection, Tally, digest, encode, is_held_out, usable
 from trainer.config import RunConfig
@@ -51,7 +51,8 @@ def stream_fingerprint(recipe: Recipe, source: Source) -> str:
     """Changes when a setting of a source, or a name or size of its files does."""
     plain = {
         "files": source.describe(),
-        "spec": asdict(recipe.spec),
+        # Not on_invalid: where an error becomes a document left out, what was read before stays what it was.
+        "spec": asdict(replace(recipe.spec, on_invalid="")),
         "filters": asdict(recipe.filters),
         "held_out": recipe.held_out,
     }
@@ -63,6 +64,11 @@ def set_apart(config: RunConfig, recipes: dict[str, Recipe], places: dict[str, s
     that are not those that a folder was made from."""
     if any(recipe.deduplicate for recipe in recipes.values()):
         raise ConfigError("data.filters.deduplicate needs all documents beforehand: prepare the data, or set it to false")
+    for place in places.values():
+        if is_remote(place) or is_megatron(place):
+            raise ConfigError(
+                f"data.path = {place!r}: a stream keeps its tokenizer and held-out text in a folder of its own: give one"
+            )
     wanted = config.eval.batches * config.train.global_batch * config.train.context + 1
     sources = {name: open_source(recipe.spec) for name, recipe in recipes.items()}
 
@@ -138,16 +144,16 @@ def _set_apart(made: Path, recipe: Recipe, source: Source, tokenizer: Tokenizer,
 
 
 def _selection(recipe: Recipe, source: Source, tokenizer: Tokenizer) -> Selection:
-    most = recipe.max_invalid
     specials = tokenizer.special_tokens if source.chat is not None else frozenset()
-    return Selection(source, recipe.filters, specials, -1 if most is None or 0 < most < 1 else int(most))
+    return Selection(source, recipe.filters, specials, -1)  # how many may be left out is asked of all lanes together
 
 
 def streams(
     config: RunConfig, recipes: dict[str, Recipe], tokenizer: Tokenizer
 ) -> tuple[tuple[Stream, ...], dict[str, str], int]:
-    """The streams of a run's sources, the sources' fingerprints, and the number of lanes. Raises DataError if a source
-    has fewer pieces than there are lanes."""
+    """The streams of a run's sources, the sources' fingerprints, and the number of lanes."""
+    batch = config.train.global_batch
+    lanes = config.data.lanes or max(n for n in range(1, min(_MOST_LANES, batch) + 1) if batch % n == 0)
     out, prints = [], {}
     for name, recipe in recipes.items():
         source = open_source(recipe.spec)
@@ -155,19 +161,6 @@ def streams(
         target = min(PIECE_BYTES, max(1 << 12, source.bytes // (4 * _MOST_LANES)))
         parts = pieces(source, target)
         selection = _selection(recipe, source, tokenizer)
-        out.append(Stream(name, selection, parts, tokenizer, recipe.held_out, config.run.seed))
-    return tuple(out), prints, _lanes(config, [stream.pieces for stream in out], list(recipes.values()))
-
-
-def _lanes(config: RunConfig, parts: list[tuple[Piece, ...]], recipes: list[Recipe]) -> int:
-    fewest = reduce(min, map(len, parts))
-    batch, asked = config.train.global_batch, config.data.lanes
-    if asked is None:
-        return max(n for n in range(1, min(_MOST_LANES, fewest, batch) + 1) if batch % n == 0)
-    for recipe, pieces_of in zip(recipes, parts, strict=True):
-        if len(pieces_of) < asked:
-            raise DataError(
-                f"data.lanes = {asked}: {recipe.spec.source!r} comes in {len(pieces_of)} pieces, and every lane needs one: "
-                "lower it, or split the source in more files (compressed files are not cut)"
-            )
-    return asked
+        shares = -(-lanes // len(parts))  # what comes in fewer pieces than there are lanes is shared out document by document
+        out.append(Stream(name, selection, parts, shares, tokenizer, recipe.held_out, config.run.seed))
+    return tuple(out), prints, lanes

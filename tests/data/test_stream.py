@@ -45,9 +45,9 @@ def small_blocks(monkeypatch):
 
 
 def stream_of(root, name, seed=1):
-    source = open_source(SourceSpec(str(root / name)))
+    source = open_source(SourceSpec(str(root / name), on_invalid="skip"))
     selection = Selection(source, Filters(), frozenset(), -1)
-    return Stream(name, selection, pieces(source, 1500), load_tokenizer("bytes"), SHARE, seed)
+    return Stream(name, selection, pieces(source, 1500), 1, load_tokenizer("bytes"), SHARE, seed)
 
 
 WEIGHTS = Asked(((0, {"a": 2.0, "b": 1.0}),), {"a": None, "b": None})
@@ -122,7 +122,7 @@ def test_a_lane_reads_every_document_of_its_pieces_once_and_none_that_is_held_ou
 def test_lanes_share_an_epoch_out(texts):
     stream = stream_of(texts, "b")
     ordinals = sorted(lane + turn * LANES for lane in range(LANES) for turn in range(10))
-    taken = [stream.piece(n).number for n in ordinals[: len(stream.pieces)]]
+    taken = [stream.unit(n)[0].number for n in ordinals[: len(stream.pieces)]]
     assert sorted(taken) == list(range(len(stream.pieces)))
 
 
@@ -179,3 +179,66 @@ def test_a_source_of_which_nothing_can_be_used_is_refused(tmp_path):
     lane = Lane(stream_of(tmp_path, "a"), 0, 1)
     with pytest.raises(DataError, match="every piece is empty"):
         lane.row(CONTEXT)
+
+
+def test_what_is_left_out_is_counted_once_whatever_the_ranks_and_stops(texts, tmp_path):
+    import shutil
+
+    root = tmp_path / "raw"
+    shutil.copytree(texts, root)
+    for n, file in enumerate(sorted((root / "a").iterdir())):
+        lines = file.read_text().splitlines()
+        for at in range(3, len(lines), 7 + n):
+            lines[at] = ["not json", '{"text": ""}'][at % 2]
+        file.write_text("\n".join(["{broken", *lines, "{broken too"]) + "\n")
+    _, whole = steps_of(root, 1, 0, 15)
+    at, state = 0, None
+    for world, steps in [(2, 3), (3, 1), (1, 5), (8, 2), (4, 4)]:
+        _, state = steps_of(root, world, at, at + steps, state)
+        at += steps
+    assert state == whole
+    counts = np.array(whole["lanes"])[:, 1:].reshape(LANES, 2, -1)[:, :, 3:].sum(0)
+    assert counts[0, 1] > 5, "source a has unreadable documents"
+    assert counts[0, 2] > 2, "and empty ones"
+    assert counts[1, 1:].tolist() == [0, 0, 0]
+    lone = Lane(stream_of(root, "a"), 0, 1)
+    while lone.piece < len(lone.stream.pieces):  # one epoch in one lane
+        lone.row(CONTEXT)
+    lines = [line for file in (root / "a").iterdir() for line in file.read_text().splitlines()]
+    assert lone.left_out[1] >= sum("broken" in line or line == "not json" for line in lines) - 9
+    assert lone.names
+    assert all("not JSON" in name for name in lone.names)
+
+
+def test_a_limit_of_unreadable_documents_holds_for_all_lanes_together(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for name in "ab":
+        for n in range(8):
+            rows = [json.dumps({"text": f"{name}{n}-{i} some words"}) for i in range(30)]
+            (tmp_path / name / f"{n}.jsonl").write_text("\n".join([*rows[:15], "{", *rows[15:]]) + "\n")
+    for most, fails in [(None, False), (1000, False), (3, True), (0.5, False), (0.01, True)]:
+        made = loader(tmp_path)
+        made.most_invalid = most
+        list(made.stream(0, 9))
+        if fails:
+            with pytest.raises(DataError, match=r"data\.max_invalid = .*: \d+ of \d+ documents cannot be read: .*not JSON"):
+                made.state(9, lambda table: table)
+        else:
+            assert made.state(9, lambda table: table)["left_out"]["unreadable"] > 3
+
+
+def test_a_source_of_fewer_pieces_than_lanes_is_shared_out_by_documents(texts):
+    source = open_source(SourceSpec(str(texts / "a")))
+    lone = pieces(source, 1 << 30)
+    assert len(lone) == 1
+    stream = Stream("a", Selection(source, Filters(), frozenset(), -1), lone, 4, load_tokenizer("bytes"), SHARE, 1)
+    seen = []
+    for number in range(4):
+        lane, tokens = Lane(stream, number, 4), []
+        while lane.piece == 0:
+            tokens += lane.row(CONTEXT).shard.tokens[:-1].tolist()
+        seen += stream.tokenizer.decode(tokens).split("<|endoftext|>")[:-1]
+    lines = [json.loads(line)["text"] for file in (texts / "a").iterdir() for line in file.read_text().splitlines()]
+    kept = {t for t in lines if not is_held_out(digest(t), SHARE)}
+    assert kept <= set(seen)

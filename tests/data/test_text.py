@@ -72,7 +72,7 @@ def test_a_template_puts_columns_together():
     assert filled("{note}").problem == "no text: column 'note' of the template holds nothing (null)"
     assert filled("{text}", {"text": "\ud800"}).problem == "not text: half of a surrogate pair at character 0"
     for template in ("{text.upper}", "{tags[0]}", "{text!r}", "{stars:>9}", "{}", "{text", "}", "no column"):
-        with pytest.raises(DataError, match=r"^template = "):
+        with pytest.raises(DataError, match=r"^data\.template = "):
             filled(template)
 
 
@@ -209,7 +209,7 @@ def test_a_template_comes_with_its_tokenizers_config(tmp_path):
     (tmp_path / "other.jinja").write_text("{% if %}")
     (tmp_path / "none.json").write_text("{}")
     for bad in ("other.jinja", "none.json", "missing.jinja"):
-        with pytest.raises(DataError, match=f"^chat = .*{bad}"):
+        with pytest.raises(DataError, match=rf"^data\.chat = .*{bad}"):
             load_chat(str(tmp_path / bad))
 
 

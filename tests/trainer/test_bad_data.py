@@ -112,6 +112,27 @@ def test_a_source_that_is_gone_or_new_is_accepted_by_name(begun, mixed, tmp_path
     assert [r["step"] for r in records(fewer, "test")] == list(range(1, 18))
 
 
+def test_a_stream_whose_sources_are_reordered_gone_and_new_goes_on(mixed, tmp_path):
+    def flow(config_file, steps, *overrides):
+        where = (f"run.folder={tmp_path}/runs", f"data.path={tmp_path}/flow", "data.stream=true")
+        return (config_file, "train", *where, f"train.steps={steps}", *overrides)
+
+    inside(*flow(mixed, 6))
+    inside(*flow(mixed, 8, "run.name=quiet"))
+    reordered, whole = in_another_order(mixed, tmp_path), records(tmp_path / "run.toml", "quiet")
+    inside(*flow(reordered, 8))
+    told = records(reordered, "test")
+    assert [r["tokens"] for r in told] == [r["tokens"] for r in whole]
+    assert [r["loss"] for r in told] == pytest.approx([r["loss"] for r in whole], rel=1e-2)
+    fewer = in_another_order(mixed, tmp_path, leave=("books",))
+    assert "data.mixture.books: a source that is gone" in refused(*flow(fewer, 9))
+    inside(*flow(fewer, 10, "data.on_change=accept"))
+    inside(*flow(fewer, 12))
+    inside(*flow(mixed, 13, "data.on_change=accept"))
+    inside(*flow(mixed, 14))
+    assert [r["step"] for r in records(tmp_path / "run.toml", "test")] == list(range(1, 15))
+
+
 def epochs(share):
     return [f"data.mixture.{name}.epochs={share}" for name in ("web", "books", "code")]
 
