@@ -141,7 +141,7 @@ def epochs(share):
     ("settings", "said"),
     [
         ([*epochs(0.5), "train.steps=1000"], "are enough for 271 steps: lower it, or raise data.mixture.NAME.epochs"),
-        (["data.lanes=3"], "data.lanes 3 does not divide train.global_batch 8: give a divisor"),
+        (["data.lanes=4"], "lanes are of a stream: leave them out, or set stream = true"),
         (
             ["data.stream=true", "data.mixture.web.epochs=1"],
             "mixture.web.epochs needs prepared data: leave it out, or set stream",
@@ -165,7 +165,7 @@ def epochs(share):
             ["data.stream=true", "data.path=raw-2", "data.filters.deduplicate=true"],
             "data.filters.deduplicate needs all documents",
         ),
-        (["data.stream=true", "data.path=raw-3", "train.global_batch=800", "data.lanes=800"], "data.lanes = 800: '"),
+        (["data.stream=true", "data.path=s3://b/x"], "a stream keeps its tokenizer and held-out text in a folder"),
         (["data.path=nowhere"], "no prepared dataset at nowhere/web; make it with `mikoshi prepare CONFIG`"),
         (["data.path=s4://bucket/x"], "s4://bucket/x/web: not an address of a store: give one with s3://"),
     ],

@@ -368,7 +368,7 @@ def test_verify_names_all_that_is_damaged_and_nothing_else(lone, tmp_path, mikos
     code, out, errors = mikoshi("data", "verify", file)
     assert (code, errors) == (0, [])
     assert ": whole" in out
-    assert f"{len(list(data.iterdir())) - 1} files read" in out  # all but dataset.json, which lists them
+    assert f"{len(list(data.glob('[!.]*'))) - 1} files read" in out  # all but dataset.json, which lists them
     shards = sorted(data.glob("train-*.shard"))
     assert len(shards) > 3
     plan = data / f"{plan_name('train', CONTEXT)}.pieces"
@@ -402,6 +402,10 @@ def test_verify_a_megatron_corpus_and_a_distant_dataset(lone, tmp_path, mikoshi)
     code, out, _ = mikoshi("data", "inspect", *megatron, "--step", 2, "--rows", 1)
     assert code == 0 and f"{tmp_path / 'corpus'}, train part row " in out
     assert mikoshi("data", "stats", *megatron)[1].count("made elsewhere: megatron") == 1
+    assert mikoshi("data", "in-order", tmp_path / "corpus", tmp_path / "new" / "again")[0] == 0
+    assert (tmp_path / "new" / "again.bin").read_bytes() == (tmp_path / "corpus.bin").read_bytes()
+    assert mikoshi("data", "to-megatron", lone, tmp_path / "written")[0] == 0
+    assert (tmp_path / "written.bin").read_bytes() == shard.tokens.astype("<u2").tobytes()
     content = bytearray((tmp_path / "corpus.bin").read_bytes())
     content[2 * 1001 + 1] = 0x7F  # an id beyond the vocabulary
     (tmp_path / "corpus.bin").write_bytes(content)

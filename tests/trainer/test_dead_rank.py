@@ -27,7 +27,7 @@ if os.environ.get("RANK") == "3":
 """
 
 
-@pytest.mark.parametrize("layout", ["tp=2 pp=2", "tp=2 zero=3"])
+@pytest.mark.parametrize("layout", ["tp=2 pp=2", pytest.param("tp=2 zero=3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("how", "said"),
     [

@@ -101,7 +101,7 @@ def assert_same_metrics(found, expected, exact):
             assert ours[key] == (theirs[key] if exact else pytest.approx(theirs[key], rel=1e-5)), (ours["step"], key)
 
 
-@pytest.mark.parametrize("whom", ["launcher", "rank"])
+@pytest.mark.parametrize("whom", ["launcher", pytest.param("rank", marks=pytest.mark.slow)])
 def test_killed_at_a_random_step_and_resumed_is_the_same_to_the_bit(config_file, quiet, whom):
     step = random.randrange(22, 50)
     process = start(config_file, f"killed-{whom}")
