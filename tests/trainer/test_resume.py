@@ -124,6 +124,7 @@ def test_killed_at_a_random_step_and_resumed_is_the_same_to_the_bit(config_file,
     assert_same_metrics(steps_recorded(config_file, f"killed-{whom}"), quiet[1], exact=True)
 
 
+@pytest.mark.slow
 def test_resumed_on_another_number_of_ranks_goes_on_with_the_same_losses(config_file, quiet):
     process = start(config_file, "changed", ranks=1)
     wait_for_step(process, config_file, "changed", 20)
