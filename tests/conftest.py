@@ -1,4 +1,5 @@
 import os
+import sys
 
 # Two cores: one thread a process keeps the ranks of a multi-rank test out of each other's way.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -21,3 +22,23 @@ def dataset(tmp_path_factory):
     from runs import make_dataset
 
     return make_dataset(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def mikoshi(tmp_path, monkeypatch, capfd):
+    """Call the command line in this process: returns its exit code, what it printed and its error lines."""
+    from trainer import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mikoshi", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capfd.readouterr()
+        return code, out, [line for line in err.splitlines() if line.startswith("error: ")]
+
+    return call

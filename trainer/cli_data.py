@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from data.prepare import Progress
     from data.progress import Show
+    from data.shards import DatasetInfo
 
 Config = Annotated[Path, typer.Argument(help="the run's TOML file", show_default=False)]
 Overrides = Annotated[
@@ -79,18 +80,7 @@ def prepare(
         typer.echo(str(stopped), err=True)
         raise typer.Exit(PREEMPTED) from None
     for name, (info, new) in made.items():
-        report = info.report
-        dropped = ", ".join(f"{count:,} {why}" for why, count in report["dropped"].items())
-        console.print(
-            f"{'prepared' if new else 'already prepared'}: {places(run.data)[name]}\n"
-            f"  {report['documents']:,} documents, {report['bytes'] / 1e6:.1f} MB of text; "
-            f"{report['skipped']:,} skipped, {report['empty']:,} empty{f'; left out: {dropped}' if dropped else ''}\n"
-            f"  {info.tokens(TRAIN):,} training and {info.tokens(HELD_OUT):,} held-out tokens, vocabulary {info.vocab}\n"
-            f"  a model that knows only how frequent each token is has a held-out loss of {info.unigram_nats:.3f}",
-            markup=False,
-        )
-        for problem in report["skipped_names"]:
-            console.print(f"  skipped {problem}", markup=False)
+        _print_prepared(console, places(run.data)[name], info, new)
     if run.data.packing == "fit":
         for name, dataset in datasets(run).items():
             corpus = open_corpus(dataset, TRAIN, run.train.context, "fit", name)
@@ -101,6 +91,23 @@ def prepare(
                 f"{corpus.plan.used:.2%} of their places used",
                 markup=False,
             )
+
+
+def _print_prepared(console: Console, place: str, info: DatasetInfo, new: bool) -> None:
+    from data.shards import HELD_OUT, TRAIN
+
+    report = info.report
+    dropped = ", ".join(f"{count:,} {why}" for why, count in report["dropped"].items())
+    console.print(
+        f"{'prepared' if new else 'already prepared'}: {place}\n"
+        f"  {report['documents']:,} documents, {report['bytes'] / 1e6:.1f} MB of text; "
+        f"{report['skipped']:,} skipped, {report['empty']:,} empty{f'; left out: {dropped}' if dropped else ''}\n"
+        f"  {info.tokens(TRAIN):,} training and {info.tokens(HELD_OUT):,} held-out tokens, vocabulary {info.vocab}\n"
+        f"  a model that knows only how frequent each token is has a held-out loss of {info.unigram_nats:.3f}",
+        markup=False,
+    )
+    for problem in report["skipped_names"]:
+        console.print(f"  skipped {problem}", markup=False)
 
 
 @contextmanager

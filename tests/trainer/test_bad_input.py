@@ -12,26 +12,13 @@ from pathlib import Path
 import pytest
 
 from runs import VOCAB, run_config, text_folder
-from trainer import checkpoint, cli
+from trainer import checkpoint
 from trainer.config import to_toml
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, capfd):
-    """Call the command line in this process: returns its exit code, what it printed and its error lines."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mikoshi", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capfd.readouterr()
-        return code, out, [line for line in err.splitlines() if line.startswith("error: ")]
-
-    return call
+def run(mikoshi):
+    return mikoshi
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +19,11 @@ from data.store import CacheLimits
 from data.text import SourceSpec
 from data.tokenizer import load_tokenizer
 from runs import loader_of, make_dataset, run_config, text_folder
-from trainer import cli
 from trainer.config import load_config, to_toml
 from trainer.data_stats import documents_cut, rows_joined
 from trainer.data_view import CLOSE, OPEN, marked
 
 CONTEXT = 64
-
-
-@pytest.fixture
-def mikoshi(tmp_path, monkeypatch, capfd):
-    """Call the command line in this process: returns its exit code, what it printed and its error lines."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["mikoshi", *map(str, arguments)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        out, err = capfd.readouterr()
-        return code, out, [line for line in err.splitlines() if line.startswith("error: ")]
-
-    return call
 
 
 @pytest.fixture
