@@ -2,7 +2,8 @@
 
 `with faulty_s3({"name": body}) as server:` serves the bodies at `server.url`; `server.plan(fault, ...)` says what happens
 to the next GETs, in order (None: nothing), and `server.always(choose)` what happens to all after those. `server.requests`
-is the log of every GET that arrived.
+is the log of every GET that arrived. `server.plan_changes` and `server.changes` are the same of PUT, POST and DELETE, whose
+answer can be `lost` though what they ask for has been done.
 """
 
 import http.client
@@ -20,11 +21,13 @@ _SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, 
 @dataclass(frozen=True)
 class Fault:
     """`status`: answer with it and no body. Otherwise the answer is moto's, where `delay` is seconds of waiting before
-    it, `send` the number of body bytes that leave before `cut` closes the connection or `gate` is waited for, `shorten`
-    the bytes taken off the body and its declared length, `flip` the place of a byte that is changed."""
+    it, `lost` that none of it leaves, `send` the number of body bytes that leave before `cut` closes the connection or
+    `gate` is waited for, `shorten` the bytes taken off the body and its declared length, `flip` the place of a byte that
+    is changed."""
 
     status: int = 0
     delay: float = 0.0
+    lost: bool = False
     send: int = -1
     cut: bool = False
     gate: threading.Event | None = None
@@ -40,6 +43,8 @@ class Faulty:
     abandoned: list[str] = field(default_factory=list)  # the client had left when the answer was written
     planned: deque = field(default_factory=deque)
     choose: object = None
+    changes: list[str] = field(default_factory=list)
+    planned_changes: deque = field(default_factory=deque)
     changed: threading.Condition = field(default_factory=threading.Condition)
     stopping: threading.Event = field(default_factory=threading.Event)
 
@@ -58,6 +63,9 @@ class Faulty:
     def plan(self, *faults):
         self.planned.extend(faults)
 
+    def plan_changes(self, *faults):
+        self.planned_changes.extend(faults)
+
     def always(self, choose):
         """`choose(n)`: the fault of the n-th GET (from 0) among those that were not planned."""
         self.choose = choose
@@ -66,8 +74,10 @@ class Faulty:
         """Begin anew: no plans, no log."""
         with self.changed:
             self.planned.clear()
+            self.planned_changes.clear()
             self.choose = None
             self.requests.clear()
+            self.changes.clear()
             self.abandoned.clear()
 
     def put(self, name, body):
@@ -103,6 +113,12 @@ class Faulty:
                 return self.planned.popleft()
             return self.choose(number) if self.choose else None
 
+    def changing(self, method, path):
+        with self.changed:
+            self.changes.append(f"{method} {path.partition('?')[0].rpartition('/')[2]}")
+            self.changed.notify_all()
+            return self.planned_changes.popleft() if self.planned_changes else None
+
     def left(self, path):
         with self.changed:
             self.abandoned.append(path.rpartition("/")[2])
@@ -117,18 +133,31 @@ def _handler(faulty):
             pass
 
         def do_GET(self):
-            fault = faulty.arrived(self.path) or Fault()
+            self._forward(faulty.arrived(self.path) or Fault())
+
+        def do_HEAD(self):
+            self._forward(Fault())
+
+        def _change(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._forward(faulty.changing(self.command, self.path) or Fault(), body)
+
+        do_PUT = do_POST = do_DELETE = _change
+
+        def _forward(self, fault, body=None):
             if fault.delay:
                 faulty.stopping.wait(fault.delay)
             if fault.status:
                 self._answer(fault.status, [], b"", Fault())
                 return
             connection = http.client.HTTPConnection("127.0.0.1", faulty.moto, timeout=30)
-            connection.request("GET", self.path, headers={k: v for k, v in self.headers.items() if k.lower() != "host"})
+            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
+            connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             body = answer.read()
             connection.close()
-            headers = [(k, v) for k, v in answer.getheaders() if k.lower() in ("etag", "last-modified", "content-type")]
+            kept = ("etag", "last-modified", "content-type") + ("content-length",) * (self.command == "HEAD")
+            headers = [(k, v) for k, v in answer.getheaders() if k.lower() in kept]
             self._answer(answer.status, headers, body, fault)
 
         def _answer(self, status, headers, body, fault):
@@ -136,11 +165,15 @@ def _handler(faulty):
                 body = body[: -fault.shorten]
             if fault.flip >= 0:
                 body = body[: fault.flip] + bytes([body[fault.flip] ^ 1]) + body[fault.flip + 1 :]
+            if fault.lost:
+                self.close_connection = True
+                return
             try:
                 self.send_response(status)
                 for name, value in headers:
                     self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
+                if self.command != "HEAD":
+                    self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 sent = len(body) if fault.send < 0 else fault.send
                 self.wfile.write(body[:sent])

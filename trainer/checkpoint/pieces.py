@@ -1,0 +1,208 @@
+"""Pieces of tensors in safetensors files: written and digested in one pass, read straight into place, nothing copied.
+
+A file is eight bytes for the header's length (little-endian), the header in JSON, and the pieces' bytes without a gap.
+Larger elements come first, so that every piece is aligned. The format: https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint.digests import Both, Digests
+from trainer.errors import CheckpointError
+
+# What may be in a checkpoint: torch's name of an element -> the format's.
+DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_BLOCK = 8 << 20  # bytes written, then digested while they are in the processor's cache
+_READ = 512 << 10  # bytes read, then digested while they are in a core's own cache
+_LARGEST_HEADER = 100_000_000  # the format's own limit
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a tensor in a file: `start` and `end` count bytes from the end of the header."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file is going to hold, in the order of its bytes."""
+
+    name: str
+    header: bytes
+    pieces: tuple[Piece, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Without the header."""
+        return self.pieces[-1].end if self.pieces else 0
+
+
+def dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def lay_out(name: str, wanted: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Contents:
+    """A file of these pieces: key, dtype and shape."""
+    pieces: list[Piece] = []
+    end = 0
+    for key, dtype, shape in sorted(wanted, key=lambda piece: -piece[1].itemsize):
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        pieces.append(Piece(key, dtype, shape, start, end))
+    table = {p.key: {"dtype": DTYPES[dtype_name(p.dtype)], "shape": p.shape, "data_offsets": (p.start, p.end)} for p in pieces}
+    text = json.dumps({"__metadata__": {"format": "pt"}, **table}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return Contents(name, len(text).to_bytes(8, "little") + text, tuple(pieces))
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """A tensor's elements as a row of bytes in the host's memory: the same memory, where that is possible."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def write(out: BinaryIO, header: bytes, parts: Iterable[Tensor], stop: threading.Event) -> Digests:
+    """Write the header and rows of bytes; returns the digests of all. Lets other threads run nearly all the time.
+
+    Raises InterruptedError soon after `stop` is set.
+    """
+    digests = Both(header)
+    out.write(header)
+    for part in parts:
+        memory = part.numpy().data
+        for start in range(0, len(memory), _BLOCK):
+            if stop.is_set():
+                raise InterruptedError("stopped: another rank could not write")
+            block = memory[start : start + _BLOCK]
+            out.write(block)
+            digests.update(block)
+    return digests.hexdigests()
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A handle of a regular file. Raises CheckpointError for anything else, and does not wait for what a FIFO has to say."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened as a regular file: {error.strerror}") from None
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def read_through(path: Path, update: Callable[[memoryview], object]) -> None:
+    """Show `update` every byte of a regular file, a block at a time. Raises CheckpointError if it is none or cannot be read.
+
+    Not through a mapping, though that is somewhat faster: a disk that fails under one kills the process.
+    """
+    buffer = memoryview(bytearray(_READ))
+    with opened(path) as handle:
+        try:
+            while count := os.readv(handle, [buffer]):
+                update(buffer[:count])
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+@dataclass
+class PieceFile:
+    """An open file and what its header says. May be read from several threads."""
+
+    path: Path
+    handle: int
+    data: int  # where the header ends
+    pieces: dict[str, Piece]
+    _map: mmap.mmap | None = None
+    _mapping: threading.Lock = field(default_factory=threading.Lock)
+
+    def fill(self, key: str, offset: Sequence[int], shape: Sequence[int], target: Tensor) -> None:
+        """Copy the box of a piece at `offset` into `target`, of the same shape, converting its dtype if need be."""
+        piece = self.pieces[key]
+        whole_rows = tuple(shape[1:]) == piece.shape[1:]
+        if whole_rows and target.is_cpu and target.dtype == piece.dtype and target.is_contiguous():
+            row = math.prod(piece.shape[1:]) * piece.dtype.itemsize
+            start = self.data + piece.start + (offset[0] * row if offset else 0)
+            self._read(start, target.reshape(-1).view(torch.uint8).numpy().data)
+            return
+        if target.numel():
+            box = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+            target.copy_(self._mapped(piece)[box])
+
+    def _read(self, start: int, into: memoryview) -> None:
+        done = 0
+        while done < len(into):
+            count = os.preadv(self.handle, [into[done : done + (1 << 30)]], start + done)
+            if not count:
+                raise CheckpointError(f"{self.path}: ends before byte {start + len(into)}")
+            done += count
+
+    def _mapped(self, piece: Piece) -> Tensor:
+        """The piece in the file's own memory: of columns only the pages that hold them are read."""
+        with self._mapping:
+            if self._map is None:  # a private copy if written to, which nobody does: torch warns of memory that is read-only
+                self._map = mmap.mmap(self.handle, 0, access=mmap.ACCESS_COPY)
+        count = math.prod(piece.shape)
+        return torch.frombuffer(self._map, dtype=piece.dtype, count=count, offset=self.data + piece.start).view(piece.shape)
+
+
+@contextmanager
+def piece_file(path: Path) -> Iterator[PieceFile]:
+    """Open a file of pieces. Raises CheckpointError for a header that says what cannot be."""
+    with opened(path) as handle:
+        size = os.fstat(handle).st_size
+        length = int.from_bytes(os.pread(handle, 8, 0), "little")
+        if size < 8 or not 2 <= length <= min(_LARGEST_HEADER, size - 8):
+            raise CheckpointError(f"{path}: damaged: its header cannot be {length} of {size} bytes long")
+        try:
+            table = json.loads(os.pread(handle, length, 8))
+            pieces = {key: _piece(key, entry, size - 8 - length) for key, entry in table.items() if key != "__metadata__"}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: damaged: its header: {error}") from None
+        yield PieceFile(path, handle, 8 + length, pieces)
+
+
+_BY_CODE = {code: dtype_named(name) for name, code in DTYPES.items()}
+
+
+def _piece(key: str, entry: dict[str, object], room: int) -> Piece:
+    dtype, shape, span = _BY_CODE[str(entry["dtype"])], entry["shape"], entry["data_offsets"]
+    if not (isinstance(shape, list) and isinstance(span, list) and all(type(n) is int and n >= 0 for n in shape + span)):
+        raise ValueError(f"{key}: not counts: {shape}, {span}")
+    start, end = span
+    if not start <= end <= room or end - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{key}: bytes {start} to {end} of {room} are not {entry['dtype']} of shape {shape}")
+    return Piece(key, dtype, tuple(shape), start, end)

@@ -1,0 +1,176 @@
+"""The newest checkpoint that can be trusted, and its state in any layout: what is damaged is refused by name, by all ranks."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from xxhash import xxh3_128
+
+from trainer.checkpoint.agree import cause, of_all_ranks, on_first_rank, place
+from trainer.checkpoint.manifest import FileEntry, Manifest, file_of, parse
+from trainer.checkpoint.pieces import read_through
+from trainer.checkpoint.plan import fill
+from trainer.checkpoint.store import LocalStore, Store, step_name, step_of
+from trainer.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed checkpoint: in which store, and of which step."""
+
+    store: Store
+    step: int
+
+    @property
+    def name(self) -> str:
+        return step_name(self.step)
+
+    def __str__(self) -> str:
+        return self.store.describe(self.step)
+
+
+def at(where: Store | Saved | Path, step: int | None = None) -> Saved:
+    """The checkpoint of `step` in a store or a folder of checkpoints; without `step`, the one whose own folder it is."""
+    if isinstance(where, Saved):
+        return where
+    if isinstance(where, Path):
+        named = step_of(where.name) if step is None else None
+        where, step = LocalStore(where if named is None else where.parent), step if named is None else named
+    if step is None:
+        raise CheckpointError(f"{where.place}: not a checkpoint: its name is not of the form {step_name(30)}")
+    return Saved(where, step)
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    return folder / step_name(step)
+
+
+def steps_in(folder: Path) -> list[Path]:
+    """Committed checkpoints, newest first. A partial one, being hidden, is not among them."""
+    return [step_folder(folder, step) for step in LocalStore(folder).steps()]
+
+
+def read_manifest(where: Store | Saved | Path, step: int | None = None) -> Manifest:
+    """Raises CheckpointError if the manifest is missing, altered, of another format or step, or says what cannot be."""
+    saved = at(where, step)
+    file = file_of(saved)
+    try:
+        manifest = parse(saved.store.manifest(saved.step), file)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing") from None
+    if manifest.step != saved.step:
+        raise CheckpointError(f"{file}: of step {manifest.step}, not {saved.step}: it was put here from another checkpoint")
+    return manifest
+
+
+def verify(
+    where: Store | Saved | Path,
+    share: int = 0,
+    shares: int = 1,
+    digests: bool = True,
+    step: int | None = None,
+) -> Manifest:
+    """Compare every byte with the manifest, by XXH3, or of `shares` parts of the files only number `share`; without
+    `digests`, only which files there are and their sizes. That finds accidents; see trainer.checkpoint.digests.
+
+    Raises CheckpointError that names the first file that differs, is missing, or is there without being listed; OSError
+    where the store fails, which says nothing against the checkpoint.
+    """
+    saved = at(where, step)
+    manifest = read_manifest(saved)
+    there = saved.store.sizes(saved.step)
+    if stray := sorted(there.keys() - manifest.files.keys()):
+        raise CheckpointError(f"{saved}/{stray[0]}: not in the manifest")
+    mine = sorted(manifest.files.items())[share::shares]
+    for name, entry in mine:
+        _check_size(f"{saved}/{name}", there.get(name), entry["size"])
+    if digests:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "verify") as pool:
+            list(pool.map(lambda item: _check_bytes(saved, *item), mine))
+    return manifest
+
+
+def _check_size(file: str, found: int | None, expected: int) -> None:
+    if found is None:
+        raise CheckpointError(f"{file}: missing")
+    if found < 0:
+        raise CheckpointError(f"{file}: not a regular file")
+    if found != expected:
+        raise CheckpointError(f"{file}: has {found} bytes, the manifest says {expected}")
+
+
+def _check_bytes(saved: Saved, name: str, entry: FileEntry) -> None:
+    digest = xxh3_128()
+    read_through(saved.store.local(saved.step, name, entry["sha256"]), digest.update)
+    if digest.hexdigest() != entry["xxh3"]:
+        raise CheckpointError(f"{saved}/{name}: altered: its bytes do not match the manifest's XXH3")
+
+
+def problem_of(where: Store | Saved | Path, step: int | None = None, digests: bool = True) -> str | None:
+    """What is wrong with a checkpoint, found by all ranks together, each reading its share of the bytes. Collective.
+    Raises OSError, on every rank, where the store fails on any."""
+    rank, world = place()
+    saved = at(where, step)
+    mine: tuple[str, str] | None = None
+    try:
+        verify(saved, rank, world, digests)
+    except CheckpointError as error:
+        mine = ("damaged", str(error))
+    except FileNotFoundError:  # removed under a reader's eyes by the run that owns it
+        mine = ("damaged", f"{saved}: missing")
+    except OSError as error:
+        mine = ("failed", f"{saved}: cannot be verified: {cause(error)}")
+    found = [verdict for verdict in of_all_ranks(mine) if verdict is not None]
+    for kind, told in found:
+        if kind == "failed":
+            raise OSError(told)
+    return found[0][1] if found else None
+
+
+def newest_valid(place: Store | Path, set_aside: bool = True, digests: bool = True) -> tuple[Saved, Manifest, list[str]] | None:
+    """The newest checkpoint that verifies, and why newer ones did not. Collective: the ranks share out the files.
+
+    The ones refused are renamed to damaged-..., unless `set_aside` is False, for a reader beside a live run. None when
+    there is none at all. Raises CheckpointError when there are some and none is valid; those are left as they are.
+    """
+    store = LocalStore(place) if isinstance(place, Path) else place
+    rejected: dict[int, str] = {}
+    for step in on_first_rank(store.steps):
+        problem = problem_of(store, step, digests)
+        if problem is None:
+            if set_aside:
+                on_first_rank(lambda: _set_aside(store, list(rejected)))
+            saved = Saved(store, step)
+            return saved, read_manifest(saved), list(rejected.values())
+        rejected[step] = problem
+    if rejected:
+        reasons = "; ".join(rejected.values())
+        raise CheckpointError(f"{store.place}: no valid checkpoint is left: {reasons}; remove them to start from step 0")
+    return None
+
+
+def _set_aside(store: Store, steps: list[int]) -> None:
+    for step in steps:
+        store.set_aside(step)
+
+
+def load(where: Store | Saved | Path, manifest: Manifest, state: dict[str, Tensor]) -> None:
+    """Fill the tensors of `state` in place, whatever layout saved them. Collective if a process group exists.
+
+    `state` may be a part of what was saved. Call newest_valid or verify first: this trusts the bytes. Raises
+    CheckpointError for a tensor that the checkpoint lacks or holds in another shape.
+    """
+    saved = at(where, None if isinstance(where, Path) else manifest.step)
+
+    def path_of(name: str) -> Path:
+        return saved.store.local(saved.step, name, manifest.files[name]["sha256"])
+
+    try:
+        fill(state, manifest, path_of)
+    except CheckpointException as error:
+        raise CheckpointError(f"{saved}: cannot be loaded: {cause(error)}") from None

@@ -1,0 +1,168 @@
+"""What can be said of the checkpoints in a store without loading one, for people: every fault by name, and what is kept why.
+
+Nothing here is collective: one process looks, beside a run that may be writing and removing checkpoints meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.checkpoint.digests import Both, differing
+from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.keep import surplus as beside_sizes
+from trainer.checkpoint.manifest import FileEntry, Manifest
+from trainer.checkpoint.pieces import read_through
+from trainer.checkpoint.restore import read_manifest
+from trainer.checkpoint.store import Store
+from trainer.errors import CheckpointError
+
+_DEGREES = ("tp", "pp", "cp", "ep")
+
+Seen = Callable[[int], None]
+"""Told of each further number of bytes that was read."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint. `written`: seconds since the epoch. `layout`: of the run that saved it. `problems`: what is wrong by
+    names and sizes alone. `kept`: why the next save leaves it; empty if it does not."""
+
+    step: int
+    written: float | None
+    bytes: int
+    files: int
+    ranks: int | None
+    layout: str
+    problems: list[str]
+    kept: str
+
+
+def survey(store: Store, keep: Keep) -> list[Entry]:
+    """All committed checkpoints, newest first. Those that are removed meanwhile are left out."""
+    found = []
+    for number, step in enumerate(store.steps()):
+        with suppress(FileNotFoundError):
+            found.append(_entry(store, step, why_kept(number, step, keep)))
+    return found
+
+
+def why_kept(number: int, step: int, keep: Keep) -> str:
+    """Why the checkpoint of `step`, `number` of them being newer, is kept; empty if it is not."""
+    if number < keep.last:
+        return "the newest" if keep.last == 1 else f"one of the newest {keep.last}"
+    return f"a multiple of {keep.every}" if keep.every and step % keep.every == 0 else ""
+
+
+def _entry(store: Store, step: int, kept: str) -> Entry:
+    try:
+        manifest = _manifest(store, step)
+        sizes = store.sizes(step)
+    except CheckpointError as error:
+        written = None
+        with suppress(CheckpointError, FileNotFoundError):
+            written = store.written(step)
+        return Entry(step, written, 0, 0, None, "", [str(error)], kept)
+    ranks = manifest.made.get("ranks")
+    return Entry(
+        step, store.written(step), sum(size for size in sizes.values() if size > 0), len(sizes),
+        ranks if type(ranks) is int else None, _layout(manifest.record), _mismatches(store, step, manifest, sizes), kept,
+    )  # fmt: skip
+
+
+def _layout(record: Mapping[str, Any]) -> str:
+    try:
+        parallel = tomllib.loads(record.get("config", "")).get("parallel")
+    except (tomllib.TOMLDecodeError, RecursionError):
+        return ""
+    if not isinstance(parallel, dict):
+        return ""
+    degrees = [f"{name} {parallel[name]}" for name in _DEGREES if type(parallel.get(name)) is int and parallel[name] > 1]
+    return ", ".join([*degrees, f"ZeRO {parallel['zero']}"] if type(parallel.get("zero")) is int else degrees)
+
+
+def _manifest(store: Store, step: int) -> Manifest:
+    """Raises CheckpointError for what is wrong with it; FileNotFoundError if the whole checkpoint is gone."""
+    try:
+        return read_manifest(store, step)
+    except CheckpointError:
+        if step not in store.steps():
+            raise FileNotFoundError(store.describe(step)) from None
+        raise
+
+
+def _mismatches(store: Store, step: int, manifest: Manifest, sizes: Mapping[str, int]) -> list[str]:
+    where, found = store.describe(step), []
+    for name in sorted(sizes.keys() | manifest.files.keys()):
+        if name not in manifest.files:
+            found.append(f"{where}/{name}: not in the manifest")
+        elif name not in sizes:
+            found.append(f"{where}/{name}: missing")
+        elif sizes[name] < 0:
+            found.append(f"{where}/{name}: not a regular file")
+        elif sizes[name] != manifest.files[name]["size"]:
+            found.append(f"{where}/{name}: has {sizes[name]} bytes, the manifest says {manifest.files[name]['size']}")
+    return found
+
+
+def bytes_of(store: Store, step: int) -> int:
+    """Bytes that `faults` reads; 0 where that cannot be said."""
+    with suppress(CheckpointError, FileNotFoundError):
+        return sum(entry["size"] for entry in _manifest(store, step).files.values())
+    return 0
+
+
+def faults(store: Store, step: int, digests: bool = True, seen: Seen | None = None) -> list[str]:
+    """Everything that is wrong with a checkpoint, by name: without `digests`, by names and sizes alone. The files are read
+    in parallel, and both digests of each compared. Raises FileNotFoundError if it was removed meanwhile."""
+    try:
+        manifest = _manifest(store, step)
+        sizes = store.sizes(step)
+    except CheckpointError as error:
+        return [str(error)]
+    found = _mismatches(store, step, manifest, sizes)
+    whole = [name for name, entry in sorted(manifest.files.items()) if sizes.get(name) == entry["size"]] if digests else []
+
+    def fault(name: str) -> str | None:
+        return _altered(store, step, name, manifest.files[name], seen or (lambda _: None))
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        altered = [told for told in pool.map(fault, whole) if told is not None]
+    if altered and step not in store.steps():
+        raise FileNotFoundError(store.describe(step))
+    return found + altered
+
+
+def _altered(store: Store, step: int, name: str, expected: FileEntry, seen: Seen) -> str | None:
+    digests = Both()
+
+    def update(block: memoryview) -> None:
+        digests.update(block)
+        seen(len(block))
+
+    try:
+        read_through(store.local(step, name, expected["sha256"]), update)
+    except CheckpointError as error:
+        return str(error)
+    if not (differ := differing(digests.hexdigests(), expected)):
+        return None
+    return f"{store.describe(step)}/{name}: altered: its bytes do not match the manifest's {' and '.join(differ)}"
+
+
+def surplus(store: Store, keep: Keep, seen: Seen | None = None) -> tuple[list[int], int | None]:
+    """The steps that may go, newest first, and the newest one that verifies, digests and all, which is never among them
+    (None where there is no checkpoint). Raises CheckpointError if none verifies."""
+    reasons: list[str] = []
+    for step in store.steps():
+        with suppress(FileNotFoundError):
+            if not (found := faults(store, step, seen=seen)):
+                return [other for other in beside_sizes(store, keep, (step,)) if other != step], step
+            reasons += found
+    if reasons:
+        raise CheckpointError("\n".join([*reasons, f"{store.place}: no checkpoint is valid, so none is removed"]))
+    return [], None
