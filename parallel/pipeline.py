@@ -19,6 +19,7 @@ from torch.distributed.pipelining._backward import stage_backward_input
 from torch.torch_version import TorchVersion
 
 from parallel.layout import Layout
+from parallel.pulse import beat
 from parallel.schedule import Action, forward_programs, programs, rank_of
 from parallel.zero import Reduction
 
@@ -93,6 +94,8 @@ class _Run:
 
     def do(self, action: Action) -> None:
         stage, micro = action.stage, action.micro
+        if action.kind.startswith(("forward", "backward")) and torch.is_grad_enabled():
+            beat(action.kind.partition("-")[0])
         match action.kind:
             case "forward":
                 self._forward(stage, micro)

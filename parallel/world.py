@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -114,6 +115,18 @@ def die_with_parent() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None:
         prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def wait_for_all(patience: timedelta = timedelta(minutes=1)) -> None:
+    """Until every rank has come here, or for as long as `patience`: one that ends closes connections on which another may
+    still read. By the store, which needs no connection between ranks; what goes wrong with it is no loss at the end."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    with contextlib.suppress(RuntimeError):
+        if store.add("ended", 1) == dist.get_world_size():
+            store.set("all ended", "")
+        store.wait(["all ended"], patience)
 
 
 def leave() -> None:

@@ -1,0 +1,43 @@
+"""A folder that only this user can read and that does not outlive its owner for long: killed, the next one removes it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+_PREFIX = "mikoshi-ranks-"
+_YOUNG = 1.0  # seconds in which its owner may not have locked it yet
+
+
+@contextlib.contextmanager
+def private_folder() -> Iterator[Path]:
+    """A fresh folder on this machine's disk, locked as long as its owner lives, gone at the end."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}????????"):
+        _sweep(left)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what the owner, who is dead, could not. Another user's is not ours to judge."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            about = os.fstat(handle)
+            if about.st_uid == os.getuid() and about.st_mode & 0o077 == 0 and time.time() - about.st_mtime > _YOUNG:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+        finally:
+            os.close(handle)
