@@ -16,10 +16,12 @@ from parallel.context import tokens_of
 from parallel.layout import Layout
 from parallel.mesh import Groups
 from parallel.pipeline import Inputs, Pipeline
+from parallel.pulse import beat
+from parallel.replicas import Difference, check
 from parallel.sharding import local, place, sum_of_squares
 from parallel.zero import reduction
 from trainer.config import RunConfig
-from trainer.engines.base import StepResult
+from trainer.engines.base import NO_LIMITS, Limits, StepResult
 from trainer.engines.carry import compute_dtype, cores_per_rank
 from trainer.model.gpt import GPT
 from trainer.model.init import Region, fill, initial
@@ -80,15 +82,18 @@ class NativeEngine:
             self.parts, layout, self.here.pp, groups.pp, reduction(layout), hidden, compute_dtype(config), device
         )
 
-    def step(self, rows: Batch, lr: float) -> StepResult:
+    def step(self, rows: Batch, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
         loss = self.pipeline.step(self._micro_batches(rows))
+        beat("reduce")
         self._join_ends()
         gradients = [p.grad for p in self.counted if p.grad is not None]
         squares = sum_of_squares(gradients, self.layout.stage_ranks)
         loss_sum, tokens, squares_sum, loads = self._sums(loss, rows, squares)
         norm = squares_sum**0.5 / max(tokens, 1)
-        applied = norm < float("inf")  # false for NaN too
+        mean_loss = loss_sum / max(tokens, 1)
+        applied = norm < limits.norm and mean_loss < limits.loss  # false for NaN too
         if applied:
+            beat("update")
             # The gradients are of the summed loss: to the mean and to the clipped length in one product.
             shrink = min(1.0, self.config.optim.clip / max(norm, 1e-12)) if self.config.optim.clip else 1.0
             torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], shrink / max(tokens, 1))
@@ -96,7 +101,7 @@ class NativeEngine:
             self._balance_experts(loads)
         for p in self.parameters:
             p.grad = None
-        return StepResult(loss_sum / max(tokens, 1), tokens, norm, applied, expert_metrics(loads))
+        return StepResult(mean_loss, tokens, norm, applied, expert_metrics(loads))
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
@@ -136,6 +141,9 @@ class NativeEngine:
             first, last = self.tied
             for source, target in [(first.detach(), last.detach()), *self.optimizers.pairs(first, last)]:
                 local(target).copy_(local(source))
+
+    def differing(self) -> list[Difference]:
+        return check(self.state().items(), self.groups)
 
     def own(self, rows: Batch) -> Batch:
         """The columns of whole rows that this rank holds."""

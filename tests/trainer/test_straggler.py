@@ -1,0 +1,93 @@
+"""A rank twice as slow as its peers is named within 20 steps; ranks that are not raise no alarm, however busy the machine."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from layouts import degrees
+from runs import engine_and_rows, run_config
+from trainer.straggler import Slow, Stragglers, slow
+
+
+def test_who_is_slow():
+    assert slow([1.0, 1.0, 2.0, 1.1], [0, 0, 0, 0]) == [Slow(2, 2.0)]
+    assert slow([1.0, 1.3, 0.8, 1.1], [0, 0, 0, 0]) == []
+    assert slow([1.0, 2.0], [0, 0]) == [Slow(1, 2.0)]
+    assert slow([1.0, 1.0, 3.0, 3.0], [0, 0, 1, 1]) == [], "another stage, another amount of work"
+    assert slow([1.0, 1.0, 9.0], [0, 0, 1]) == [], "alone it has no peers"
+    assert slow([3.0, 1.0, 1.0, 3.0], [0, 0, 0, 0]) == [Slow(0, 3.0), Slow(3, 3.0)]
+    assert slow([0.0, 0.0, 1.0, 0.0], [0, 0, 0, 0]) == [], "nothing is known of the others"
+
+
+def steps(config, count, slow_rank, since):
+    """Train; what is named, by step. From a step on `slow_rank` burns as much time again as it works."""
+    engine, loader = engine_and_rows(config)
+    peers = [engine.layout.coordinates(rank).pp for rank in range(dist.get_world_size())]
+    stragglers, found = Stragglers(torch.device("cpu"), peers), []
+    for step in range(1, count + 1):
+        rows = loader.batch(step - 1)
+        stragglers.begin()
+        begun = time.thread_time()
+        engine.step(rows, 1e-3)
+        if dist.get_rank() == slow_rank and step >= since:
+            until = 2 * time.thread_time() - begun
+            while time.thread_time() < until:
+                pass
+        stragglers.end()
+        if stragglers.due(step):
+            found += [(step, one.rank, one.ratio) for one in stragglers.named()]
+    return found
+
+
+def config_of(dataset, folder, layout, count):
+    return run_config(dataset, folder, parallel=degrees(layout), train={"steps": count, "global_batch": 16})
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "since"),
+    [("zero=0", 2, 6), pytest.param("zero=3", 0, 7, marks=pytest.mark.slow), ("pp=2", 3, 1)],
+)
+def test_a_rank_twice_as_slow_is_named_within_20_steps(ranks, dataset, tmp_path, layout, rank, since):
+    found = ranks.run(steps, config_of(dataset, tmp_path, layout, 30), 30, rank, since, world=4)
+    assert all(one == found[0] for one in found), "the same on every rank"
+    assert {named for _, named, _ in found[0]} == {rank}
+    assert found[0][0][0] < since + 20
+    assert all(1.5 <= ratio < 3 for _, _, ratio in found[0])
+
+
+@pytest.mark.parametrize(
+    ("count", "hogs"),
+    [(60, 1), pytest.param(1000, 0, marks=pytest.mark.slow), pytest.param(1000, 2, marks=pytest.mark.soak)],
+)
+def test_no_alarm_over_normal_steps_beside_others_at_work(ranks, dataset, tmp_path, hogs, count):
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(hogs)]
+    try:
+        found = ranks.run(steps, config_of(dataset, tmp_path, "zero=0", count), count, None, 0, world=4, timeout=600)
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    assert found == [[]] * 4
+
+
+def test_a_lone_rank_is_never_due():
+    alone = Stragglers(torch.device("cpu"), [0])
+    assert not any(alone.due(step) for step in range(100))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_product_is_timed_on_the_device():
+    watch = Stragglers(torch.device("cuda"), [0, 0])
+    begun = time.monotonic()
+    while len(watch.known) < 3 and time.monotonic() < begun + 20:
+        watch.begin()
+        torch.cuda.synchronize()
+        watch.end()
+    assert len(watch.known) == 3
+    assert all(1e-6 < seconds < 0.5 for seconds in watch.known)
+    assert 2 * sum(watch.known) < 0.01 * (time.monotonic() - begun), "seldom enough"
