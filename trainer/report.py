@@ -18,6 +18,8 @@ from parallel.errors import LayoutError
 from trainer.config import RunConfig, parse_config
 from trainer.data_charts import data_section
 from trainer.errors import RunError
+from trainer.goodput import Goodput, account
+from trainer.goodput_chart import goodput_section
 from trainer.layout_svg import draw
 from trainer.layout_view import layout_view
 from trainer.runfolder import RunFolder, read_jsonl
@@ -38,10 +40,12 @@ def write_report(folder: RunFolder, target: Path) -> None:
         raise RunError(f"{folder.metrics}: records without {', '.join(sorted(missing))}: not a log of mikoshi train")
     config_text = folder.config.read_text(encoding="utf-8")
     config = parse_config(config_text, str(folder.config))
+    time_spent = account(events, records)
     page = _PAGE.substitute(
         title=html.escape(config.run.name),
-        tiles=_tiles(steps, evaluations, events),
+        tiles=_tiles(steps, evaluations, events, time_spent),
         charts="\n".join(_charts(steps, evaluations, events)),
+        time=goodput_section(time_spent),
         data=data_section(folder),
         layout=_layout(config, events),
         events=_event_rows(events),
@@ -124,7 +128,9 @@ def _chart(title: str, lines: list[go.Scatter], events: list[dict[str, Any]], ta
     return f'<section class="chart{" tall" if tall else ""}"><h2>{html.escape(title)}</h2>{body}</section>'
 
 
-def _tiles(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], events: list[dict[str, Any]]) -> str:
+def _tiles(
+    steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], events: list[dict[str, Any]], time_spent: Goodput
+) -> str:
     ends = [e for e in events if e["event"] in ("start", "end")]
     state = (
         "running or killed" if not ends or ends[-1]["event"] == "start" else "finished" if ends[-1]["finished"] else "stopped"
@@ -139,6 +145,7 @@ def _tiles(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], event
         ("tokens seen", f"{sum(r['tokens'] for r in steps):,}"),
         ("tokens/s, median", f"{rate:,.0f}"),
         ("step, median", f"{seconds * 1000:,.0f} ms"),
+        ("goodput", f"{time_spent.share:.1%}"),
         ("resumes", str(sum(e["event"] == "resume" for e in events))),
     ]
     if "mfu" in steps[-1]:
@@ -193,7 +200,10 @@ _PAGE = Template("""<!doctype html>
  table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
  td, th { text-align: left; padding: 3px 12px 3px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
  td:last-child { overflow-wrap: anywhere; } th { color: var(--soft); font-weight: 500; }
- tr.skip td { color: #c0392b; } tr.resume td, tr.stop td { color: #8a5a00; }
+ tr.skip td, tr.fault td, tr.diverged td, tr.save-failed td { color: #c0392b; }
+ tr.resume td, tr.stop td, tr.restart td, tr.retry td, tr.spike td, tr.rewind td, tr.straggler td { color: #8a5a00; }
+ .figures td:nth-child(2), .figures td:nth-child(3), .figures td:nth-child(4), .figures th:nth-child(2) { text-align: right;
+   white-space: nowrap; padding-right: 20px; } .figures td:nth-child(1) { white-space: nowrap; }
  .scroll { max-height: 340px; overflow: auto; } pre { margin: 0; font-size: 12.5px; }
  .layout { overflow-x: auto; } .layout svg { display: block; width: 100%; min-width: 760px; } section p { margin: 0 0 8px; }
  .grid section:last-child:nth-child(even) { grid-column: 1 / -1; }
@@ -206,6 +216,7 @@ _PAGE = Template("""<!doctype html>
 <h1>$title</h1><p class="made">Mikoshi run, page made $made</p>
 <div class="tiles">$tiles</div>
 <div class="grid">$charts</div>
+<section class="below"><h2>Where the time went</h2>$time</section>
 <section class="below"><h2>Data</h2>$data</section>
 <section class="below"><h2>Layout</h2>$layout</section>
 <section class="below"><h2>Events</h2><div class="scroll"><table>
