@@ -8,14 +8,15 @@ BIN := $(VENV)/bin
 RANKS ?= $(shell $(PYTHON) -c 'import glob, os; n = len(glob.glob("/dev/nvidia[0-9]*")) or os.cpu_count(); print(max(r for r in (1, 2, 4, 8, 16) if r <= n))')
 RUN := configs/runs/quickstart.toml
 
-.PHONY: help train test test-slow test-all bench bench-train bench-data bench-gpu clean
+.PHONY: help train test test-slow test-soak test-all bench bench-train bench-data bench-save bench-gpu clean
 
 help:
 	@echo "make train      prepare real text, train a GPT on every rank of this machine, report, and let it write"
 	@echo "make test       lint, types and tests, under 12 minutes on 2 cores"
-	@echo "make test-all   and the slow ones: compilation, soaks"
+	@echo "make test-all   and the slow ones: whole matrices, compilation, and soaks of faults"
 	@echo "make bench      bench-train: speed and memory beside Hugging Face, plain PyTorch and DeepSpeed, on this CPU;"
 	@echo "                bench-data: reading beside litdata, mosaicml-streaming, Megatron and datasets, and tokenizing"
+	@echo "                bench-save: saving and loading checkpoints beside torch's own"
 	@echo "make bench-gpu  the same on a CUDA device, with GPT-2 124M and 1.5B"
 
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -34,14 +35,17 @@ train: $(VENV)/.run
 	$(BIN)/mikoshi generate runs/quickstart --prompt "class " --tokens 120 --seed 1
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not soak"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not soak"
 
-test-all: test test-slow
+test-soak: $(VENV)/.dev
+	$(BIN)/pytest -m soak
 
-bench: bench-train bench-data
+test-all: test test-slow test-soak
+
+bench: bench-train bench-data bench-save
 
 bench-train: $(VENV)/.dev
 	$(BIN)/python -P tests/bench/run.py
@@ -53,6 +57,9 @@ bench-data: $(VENV)/.dev
 	$(BIN)/python -P tests/bench/preparing.py
 	$(BIN)/python -P tests/bench/hedge.py
 	$(BIN)/python -P tests/bench/scale.py
+
+bench-save: $(VENV)/.dev
+	$(BIN)/python -P tests/bench/saving.py
 
 # Runs with the Python at hand, where torch sees the GPU.
 bench-gpu:

@@ -7,7 +7,7 @@ their rows together are the same global batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -90,7 +90,7 @@ class Loader:
 
     def stream(
         self, start: int, stop: int, ready: Callable[[Batch], Batch] = lambda batch: batch, ahead: int = 2
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Batches of steps start..stop-1 as `ready` makes them, each read by one thread while those before it are in use:
         `ahead` at most wait. Every step's samples go into the digest."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from queue import SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
-def prefetched(make: Callable[[int], T], start: int, stop: int, ahead: int) -> Iterator[T]:
+def prefetched(make: Callable[[int], T], start: int, stop: int, ahead: int) -> Generator[T, None, None]:
     """make(start) .. make(stop - 1), of which up to `ahead` wait while an earlier one is in use. What `make` raises is
     raised where its result was due; the thread ends with the iterator."""
     results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()

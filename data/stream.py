@@ -7,7 +7,7 @@ where every lane stands, one small table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,7 +116,7 @@ class StreamLoader:
 
     def stream(
         self, start: int, stop: int, ready: Callable[[Batch], Batch] = lambda batch: batch, ahead: int = 2
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Batches of steps start..stop-1 as `ready` makes them, read ahead by one thread; `start` is the step that the
         loader stands at."""
         self._kept = _KEPT + ahead

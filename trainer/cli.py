@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from trainer import cli_data
+from trainer import cli_chaos, cli_checkpoint, cli_data
 from trainer.cli_data import Config, Overrides
-from trainer.exit_codes import PREEMPTED
-from trainer.rank import generate_rank, say, told, train_rank
+from trainer.rank import generate_rank, say, told, train_rank, train_supervised
+from trainer.stop import stopping_is_no_crash
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -38,6 +35,8 @@ Run = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart
 app.command(epilog=cli_data.PREPARE_EXAMPLES)(cli_data.prepare)
 app.add_typer(cli_data.data_app, name="data")
 app.add_typer(cli_data.tokenizer_app, name="tokenizer")
+app.command(epilog=cli_chaos.EXAMPLES)(cli_chaos.chaos)
+app.add_typer(cli_checkpoint.checkpoint_app, name="checkpoint")
 
 
 @app.command(
@@ -53,27 +52,12 @@ def train(
 ) -> None:
     """Train, from the newest valid checkpoint of the run if there is one.
 
-    Starts its own ranks; under torchrun, srun or any launcher that sets RANK and WORLD_SIZE it takes its place instead.
-    SIGTERM or Ctrl-C finishes the step, saves, and exits with code 75: the same command goes on from there.
+    Starts its own ranks, watches them and starts them again after a fault; under torchrun, srun or any launcher that sets
+    RANK and WORLD_SIZE it takes its place instead. SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C finish the step, save, and exit with
+    code 75: the same command goes on from there.
     """
-    with _stopping_is_no_crash():
+    with stopping_is_no_crash():
         raise typer.Exit(_train(config, overrides or [], ranks))
-
-
-@contextlib.contextmanager
-def _stopping_is_no_crash() -> Iterator[None]:
-    """While there is no step to finish, before the first and after the last, SIGTERM and SIGINT end at once as a stop."""
-
-    def stop(*_: object) -> None:
-        os.write(2, b"stopped outside of a step: nothing is lost, the same command goes on\n")
-        os._exit(PREEMPTED)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _train(config: Path, overrides: list[str], ranks: int | None) -> int:
@@ -87,12 +71,15 @@ def _train(config: Path, overrides: list[str], ranks: int | None) -> int:
     if place is not None:
         return train_rank(run, place)
     count = ranks or _local_gpus(run)
-    preflight(run, count)
-    if count == 1:
+    if count == 1 and not run.recovery.restarts:  # nothing to be started again: no second process is needed
+        preflight(run, 1)
         return train_rank(run, World())
-    from launch.local import run_ranks
+    from launch.supervisor import Job, supervise, warm
+    from trainer.runfolder import RunFolder
 
-    return run_ranks(count, ["train", str(config), *overrides])
+    with warm(count):  # the ranks' imports, while this process looks at the data
+        preflight(run, count)
+        return supervise(Job(count, train_supervised, (run,), RunFolder(run.run.path), run.recovery))
 
 
 def _local_gpus(run: RunConfig) -> int:
@@ -139,16 +126,13 @@ def generate(
     place = world_from(os.environ)
     degrees = {"tp": tp, "pp": pp}
     if place is not None:
-        raise typer.Exit(generate_rank(folder, place, device, prompt, tokens, sampling, degrees))
+        raise typer.Exit(generate_rank(folder, device, prompt, tokens, sampling, degrees))
     if ranks > 1 or tp * pp > 1:
         _check_generation(folder, ranks, degrees)
     if ranks > 1:
-        from launch.local import run_ranks
+        from launch.supervisor import Job, supervise
 
-        again = {"prompt": prompt, "tokens": tokens, "temperature": temperature, "top-k": top_k, "top-p": top_p}
-        again |= {"seed": seed, "device": device, **degrees}
-        options = [f"--{name}={value}" for name, value in again.items()]
-        raise typer.Exit(run_ranks(ranks, ["generate", str(run), *options]))
+        raise typer.Exit(supervise(Job(ranks, generate_rank, (folder, device, prompt, tokens, sampling, degrees))))
     from trainer.generate import generate as write
     from trainer.generate import load_model
 

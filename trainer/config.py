@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trainer.errors import ConfigError
 from trainer.model.config import ModelConfig
-from trainer.sections import Count, DataSection, Natural, Section
+from trainer.sections import CheckpointSection, Count, DataSection, GuardSection, Natural, RecoverySection, Section
 
 
 class RunSection(Section):
@@ -39,11 +39,6 @@ class TrainSection(Section):
 class EvalSection(Section):
     every: Natural = Field(0, description="steps between evaluations; 0: only at the end")
     batches: Count = Field(8, description="global batches of held-out text")
-
-
-class CheckpointSection(Section):
-    every: Natural = Field(0, description="steps between checkpoints; 0: only at the end")
-    keep: Count = Field(2, description="newest checkpoints that are kept")
 
 
 class ScheduleSection(Section):
@@ -118,6 +113,8 @@ class RunConfig(Section):
     train: TrainSection
     eval: EvalSection = EvalSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    guard: GuardSection = GuardSection()
+    recovery: RecoverySection = RecoverySection()
     optim: OptimSection = OptimSection()
     parallel: ParallelSection = ParallelSection()
     engine: EngineSection = EngineSection()
@@ -184,7 +181,7 @@ def parse_config(text: str, name: str) -> RunConfig:
     """A resolved config as a run folder keeps it. Raises ConfigError."""
     try:
         return _validate(tomllib.loads(text), {})
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{name}: {error}") from None
 
 
@@ -218,7 +215,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origin]:
         raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: the config is not UTF-8 text: byte {error.start} cannot be read") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
     base = values.pop("base", [])
     bases = [base] if isinstance(base, str) else base

@@ -25,10 +25,13 @@ from data.rows import IGNORED, Where
 from data.shards import Shard
 from data.tokenizer import Tokenizer
 from parallel.layout import Layout
-from trainer.checkpoint import read_manifest, steps_in
+from trainer.checkpoint import Store, read_manifest
+from trainer.checkpoint.of_run import checkpoints_of
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError
 from trainer.feed import Feed, open_feed
+from trainer.guard import read_rewinds
+from trainer.resuming import without
 from trainer.runfolder import open_run
 
 OPEN, CLOSE = "⟪", "⟫"
@@ -66,7 +69,9 @@ def open_view(path: Path, overrides: Sequence[str] = ()) -> View:
             "data.stream = true: a stream's batches are known once they are read, so there is none to look at beforehand: "
             "prepare the data and set data.stream = false"
         )
-    feed, found = open_feed(config), _newest(open_run(path).checkpoints) if path.is_dir() else None
+    of_run = path.is_dir()
+    feed = open_feed(without(config, read_rewinds(open_run(path).rewinds) if of_run else []))
+    found = _newest(checkpoints_of(open_run(path), config)) if of_run else None
     accept = config.data.on_change == "accept"  # and steps that the sources are not enough for are no reason not to look
     continued = go_on(found[1] if found else None, feed.identity, feed.asked, feed.skipped.spans, accept)
     layout = Layout()
@@ -75,14 +80,14 @@ def open_view(path: Path, overrides: Sequence[str] = ()) -> View:
     return View(feed, continued, loader, found[0] if found else None)
 
 
-def _newest(folder: Path) -> tuple[int, dict[str, Any]] | None:
+def _newest(store: Store) -> tuple[int, dict[str, Any]] | None:
     """Step and record of the data of the newest checkpoint whose manifest can be read; None where there is no checkpoint."""
     problems = []
-    for path in steps_in(folder):
+    for step in store.steps():
         try:
-            manifest = read_manifest(path)
+            manifest = read_manifest(store, step)
             if "curriculum" not in manifest.record.get("data", {}):
-                raise CheckpointError(f"{path}: says nothing of the order of its data: made by another version")
+                raise CheckpointError(f"{store.describe(step)}: says nothing of the order of its data: made by another version")
             return manifest.step, manifest.record["data"]
         except CheckpointError as error:
             problems.append(str(error))

@@ -16,4 +16,12 @@ class RunError(ValueError):
     """A run folder that cannot be used; the message says why and what to do."""
 
 
+class SpoiledError(RuntimeError):
+    """The state of this process is not worth going on with; an earlier checkpoint may be."""
+
+
+class DivergedError(SpoiledError):
+    """Ranks that hold the same piece of the state hold different bits; the message names them."""
+
+
 USER_ERRORS = (ConfigError, CheckpointError, RunError, DataError, LayoutError)

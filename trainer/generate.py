@@ -11,7 +11,8 @@ from torch import Tensor
 from data.tokenizer import Tokenizer, load_tokenizer
 from parallel.world import World
 from trainer import checkpoint
-from trainer.config import RunConfig, parse_config
+from trainer.checkpoint.of_run import checkpoints_of
+from trainer.config import RunConfig, load_config, parse_config
 from trainer.engines import build_engine, leave_empty
 from trainer.engines.base import Engine
 from trainer.engines.carry import layout_of
@@ -41,7 +42,7 @@ class Sampling:
 
 def load_model(folder: RunFolder, device: torch.device) -> tuple[GPT, Tokenizer, RunConfig, int]:
     """The newest valid checkpoint's model, fp32, its tokenizer, its config and its step. Raises CheckpointError."""
-    found = checkpoint.newest_valid(folder.checkpoints, set_aside=False)
+    found = checkpoint.newest_valid(checkpoints_of(folder, load_config(folder.path), reader=True), set_aside=False)
     if found is None:
         raise CheckpointError(f"{folder.path}: there is no checkpoint yet; train first, or wait for one")
     path, manifest, _ = found
@@ -106,7 +107,7 @@ def generate_together(engine: Engine, prompt: list[int], tokens: int, sampling: 
 def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, device: torch.device) -> tuple[Engine, Tokenizer]:
     """The newest valid checkpoint's model over all ranks of `place`: tp and pp as in `overrides`, the rest hold shards.
     Collective. Raises CheckpointError or LayoutError."""
-    found = checkpoint.newest_valid(folder.checkpoints, set_aside=False)
+    found = checkpoint.newest_valid(checkpoints_of(folder, load_config(folder.path), reader=True), set_aside=False)
     if found is None:
         raise CheckpointError(f"{folder.path}: there is no checkpoint yet; train first, or wait for one")
     path, manifest, _ = found

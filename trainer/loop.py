@@ -5,84 +5,179 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
-from data.atomic import write_file
-from data.record import Continued, Reader, Total, make_record
 from data.rows import Batch
 from parallel.layout import Layout
+from parallel.pulse import beat, limits
 from parallel.world import World
-from trainer import checkpoint
-from trainer.checkpoint import on_first_rank
-from trainer.config import RunConfig, differences, parse_config, to_toml
-from trainer.console import TrainConsole
+from trainer.checkpoint import Keep, Saver, Store, on_first_rank
+from trainer.checkpoint.of_run import checkpoints_of
+from trainer.config import RunConfig
 from trainer.engines import build_engine
 from trainer.engines.base import Engine, StepResult
 from trainer.engines.carry import layout_of
-from trainer.errors import CheckpointError
-from trainer.feed import Feed, open_feed
-from trainer.metrics import MetricLog, flops_per_token, memory_bytes, peak_flops
+from trainer.errors import DivergedError, SpoiledError
+from trainer.faultplan import Plan
+from trainer.faults import inject
+from trainer.guard import LossGuard
 from trainer.optim import learning_rate
-from trainer.runfolder import RunFolder, read_jsonl
-from trainer.stop import StopRequest
+from trainer.resuming import Going, go_back, resume
+from trainer.runfolder import RunFolder
+from trainer.runlog import RunLog
+from trainer.saves import Saves
+from trainer.stop import StopRequest, agree
+from trainer.straggler import Stragglers
 
-# What makes a run this run: a checkpoint of another value of these cannot be gone on with.
-_IDENTITY = ("model.", "run.seed", "train.global_batch", "train.context", "optim.kind")
 
-
-def fit(config: RunConfig, world: World, device: torch.device) -> bool:
+def fit(config: RunConfig, world: World, device: torch.device, plan: Plan | None = None) -> bool:
     """Train to the last step; True when it is reached, False when stopped by a signal and saved. Collective.
 
-    Preflight has passed and the process group exists. Raises CheckpointError, DataError, LayoutError or RunError.
+    Preflight has passed and the process group exists. `plan`: faults to be suffered on the way. Raises CheckpointError,
+    DataError, LayoutError or RunError; DivergedError or SpoiledError where starting again from a checkpoint may help.
     """
     with contextlib.ExitStack() as held:
         on_first_rank(lambda: held.enter_context(RunFolder(config.run.path).lock()) and None)
-        return _fit(config, world, device)
+        run = _begin(config, world, device, plan)
+        with run.log.console, StopRequest() as stop:
+            while True:
+                going = resume(config, run.engine, run.layout, world.rank, run.store, device)
+                ended = _train(run, going, stop)
+                if ended is not None:
+                    return ended
 
 
-def _fit(config: RunConfig, world: World, device: torch.device) -> bool:
-    folder, layout, steps = RunFolder(config.run.path), layout_of(config, world.size), config.train.steps
-    feed, here = open_feed(config), layout.coordinates(world.rank)
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same when a run goes back to a checkpoint."""
+
+    config: RunConfig
+    layout: Layout
+    rank: int
+    device: torch.device
+    engine: Engine
+    store: Store
+    saves: Saves
+    log: RunLog
+    stragglers: Stragglers
+
+
+def _begin(config: RunConfig, world: World, device: torch.device, plan: Plan | None) -> _Run:
+    limits(config.recovery.silence, config.recovery.patience)
+    beat("start")
+    folder, layout, asked = RunFolder(config.run.path), layout_of(config, world.size), config.checkpoint
     engine = build_engine(config, layout, device)
-    start, loader, continued, refused = resume(config, engine, feed, layout, world.rank, folder)
-    log = RunLog(config, folder, layout, device, feed, start, silent=world.rank > 0)
-    log.told(start, refused)
-    saved = start
+    if plan is not None:
+        inject(plan, world.rank, folder, lambda: engine.parameters)
+    log = RunLog(config, folder, layout, device, silent=world.rank > 0)
+    store = checkpoints_of(RunFolder(config.run.path), config)
+    saver = Saver(store, Keep(asked.keep, asked.keep_every), asked.background)
+    saves = Saves(config, saver, log, engine.state, lambda done: _compare(engine, log, done) if config.guard.compare else None)
+    stragglers = Stragglers(device, [layout.coordinates(rank).pp for rank in range(world.size)])
+    return _Run(config, layout, world.rank, device, engine, store, saves, log, stragglers)
 
-    def evaluate(done: int) -> None:
-        losses = {name: engine.evaluate(batches) for name, batches in feed.evaluation(layout, here).items()}
-        log.evaluation(done, losses, feed.weights(continued, done))
 
-    def record(done: int) -> dict[str, Any]:
-        told = make_record(loader, done, feed.identity, continued.history, total_of_rows(layout, world.rank, device))
-        return {"config": to_toml(config), "data": told}
-
-    with log.console, StopRequest() as stop:
-        if start and config.eval.every and start % config.eval.every == 0 and not log.evaluated(start):
-            evaluate(start)  # a stop came first
-        batches = loader.stream(start, steps, pinned(device), config.data.prefetch)
-        for done, rows in enumerate(batches, start + 1):
-            lr = learning_rate(config.optim.lr, config.optim.schedule, done - 1, steps)
+def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
+    """From a checkpoint to the last step (True) or the request to stop (False); None where the run has to go back."""
+    config, log, saves, steps, start = run.config, run.log, run.saves, run.config.train.steps, going.start
+    log.begin(start, going.feed, going.refused)
+    saves.begin_at(start)
+    left = 0  # steps in a row that nobody applied
+    if start and config.eval.every and start % config.eval.every == 0 and not log.evaluated(start):
+        _evaluate(run, going, start)  # a stop came first
+    with contextlib.closing(going.loader.stream(start, steps, pinned(run.device), config.data.prefetch)) as batches:
+        for done in range(start + 1, steps + 1):
+            beat("data", done)
+            log.ask_for_batch()
+            rows = next(batches)
             log.begin_step()
-            log.step(done, engine.step(rows, lr), lr)
-            stopping = stop.agreed() and done < steps
+            run.stragglers.begin()
+            lr = learning_rate(config.optim.lr, config.optim.schedule, done - 1, steps)
+            result = _step(run, going.guard, rows, lr, done)
+            run.stragglers.end()
+            log.step(done, result, lr)
+            left = 0 if result.applied else left + 1
+            if not _sound(run, going, result, done):
+                saves.abandon()
+                return None
+            if left >= config.guard.give_up:
+                raise SpoiledError(f"step {done}: the weights did not change for {left} steps in a row (guard.give_up)")
+            beat("agree")
+            agreed = agree(bool(stop.asked), *saves.saver.flags())
+            stopping = agreed.stop and done < steps
             if done == steps or (config.eval.every and done % config.eval.every == 0 and not stopping):
-                evaluate(done)
-            if stopping or done == steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                told = record(done)
-                path = checkpoint.save(folder.checkpoints, done, engine.state(), told, config.checkpoint.keep)
-                log.saved(done, path.name, told["data"]["state"].get("left_out"))
-                saved = done
+                _evaluate(run, going, done)
+            _look_around(run, done)
+            if stopping or done == steps:
+                saves.now(done, going.record)
+            else:
+                saves.after(done, agreed, going.record)
             if stopping:
                 log.event("stop", step=done, asked=stop.asked or "another rank")
                 break
-        log.finish(saved, steps, getattr(loader, "names", []))
-    return saved == steps
+    beat("end")
+    log.finish(saves.saved, getattr(going.loader, "names", []))
+    return saves.saved == steps
+
+
+def _step(run: _Run, guard: LossGuard, rows: Batch, lr: float, done: int) -> StepResult:
+    """One step; where its figures cannot be trusted, tried once more from the same weights and the same batch."""
+    most = guard.limits()
+    result = run.engine.step(rows, lr, most)
+    if result.applied or not run.config.guard.retry:
+        return result
+    begun, why = time.perf_counter(), guard.judge(result.loss, result.grad_norm).why
+    again = run.engine.step(rows, lr, most)
+    run.log.retried(done, why, again.applied, time.perf_counter() - begun)
+    return again
+
+
+def _sound(run: _Run, going: Going, result: StepResult, done: int) -> bool:
+    """What the loss guard makes of a step; False where the run has gone back."""
+    guard = going.guard
+    verdict = guard.judge(result.loss, result.grad_norm)
+    if result.applied:
+        guard.accept(result.loss, result.grad_norm)
+        if verdict.kind:
+            run.log.spiked(done, verdict.why, going.positions(done - 1, done))
+        return True
+    going_back = verdict.kind == "spike" and run.config.guard.spike == "rewind"
+    if going_back and go_back(run.config, going, done, run.store):
+        run.log.warn(f"step {done}: {verdict.why}: going back")
+        return False
+    run.log.left(done, verdict.why, going.positions(done - 1, done))
+    return True
+
+
+def _look_around(run: _Run, done: int) -> None:
+    """The ranks compare their replicas and their speed, now and then."""
+    every = run.config.guard.compare
+    if every and done % every == 0:
+        _compare(run.engine, run.log, done)
+    if run.stragglers.due(done):
+        for slow in run.stragglers.named():
+            run.log.event("straggler", step=done, rank=slow.rank, ratio=round(slow.ratio, 2))
+            run.log.warn(f"step {done}: rank {slow.rank} takes {slow.ratio:.1f} times as long as its peers for the same work")
+
+
+def _compare(engine: Engine, log: RunLog, done: int) -> None:
+    """Raises DivergedError where ranks that hold the same piece of the state do not hold the same bits."""
+    found = engine.differing()
+    if found:
+        told = "; ".join(map(str, found[:5]))
+        ranks = sorted({rank for difference in found for rank in difference.ranks})
+        log.event("diverged", step=done, ranks=ranks, what=told)
+        raise DivergedError(f"step {done}: replicas have come apart: {told}")
+
+
+def _evaluate(run: _Run, going: Going, done: int) -> None:
+    beat("evaluate")
+    here = run.layout.coordinates(run.rank)
+    losses = {name: run.engine.evaluate(batches) for name, batches in going.feed.evaluation(run.layout, here).items()}
+    run.log.evaluation(done, losses, going.feed.weights(going.continued, done))
 
 
 def pinned(device: torch.device) -> Callable[[Batch], Batch]:
@@ -94,155 +189,3 @@ def pinned(device: torch.device) -> Callable[[Batch], Batch]:
         return None if array is None else torch.from_numpy(array).pin_memory().numpy()
 
     return lambda batch: Batch(pin(batch.tokens), pin(batch.labels), pin(batch.docs), pin(batch.positions))
-
-
-def total_of_rows(layout: Layout, rank: int, device: torch.device) -> Total:
-    """Adds up over the ranks, of which those that read the same rows count once. Collective."""
-    here = layout.coordinates(rank)
-    counts = here.tp == here.cp == here.pp == 0
-
-    def total(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        mine = torch.from_numpy(numbers if counts else np.zeros_like(numbers)).to(device, copy=True)
-        if dist.is_initialized():
-            dist.all_reduce(mine)
-        told: npt.NDArray[np.int64] = mine.cpu().numpy()
-        return told
-
-    return total
-
-
-def resume(
-    config: RunConfig, engine: Engine, feed: Feed, layout: Layout, rank: int, folder: RunFolder
-) -> tuple[int, Reader, Continued, list[str]]:
-    """Bring the engine and the data to the newest valid checkpoint: its step (0 if there is none), the loader that goes on
-    from there, how the data goes on, and why newer checkpoints were refused. Collective."""
-    here, found = layout.coordinates(rank), checkpoint.newest_valid(folder.checkpoints)
-    if found is None:
-        continued = feed.continued(None)
-        return 0, feed.loader(layout, here, continued), continued, []
-    path, manifest, rejected = found
-    if manifest.step > config.train.steps:
-        raise CheckpointError(
-            f"train.steps = {config.train.steps}: the run at {folder.path} is at step {manifest.step} already: "
-            "raise train.steps, or give another run.name"
-        )
-    changes = differences(parse_config(manifest.record["config"], str(path)), config)
-    for key, (before, now) in changes.items():
-        if key.startswith(_IDENTITY):
-            raise CheckpointError(
-                f"{key} = {now}: the run at {folder.path} was begun with {before}: set it back, or give another run.name"
-            )
-    data = manifest.record.get("data")
-    if data is None:
-        raise CheckpointError(f"{path}: does not say how its data goes on: another version wrote it; give another run.name")
-    continued = feed.continued(data)
-    loader = feed.loader(layout, here, continued)
-    loader.follow(data["state"], manifest.step)
-    state = engine.state()
-    checkpoint.load(path, manifest, state)
-    engine.load_state(state)
-    changed = {key: {"was": before, "now": now} for key, (before, now) in changes.items()}
-    on_first_rank(
-        lambda: folder.event("resume", step=manifest.step, refused=rejected, changed=changed, data=list(continued.changes))
-    )
-    return manifest.step, loader, continued, rejected
-
-
-class RunLog:
-    """Everything that a run tells: console, metrics, events. Only rank 0 says and writes anything."""
-
-    def __init__(
-        self, config: RunConfig, folder: RunFolder, layout: Layout, device: torch.device, feed: Feed, start: int,
-        silent: bool,
-    ) -> None:  # fmt: skip
-        self.folder, self.device, self.silent = folder, device, silent
-        self.console = TrainConsole(config.train.steps, config.log.every, silent)
-        self.started = time.perf_counter()
-        self.skipped = 0
-        self.left_out: dict[str, int] = {}
-        if silent:
-            return
-        write_file(folder.config, to_toml(config).encode())
-        feed.tokenizer.save(folder.tokenizer)
-        self.metrics = MetricLog(folder, config, start)
-        self.flops = flops_per_token(config.model, config.train.context)
-        peak = peak_flops(device, config.engine.precision)
-        self.peak = peak * layout.world if peak else None
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        self.event(
-            "start", step=start, ranks=layout.world, zero=layout.zero, device=name, torch=torch.__version__,
-            unigram_nats=feed.unigram_nats,
-        )  # fmt: skip
-        self.console.say(
-            f"{config.run.name}: {feed.told}, {layout.world} rank(s) on {name}, ZeRO {layout.zero}, {config.engine.precision}"
-        )
-
-    def told(self, start: int, refused: list[str]) -> None:
-        for reason in refused:
-            self.console.say(f"checkpoint refused: {reason}")
-        if start:
-            self.console.say(f"resumed after step {start}")
-
-    def evaluated(self, step: int) -> bool:
-        """Whether this step's evaluation is on record. Collective."""
-        records = on_first_rank(lambda: [r["step"] for r in read_jsonl(self.folder.metrics) if "eval_loss" in r])
-        return step in records
-
-    def begin_step(self) -> None:
-        """The batch is here: what passed since the last step's end was waiting for data."""
-        self.waited = time.perf_counter() - self.started
-
-    def step(self, done: int, result: StepResult, lr: float) -> None:
-        now = time.perf_counter()
-        seconds, self.started = now - self.started, now
-        if self.silent:
-            return
-        values: dict[str, Any] = {
-            "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "tokens": result.tokens,
-            "step_seconds": seconds, "data_seconds": self.waited, "tokens_per_second": result.tokens / seconds,
-            "memory_bytes": memory_bytes(self.device), **result.more,
-        }  # fmt: skip
-        if self.peak:
-            values["mfu"] = self.flops * values["tokens_per_second"] / self.peak
-        self.metrics.record(done, values)
-        self.console.step(done, values)
-        if not result.applied:
-            self.skipped += 1
-            self.event("skip", step=done, why="the gradient norm is not finite")
-            self.console.say(f"step {done}: the gradient norm is not finite: no rank changed its weights")
-
-    def evaluation(self, done: int, losses: dict[str, float], weights: dict[str, float]) -> None:
-        """Of several sources, the loss that is told is the mean by their weights."""
-        self.started = time.perf_counter()
-        if self.silent:
-            return
-        loss = sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
-        each = {f"eval_loss.{name}": value for name, value in losses.items() if name}
-        self.metrics.record(done, {"eval_loss": loss, **each})
-        self.event("eval", step=done, loss=loss)
-        parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name)
-        self.console.say(f"step {done}: held-out loss {loss:.4f}" + (f" ({parts})" if parts else ""))
-
-    def event(self, kind: str, **fields: Any) -> None:
-        self.started = time.perf_counter()
-        if not self.silent:
-            self.folder.event(kind, **fields)
-
-    def saved(self, done: int, name: str, left_out: dict[str, int] | None) -> None:
-        """`left_out`: of a stream, how many documents were used and how many left out by reason."""
-        self.left_out = left_out or {}
-        self.event("save", step=done, path=name, **({"documents": left_out} if left_out else {}))
-
-    def finish(self, saved: int, steps: int, unreadable: list[str]) -> None:
-        if not self.silent:
-            self.metrics.close()
-            self.event("end", step=saved, finished=saved == steps)
-            done = f"finished {steps} steps" if saved == steps else f"stopped and saved after step {saved} of {steps}"
-            self.console.say(f"{done}: {self.folder.path}")
-            if self.left_out.get("unreadable"):
-                told = ", ".join(f"{count:,} {what}" for what, count in self.left_out.items())
-                self.console.say(f"warning: documents of the stream that cannot be read were left out ({told})")
-                for name in unreadable[:5]:
-                    self.console.say(f"  {name}")
-            if self.skipped:
-                self.console.say(f"warning: {self.skipped} step(s) changed nothing: the gradient norm was not finite")

@@ -14,7 +14,7 @@ import torch
 from trainer.config import RunConfig, to_toml
 from trainer.model.config import ModelConfig
 from trainer.model.gpt import GPT
-from trainer.runfolder import RunFolder, drop_after
+from trainer.runfolder import FULL, RunFolder, disk_may_be_full, drop_after
 
 # Dense peak FLOP/s in bf16 from the makers' data sheets, by a part of the device's name; longest match first.
 PEAK_BF16 = {
@@ -72,8 +72,12 @@ class MetricLog:
 
     def __init__(self, folder: RunFolder, config: RunConfig, start: int) -> None:
         """Go on after step `start`: what a previous attempt recorded beyond it is dropped."""
-        drop_after(folder.metrics, start)
-        self._lines = folder.metrics.open("a", encoding="utf-8")
+        self._path = folder.metrics
+        with disk_may_be_full(self._path):
+            drop_after(self._path, start)
+        self._lines = folder.metrics.open("ab", buffering=0)
+        self._waiting = bytearray()  # what found no room on the disk yet
+        self._full = False
         self._board: Any = None
         self._wandb: Any = None
         if config.log.tensorboard:
@@ -89,17 +93,39 @@ class MetricLog:
             )  # fmt: skip
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        self._lines.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            if self._board is not None:
-                self._board.add_scalar(name, value, step)
+        self._waiting += json.dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n"
+        self._write()
+        self._draw(step, values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
+    def _write(self) -> None:
+        try:
+            while self._waiting:
+                del self._waiting[: self._lines.write(self._waiting)]
+            self._full = False
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not self._full:
+                print(f"warning: {self._path}: {error.strerror}: written once there is room", file=sys.stderr)
+            self._full = True
+
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        if self._board is None:
+            return
+        try:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+        except OSError as error:  # its own thread met a full disk, and has ended with it
+            print(f"warning: TensorBoard's log cannot be written any more: {error.strerror}", file=sys.stderr)
+            self._board = None
+
     def close(self) -> None:
+        self._write()
         self._lines.close()
         if self._board is not None:
-            self._board.close()
+            with disk_may_be_full(self._path.parent):
+                self._board.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 
 from parallel.world import check_device
-from trainer.checkpoint import steps_in
+from trainer.checkpoint.of_run import checkpoints_of
 from trainer.config import RunConfig
 from trainer.engines.carry import layout_of
 from trainer.errors import ConfigError
@@ -27,7 +27,9 @@ def preflight(config: RunConfig, ranks: int) -> None:
             f"use model.vocab={vocab} or more"
         )
     check_cache(feed)
-    if not steps_in(RunFolder(config.run.path).checkpoints):  # else what it has consumed counts, which its ranks will read
+    if not checkpoints_of(
+        RunFolder(config.run.path), config
+    ).steps():  # else what it has consumed counts, which its ranks will read
         feed.continued(None)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')

@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from trainer.errors import USER_ERRORS
-from trainer.exit_codes import DONE, FAULT, LOST_PEER, PREEMPTED, USER_ERROR
+from trainer.errors import USER_ERRORS, DivergedError, SpoiledError
+from trainer.exit_codes import DIVERGED, DONE, FAULT, LOST_PEER, PREEMPTED, USER_ERROR
 
 if TYPE_CHECKING:
     import torch
 
     from parallel.world import World
     from trainer.config import RunConfig
+    from trainer.faultplan import Plan
     from trainer.generate import Sampling
     from trainer.runfolder import RunFolder
 
@@ -32,7 +33,7 @@ _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 
 def train_rank(run: RunConfig, place: World) -> int:
-    """This process's part of a run, as one rank; its exit code."""
+    """This process's part of a run, as one rank that no supervisor of ours started; its exit code."""
     from parallel.world import die_with_parent, join, leave, pick_device
 
     if place.master is None:
@@ -42,38 +43,59 @@ def train_rank(run: RunConfig, place: World) -> int:
             return _fit(run, place, device)
         finally:
             leave()
-    watched = "TORCHELASTIC_RUN_ID" in os.environ
-    if watched:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     try:
         from trainer.preflight import preflight
 
         preflight(run, place.size)  # a launcher of another make has checked nothing
-        device = pick_device(run.engine.device, place)
-        join(place, device)
-        code = _fit(run, place, device)
-        if watched:  # all is saved: when a peer ends a moment earlier, the agent's SIGTERM is no longer meant for us
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        leave()
-        _end(code)
+        _end(_train(run, place, None))
     except Exception as error:
         _gone(error, place.rank)
 
 
-def _fit(run: RunConfig, place: World, device: torch.device) -> int:
+def train_supervised(run: RunConfig, plan: Plan | None = None) -> int:
+    """The part of a run of the rank that the environment says, under launch.supervisor; its exit code. `plan`: faults to be
+    suffered on the way."""
+    from parallel.world import world_from
+    from trainer.stop import stopping_is_no_crash
+
+    place = world_from(os.environ)
+    assert place is not None, "a supervisor says which rank this is"
+    with stopping_is_no_crash():
+        return _train(run, place, plan)
+
+
+def _train(run: RunConfig, place: World, plan: Plan | None) -> int:
+    from parallel.world import join, leave, pick_device, wait_for_all
+    from trainer.stop import ASKING
+
+    try:
+        device = pick_device(run.engine.device, place)
+        join(place, device)
+        code = _fit(run, place, device, plan)
+        for number in ASKING:  # all is saved: when a peer ends a moment earlier, what its end sets off is not meant for us
+            signal.signal(number, signal.SIG_IGN)
+        wait_for_all()
+        leave()
+        return code
+    except Exception as error:
+        return say(error, place.rank)
+
+
+def _fit(run: RunConfig, place: World, device: torch.device, plan: Plan | None = None) -> int:
     from trainer.loop import fit
 
-    return DONE if fit(run, place, device) else PREEMPTED
+    return DONE if fit(run, place, device, plan) else PREEMPTED
 
 
-def generate_rank(
-    folder: RunFolder, place: World, device: str, prompt: str, tokens: int, sampling: Sampling, degrees: dict[str, int]
-) -> int:
-    """This process's part of a generation, as one rank of several; rank 0 writes the text. Its exit code."""
-    from parallel.world import die_with_parent, join, leave, pick_device
+def generate_rank(folder: RunFolder, device: str, prompt: str, tokens: int, sampling: Sampling, degrees: dict[str, int]) -> int:
+    """The part of a generation of the rank that the environment says; rank 0 writes the text. Its exit code."""
+    from parallel.world import join, leave, pick_device, world_from
     from trainer.generate import generate_together, load_engine, text_stream
 
-    die_with_parent()
+    place = world_from(os.environ)
+    assert place is not None, "a launcher says which rank this is"
     try:
         here = pick_device(device, place)
         join(place, here)
@@ -86,7 +108,7 @@ def generate_rank(
         leave()
         return DONE
     except Exception as error:
-        _gone(error, place.rank)
+        return say(error, place.rank)
 
 
 def _gone(error: Exception, rank: int) -> NoReturn:
@@ -109,14 +131,24 @@ def say(error: Exception, rank: int) -> int:
         # Not a word on stderr but one line: the traceback that matters is that of the rank that was lost.
         print(f"rank {rank}: another rank is gone: {str(error).splitlines()[0][:200]}", file=sys.stderr)
         return LOST_PEER
+    if isinstance(error, SpoiledError):  # of all ranks at once
+        if rank == 0:
+            print(f"fault: {error}", file=sys.stderr)
+        _leave_message(str(error))
+        return DIVERGED if isinstance(error, DivergedError) else FAULT
+    if isinstance(error, OSError) and error.errno is None and str(error):  # of a distant store: it says where and why
+        print(f"rank {rank} failed: {error}", file=sys.stderr)
+        _leave_message(str(error))
+        return FAULT
     if text is None:
         print(f"rank {rank} failed:", file=sys.stderr)
         traceback.print_exception(error)
+        _leave_message("".join(traceback.format_exception_only(error)).strip())
         return FAULT
     if rank == 0:
         print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
-    else:
-        _leave_message(text)
+    elif not _leave_message(text):
+        print(f"error: {text}", file=sys.stderr)
     return USER_ERROR
 
 
@@ -141,11 +173,11 @@ def _lost_peer(error: Exception) -> bool:
     return ours and any(words in text for words in gone)
 
 
-def _leave_message(text: str) -> None:
-    """A user's error on a rank other than 0: into the file that torchrun's agent reads, so that it is said once."""
+def _leave_message(text: str) -> bool:
+    """What ended this rank, into the file that its launcher reads; whether there is one."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file is None:
-        print(f"error: {text}", file=sys.stderr)
-        return
+        return False
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     Path(file).write_text(json.dumps({"message": text, "timestamp": int(time.time())}))
+    return True

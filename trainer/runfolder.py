@@ -3,27 +3,36 @@
 runs/NAME/
     config.toml      the resolved config of the newest start
     tokenizer.json   so that text can be generated wherever the data has gone
-    events.jsonl     starts, resumes, saves, evaluations, skipped steps: appended, never rewritten
+    events.jsonl     starts, resumes, saves, evaluations, skipped steps, faults, restarts: appended, never rewritten
     metrics.jsonl    one record a step
     checkpoints/     step-NNNNNNNN, see trainer.checkpoint
-        .lock            held by rank 0 while it trains
+    guard.json       where the loss guard has gone back, and which batches it left out
+    stacks/          what every rank was doing when one was found hung
+    .lock            held by rank 0 while it trains
     tensorboard/
     report.html
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
+import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from data.atomic import write_file
 from trainer.errors import RunError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""How the kernel says that there is no room: on the disk, for this user, in this file."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,14 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def rewinds(self) -> Path:
+        return self.path / "guard.json"
+
+    @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 
@@ -68,8 +85,9 @@ class RunFolder:
             raise RunError(f"run.folder: cannot write to {self.path}: {error.strerror}; choose another run.folder") from None
 
     def event(self, kind: str, **fields: Any) -> None:
+        """Append to the events. A disk that is full costs the event, not the run."""
         record = {"time": round(time.time(), 3), "event": kind, **fields}
-        with self.events.open("a+", encoding="utf-8") as out:
+        with disk_may_be_full(self.events), self.events.open("a+", encoding="utf-8") as out:
             out.write("\n" * _cut_short(self.events) + json.dumps(record) + "\n")
 
     def lock(self, patience: float = 5.0) -> IO[bytes]:
@@ -86,6 +104,17 @@ class RunFolder:
                     file.close()
                     raise RunError(f"{self.path}: another process is training this run: wait for it, or stop it") from None
                 time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def disk_may_be_full(path: Path) -> Iterator[None]:
+    """Training does not end because a line of a log cannot be written: it is said, and goes without."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"warning: {path}: {error.strerror}: what was to be written there is lost", file=sys.stderr)
 
 
 def _cut_short(path: Path) -> bool:

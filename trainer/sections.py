@@ -143,3 +143,53 @@ class DataSection(Section):
                 f"source = {self.source!r} and a mixture: name the source in [data.mixture.NAME], or leave one out"
             )
         return self
+
+
+class CheckpointSection(Section):
+    every: Natural = Field(0, description="steps between checkpoints; 0: only at the end")
+    keep: Count = Field(2, description="newest checkpoints that are kept")
+    keep_every: Natural = Field(0, description="checkpoints of steps that this divides are kept for good; 0: none")
+    folder: str = Field(
+        "", description="where they go: a folder, or a URL such as s3://bucket/runs/x (default: in the run folder)"
+    )
+    background: bool = Field(True, description="written while training goes on, from a copy in the host's memory")
+    verify: Literal["digests", "sizes"] = Field(
+        "digests", description="what is compared before one is loaded: every byte, or sizes"
+    )
+
+
+class GuardSection(Section):
+    """What is done about a step whose figures cannot be trusted."""
+
+    retry: bool = Field(
+        True, description="compute such a step once more: a device's passing fault gives another result, the data's does not"
+    )
+    spike: Literal["record", "skip", "rewind"] = Field(
+        "record", description="a loss or gradient norm far above the last ones: only recorded; not applied; or gone back before"
+    )
+    threshold: float = Field(
+        12.0, gt=0, description="how far is far: deviations (1.4826 x median absolute deviation) above the median"
+    )
+    window: Count = Field(128, description="applied steps that the median is of")
+    rewind: Count = Field(100, description="steps to go back at least, to a checkpoint; the batches in between are skipped")
+    skip: Natural = Field(0, description="further batches skipped after the one that spiked, when going back")
+    rewinds: Count = Field(5, description="times to go back in all; then the run ends")
+    give_up: Count = Field(20, description="steps in a row that change nothing before ranks start again from a checkpoint")
+    compare: Natural = Field(
+        100, description="steps between comparisons of replicas, which also precede every checkpoint; 0: never"
+    )
+
+
+class RecoverySection(Section):
+    """How ranks are watched and started again; a restart goes on from the newest checkpoint."""
+
+    restarts: Natural = Field(8, description="restarts for one cause without progress in between; 0: none")
+    backoff: float = Field(
+        1.0, ge=0, description="seconds before the second restart in a row, doubled from one to the next up to 60"
+    )
+    silence: float = Field(
+        5.0, gt=0, description="seconds without a sign of life within a step before a rank counts as hung; 10 times the p99 of "
+        "its steps if that is longer",
+    )  # fmt: skip
+    patience: float = Field(900.0, gt=0, description="the same outside of steps: start, compilation, evaluation, saving")
+    grace: float = Field(120.0, gt=0, description="seconds to save after a signal to stop, before the ranks are killed")

@@ -1,19 +1,39 @@
-"""Stopping on request: a signal asks, the ranks agree at a step's end, so that all save the same step."""
+"""What the ranks agree on at a step's end: whether to stop, because a signal asked one of them, so that all save the same
+step; and how a save in the background stands."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 
-import torch
-import torch.distributed as dist
+from trainer.exit_codes import PREEMPTED
 
-ASKING = (signal.SIGTERM, signal.SIGINT)
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to save and end: people and schedulers, Slurm by USR1 or USR2 some time before its limit."""
+
+
+@contextlib.contextmanager
+def stopping_is_no_crash() -> Iterator[None]:
+    """While there is no step to finish, before the first and after the last, what asks to stop ends the process at once."""
+
+    def stop(*_: object) -> None:
+        os.write(2, b"stopped outside of a step: nothing is lost, the same command goes on\n")
+        os._exit(PREEMPTED)
+
+    before = {number: signal.signal(number, stop) for number in ASKING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a question that all ranks answer together. A second SIGINT ends at once.
+    """Turns a signal into a question that all ranks answer together. A second SIGINT ends at once.
     A context manager: the handlers of before come back at its end."""
 
     def __init__(self) -> None:
@@ -28,12 +48,25 @@ class StopRequest:
             os._exit(130)
         self.asked = signal.Signals(number).name
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Collective; on CPU tensors, so that no GPU waits for it."""
-        flag = torch.tensor(int(bool(self.asked)))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
-
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The same on every rank. `failed`, `pending`: of any rank's part of the save under way."""
+
+    stop: bool
+    failed: bool
+    pending: bool
+
+
+def agree(stop: bool, failed: bool = False, pending: bool = False) -> Agreement:
+    """What any rank says, all know. Collective; on CPU tensors, so that no GPU waits for it."""
+    import torch
+    import torch.distributed as dist
+
+    flags = torch.tensor([stop, failed, pending], dtype=torch.int32)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return Agreement(*map(bool, flags.tolist()))

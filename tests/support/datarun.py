@@ -106,7 +106,7 @@ def inside(config_file, verb, *overrides, code=0):
             *verb.split(),
             str(config_file),
             *map(str, overrides),
-            *(["--ranks=1"] if verb == "train" else []),
+            *(["--ranks=1", "recovery.restarts=0"] if verb == "train" else []),
         ]
         try:
             cli.main()

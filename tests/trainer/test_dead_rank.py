@@ -5,56 +5,52 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
 from layouts import BASE, degrees
+from left import left_by
 from runs import run_config
 from trainer.config import to_toml
 
-# What Python runs first in every process, when its folder is on the path: rank 3 breaks at its second step.
-BREAK = """
-import os
-if os.environ.get("RANK") == "3":
-    from parallel.pipeline import Pipeline
-    step, calls = Pipeline.step, []
-    def broken(self, micro_batches):
-        calls.append(1)
-        if len(calls) == 2:
-            {how}
-        return step(self, micro_batches)
-    Pipeline.step = broken
+# Starts the ranks as `mikoshi train` does, with no restart, for a run one of whose ranks suffers a fault.
+RUN = """
+import sys
+from pathlib import Path
+from launch.supervisor import Job, supervise
+from trainer.config import load_config
+from trainer.faultplan import Fault, Plan
+from trainer.rank import train_supervised
+from trainer.runfolder import RunFolder
+run = load_config(Path("run.toml"))
+RunFolder(run.run.path).make()
+plan = Plan((Fault(sys.argv[1], 2, "forward", 3),))
+sys.exit(supervise(Job(4, train_supervised, (run, plan), RunFolder(run.run.path), run.recovery)))
 """
+MARK = "MIKOSHI_TEST_MARK"
 
 
 @pytest.mark.parametrize("layout", ["tp=2 pp=2", pytest.param("tp=2 zero=3", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("kind", "said"),
     [
-        (
-            "raise RuntimeError('the fault of rank three')",
-            ["rank 3 failed:", "Traceback", "the fault of rank three", "error: rank 3 ended with exit code 1"],
-        ),
-        ("os.kill(os.getpid(), 9)", ["error: rank 3 ended with SIGKILL"]),
+        ("raise", ["rank 3 failed:", "Traceback", "an error on purpose in step 2", "error: rank 3 ended with exit code 1"]),
+        ("kill", ["error: rank 3 was killed (SIGKILL)", "at step 2, in forward"]),
     ],
-    ids=["raises", "killed"],
-)  # fmt: skip
-def test_the_run_ends_and_says_who(dataset, tmp_path, layout, how, said):
+)
+def test_the_run_ends_and_says_who(dataset, tmp_path, layout, kind, said):
     config = run_config(
         dataset, tmp_path / "runs", model=BASE, parallel=degrees(layout), train={"global_batch": 16, "steps": 50},
-        log={"tensorboard": False},
+        log={"tensorboard": False}, recovery={"restarts": 0},
     )  # fmt: skip
     (tmp_path / "run.toml").write_text(to_toml(config))
-    (tmp_path / "first").mkdir()
-    (tmp_path / "first" / "sitecustomize.py").write_text(BREAK.format(how=how))
-    env = os.environ | {"PYTHONPATH": str(tmp_path / "first")}
-    command = [sys.executable, "-P", "-m", "trainer.cli", "train", str(tmp_path / "run.toml"), "--ranks", "4"]
     begun = time.monotonic()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=tmp_path, env=env)
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", RUN, kind], capture_output=True, text=True, timeout=150, cwd=tmp_path,
+        env=os.environ | {MARK: str(tmp_path)},
+    )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert time.monotonic() - begun < 120
     for text in said:
         assert text in done.stderr
     assert done.stderr.count("Traceback") <= 1, "the peers that lost it say so in a line"
-    left = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path / "run.toml") in (p.info["cmdline"] or [])]
-    assert not left, "no rank is left behind"
+    assert not left_by(MARK, str(tmp_path)), "no rank is left behind"

@@ -8,15 +8,16 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
+from left import left_by
 from runs import GPT2_MODEL, run_config
 from trainer.checkpoint import newest_valid
 from trainer.config import to_toml
 from trainer.runfolder import read_jsonl
 
 STEPS = 60
+MARK = "MIKOSHI_TEST_MARK"  # in the environment of a start and of all that comes of it
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,7 @@ def start(config_file, name, ranks=2):
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "trainer.cli", "train", str(config_file), f"run.name={name}", "--ranks", str(ranks)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=config_file.parent,
+        env={**os.environ, MARK: str(config_file)},
     )  # fmt: skip
 
 
@@ -69,9 +71,8 @@ def weights(config_file, name):
     return {file: stamp["sha256"] for file, stamp in manifest.files.items()}
 
 
-def no_worker_left(config_file):
-    marks = (str(config_file),)
-    return not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] and marks[0] in p.info["cmdline"]]
+def rank_processes(config_file):
+    return [p for p in left_by(MARK, str(config_file)) if p.name().startswith("mikoshi-rank")]
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +81,21 @@ def quiet(config_file):
     return weights(config_file, "quiet"), steps_recorded(config_file, "quiet")
 
 
-def test_stopped_by_sigterm_and_resumed_is_the_same_to_the_bit(config_file, quiet):
-    process = start(config_file, "stopped")
-    wait_for_step(process, config_file, "stopped", 30)
-    process.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
+def test_stopped_by_a_signal_and_resumed_is_the_same_to_the_bit(config_file, quiet, number):
+    name = f"stopped-{number.name}"
+    process = start(config_file, name)
+    wait_for_step(process, config_file, name, 30)
+    asked = max(r["step"] for r in steps_recorded(config_file, name))
+    process.send_signal(number)
     out = finish(process, code=75)
     assert "stopped and saved after step" in out
-    stopped_at = steps_recorded(config_file, "stopped")[-1]["step"]
-    assert 30 <= stopped_at < STEPS
-    out = finish(start(config_file, "stopped"))
-    assert f"resumed after step {stopped_at}" in out
-    assert weights(config_file, "stopped") == quiet[0]
-    assert_same_metrics(steps_recorded(config_file, "stopped"), quiet[1], exact=True)
+    stopped_at = steps_recorded(config_file, name)[-1]["step"]
+    assert asked <= stopped_at < STEPS
+    out = finish(start(config_file, name))
+    assert f"resumed after step {stopped_at}" in out, "not one step is lost"
+    assert weights(config_file, name) == quiet[0]
+    assert_same_metrics(steps_recorded(config_file, name), quiet[1], exact=True)
 
 
 def assert_same_metrics(found, expected, exact):
@@ -101,27 +105,39 @@ def assert_same_metrics(found, expected, exact):
             assert ours[key] == (theirs[key] if exact else pytest.approx(theirs[key], rel=1e-5)), (ours["step"], key)
 
 
-@pytest.mark.parametrize("whom", ["launcher", pytest.param("rank", marks=pytest.mark.slow)])
-def test_killed_at_a_random_step_and_resumed_is_the_same_to_the_bit(config_file, quiet, whom):
-    step = random.randrange(22, 50)
-    process = start(config_file, f"killed-{whom}")
-    wait_for_step(process, config_file, f"killed-{whom}", step)
-    if whom == "launcher":
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    else:
-        rank = next(p for p in psutil.Process(process.pid).children() if "trainer.cli" in p.cmdline())
-        rank.kill()
-        assert "SIGKILL" in finish(process, code=1)
-    deadline = time.monotonic() + 5
-    while not no_worker_left(config_file):
+def assert_nobody_left(config_file, seconds=5):
+    deadline = time.monotonic() + seconds
+    while left_by(MARK, str(config_file)):
         assert time.monotonic() < deadline, "orphans"
         time.sleep(0.05)
-    out = finish(start(config_file, f"killed-{whom}"))
+
+
+def test_the_launcher_killed_at_a_random_step_and_resumed_is_the_same_to_the_bit(config_file, quiet):
+    step = random.randrange(22, 50)
+    process = start(config_file, "killed")
+    wait_for_step(process, config_file, "killed", step)
+    assert len(rank_processes(config_file)) == 2
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert_nobody_left(config_file)
+    out = finish(start(config_file, "killed"))
     assert "resumed after step 20" in out or "resumed after step 40" in out
-    assert weights(config_file, f"killed-{whom}") == quiet[0], f"killed at step {step}"
-    assert_same_metrics(steps_recorded(config_file, f"killed-{whom}"), quiet[1], exact=True)
+    assert weights(config_file, "killed") == quiet[0], f"killed at step {step}"
+    assert_same_metrics(steps_recorded(config_file, "killed"), quiet[1], exact=True)
+
+
+def test_a_rank_killed_at_a_random_step_is_started_again_and_the_run_is_the_same_to_the_bit(config_file, quiet):
+    step = random.randrange(22, 50)
+    process = start(config_file, "rank")
+    wait_for_step(process, config_file, "rank", step)
+    random.choice(rank_processes(config_file)).kill()
+    out = finish(process)
+    assert "was killed (SIGKILL)" in out
+    assert "resumed after step 20" in out or "resumed after step 40" in out
+    assert weights(config_file, "rank") == quiet[0], f"killed at step {step}"
+    assert_same_metrics(steps_recorded(config_file, "rank"), quiet[1], exact=True)
+    assert_nobody_left(config_file)
 
 
 @pytest.mark.slow

@@ -1,0 +1,168 @@
+"""Everything that a run tells, to people and to its folder: console, metrics, events. Only rank 0 says and writes anything."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from data.atomic import write_file
+from parallel.layout import Layout
+from trainer.checkpoint import Outcome, on_first_rank
+from trainer.config import RunConfig, to_toml
+from trainer.console import TrainConsole
+from trainer.engines.base import StepResult
+from trainer.feed import Feed
+from trainer.goodput import goodput, process_began, repetition
+from trainer.metrics import MetricLog, flops_per_token, memory_bytes, peak_flops
+from trainer.runfolder import RunFolder, read_jsonl
+
+
+class RunLog:
+    """A run's log on this rank; a silent one is for other ranks than the first. `begin` it before use."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, layout: Layout, device: torch.device, silent: bool) -> None:
+        self.config, self.folder, self.layout, self.device, self.silent = config, folder, layout, device, silent
+        self.console = TrainConsole(config.train.steps, config.log.every, silent)
+        self.started = time.perf_counter()
+        self.skipped = 0
+        self.left_out: dict[str, int] = {}
+        self.begun = False
+        self.metrics: MetricLog
+        if silent:
+            return
+        self.flops = flops_per_token(config.model, config.train.context)
+        peak = peak_flops(device, config.engine.precision)
+        self.peak = peak * layout.world if peak else None
+
+    def begin(self, start: int, feed: Feed, refused: list[str]) -> None:
+        """Go on after step `start`, for the first time in this process or after going back."""
+        if not self.silent:
+            if self.begun:
+                self.metrics.close()
+            else:
+                self._begin_first(start, feed)
+            self.metrics = MetricLog(self.folder, self.config, start)
+        self.begun = True
+        for reason in refused:
+            self.console.say(f"checkpoint refused: {reason}")
+        if start:
+            self.console.say(f"resumed after step {start}")
+        self.started = time.perf_counter()
+
+    def _begin_first(self, start: int, feed: Feed) -> None:
+        config, device = self.config, self.device
+        write_file(self.folder.config, to_toml(config).encode())
+        feed.tokenizer.save(self.folder.tokenizer)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        self.event(
+            "start", step=start, ranks=self.layout.world, zero=self.layout.zero, device=name, torch=torch.__version__,
+            unigram_nats=feed.unigram_nats, began=round(process_began(), 3),
+            **({} if start else repetition(self.folder, 0)),
+        )  # fmt: skip
+        self.console.say(
+            f"{config.run.name}: {feed.told}, {self.layout.world} rank(s) on {name}, ZeRO {self.layout.zero}, "
+            f"{config.engine.precision}"
+        )
+
+    def evaluated(self, step: int) -> bool:
+        """Whether this step's evaluation is on record. Collective."""
+        records = on_first_rank(lambda: [r["step"] for r in read_jsonl(self.folder.metrics) if "eval_loss" in r])
+        return step in records
+
+    def ask_for_batch(self) -> None:
+        self.asked = time.perf_counter()
+
+    def begin_step(self) -> None:
+        """The batch is here: what passed since it was asked for was waiting for data."""
+        self.waited = time.perf_counter() - self.asked
+
+    def step(self, done: int, result: StepResult, lr: float) -> None:
+        now = time.perf_counter()
+        seconds, self.started = now - self.started, now
+        if self.silent:
+            return
+        values: dict[str, Any] = {
+            "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "tokens": result.tokens, "applied": result.applied,
+            "step_seconds": seconds, "data_seconds": self.waited, "tokens_per_second": result.tokens / seconds,
+            "memory_bytes": memory_bytes(self.device), **result.more,
+        }  # fmt: skip
+        if self.peak:
+            values["mfu"] = self.flops * values["tokens_per_second"] / self.peak
+        self.metrics.record(done, values)
+        self.console.step(done, values)
+
+    def retried(self, done: int, why: str, cured: bool, seconds: float) -> None:
+        if not self.silent:  # within the step: its clock goes on
+            self.folder.event("retry", step=done, why=why, cured=cured, seconds=round(seconds, 6))
+        if cured:
+            self.warn(f"step {done}: {why}; computed again from the same batch it was sound: a passing fault of a device")
+
+    def left(self, done: int, why: str, positions: list[int]) -> None:
+        """A step that no rank applied, for good; its batch stands at these positions."""
+        self.skipped += 1
+        self.event("skip", step=done, why=why, positions=positions)
+        self.warn(f"step {done}: {why}: no rank changed its weights; its batch: `mikoshi data inspect {self.folder.path} "
+                  f"--step {done}`")  # fmt: skip
+
+    def spiked(self, done: int, why: str, positions: list[int]) -> None:
+        self.event("spike", step=done, why=why, positions=positions)
+        self.warn(f"step {done}: {why}")
+
+    def evaluation(self, done: int, losses: dict[str, float], weights: dict[str, float]) -> None:
+        """Of several sources, the loss that is told is the mean by their weights."""
+        begun, self.started = self.started, time.perf_counter()
+        if self.silent:
+            return
+        loss = sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
+        each = {f"eval_loss.{name}": value for name, value in losses.items() if name}
+        self.metrics.record(done, {"eval_loss": loss, **each})
+        self.event("eval", step=done, loss=loss, seconds=round(self.started - begun, 6))
+        parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name)
+        self.console.say(f"step {done}: held-out loss {loss:.4f}" + (f" ({parts})" if parts else ""))
+
+    def event(self, kind: str, **fields: Any) -> None:
+        self.started = time.perf_counter()
+        if not self.silent:
+            self.folder.event(kind, **fields)
+
+    def rested(self) -> None:
+        """What has passed since the last step's end was not waiting for data."""
+        self.started = time.perf_counter()
+
+    def warn(self, text: str) -> None:
+        self.console.say(f"warning: {text}")
+
+    def saved(self, outcome: Outcome, stall: float, record: Mapping[str, Any]) -> None:
+        """A save that has ended, well or not, for which training stood still `stall` seconds. Of a stream it tells how many
+        documents were used and left out, by reason."""
+        if outcome.error is not None:
+            self.event("save-failed", step=outcome.step, why=outcome.error, stall_seconds=round(stall, 6))
+            self.warn(f"step {outcome.step}: {outcome.error}; training goes on and it is tried again")
+            return
+        self.left_out = record["data"]["state"].get("left_out") or {}
+        self.event(
+            "save", step=outcome.step, path=outcome.path, stall_seconds=round(stall, 6),
+            seconds=round(outcome.seconds, 6), **({"documents": self.left_out} if self.left_out else {}),
+        )  # fmt: skip
+
+    def finish(self, saved: int, unreadable: list[str]) -> None:
+        if self.silent:
+            return
+        steps = self.config.train.steps
+        self.metrics.close()
+        self.event("end", step=saved, finished=saved == steps)
+        spent = goodput(self.folder)
+        done = f"finished {steps} steps" if saved == steps else f"stopped and saved after step {saved} of {steps}"
+        self.console.say(f"{done}: {self.folder.path}")
+        if spent.starts > 1 or spent.wall > 60:  # else there is nothing to be learned from it
+            self.console.say(spent.words())
+        if self.left_out.get("unreadable"):
+            told = ", ".join(f"{count:,} {what}" for what, count in self.left_out.items())
+            self.console.say(f"warning: documents of the stream that cannot be read were left out ({told})")
+            for name in unreadable[:5]:
+                self.console.say(f"  {name}")
+        if self.skipped:
+            self.console.say(f"warning: {self.skipped} step(s) changed nothing: see the events of the run")

@@ -1,0 +1,98 @@
+"""When a run is saved: every so many steps, again after one that failed, and at its end; never where replicas differ."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from parallel.pulse import beat
+from trainer.checkpoint import Outcome, Saver
+from trainer.config import RunConfig
+from trainer.errors import CheckpointError
+from trainer.runlog import RunLog
+from trainer.stop import Agreement
+
+_LAST_TRIES = (1.0, 5.0)
+"""Seconds of pause before a save that must not be lost is tried again."""
+
+
+class Saves:
+    """The saves of one run. `state` gives the tensors to be saved, `record` what goes with them, and `check` raises where
+    the ranks' replicas differ. Every method is collective."""
+
+    def __init__(
+        self, config: RunConfig, saver: Saver, log: RunLog, state: Callable[[], dict[str, Any]], check: Callable[[int], None]
+    ) -> None:
+        self.every, self.saver, self.log, self.state, self.check = config.checkpoint.every, saver, log, state, check
+        self.saved = 0
+        self._under_way: dict[str, Any] = {}
+        self._failures, self._again, self._done = 0, 0, 0
+        self._stall, self._since = 0.0, 0.0
+
+    def begin_at(self, step: int) -> None:
+        """The run goes on after `step`, which is saved."""
+        self.saved, self._failures, self._again = step, 0, 0
+
+    def after(self, done: int, agreed: Agreement, record: Callable[[int], dict[str, Any]]) -> None:
+        """What is to be done about saving after step `done`."""
+        with self._standing_still():
+            self._done = done
+            self._ended(self.saver.advance(agreed.failed, agreed.pending))
+            if self._again and self._again <= done and not self.saver.busy:
+                self._begin(done, record)  # the one before has failed
+            elif self.every and done % self.every == 0:
+                self._ended(self.saver.conclude())  # slower than the steps between two saves
+                self._begin(done, record)
+
+    def now(self, done: int, record: Callable[[int], dict[str, Any]]) -> None:
+        """Save step `done` and wait until it is safe. Raises CheckpointError when that cannot be done."""
+        with self._standing_still():
+            self._ended(self.saver.conclude())
+            for pause in (*_LAST_TRIES, None):
+                if self.saved == done:
+                    return
+                self._begin(done, record)
+                outcome = self.saver.conclude()
+                self._ended(outcome)
+                if outcome is not None and outcome.error is not None:
+                    if pause is None:
+                        raise CheckpointError(
+                            f"step {done} cannot be saved: {outcome.error}; the newest checkpoint is of step {self.saved}: "
+                            "make room, then start the same command again"
+                        )
+                    time.sleep(pause)
+
+    def abandon(self) -> None:
+        """Wait for the save under way, whatever becomes of it."""
+        with self._standing_still():
+            self._ended(self.saver.conclude())
+
+    @contextlib.contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        """What passes meanwhile is time that training stood still for the save under way."""
+        self._since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._stall += time.perf_counter() - self._since
+            self.log.rested()
+
+    def _begin(self, done: int, record: Callable[[int], dict[str, Any]]) -> None:
+        self.check(done)
+        beat("save")
+        self._under_way = record(done)
+        self.saver.begin(done, self.state(), self._under_way)
+
+    def _ended(self, outcome: Outcome | None) -> None:
+        if outcome is None:
+            return
+        now = time.perf_counter()
+        self.log.saved(outcome, self._stall + now - self._since, self._under_way)
+        self._stall, self._since = 0.0, now
+        if outcome.error is None:
+            self.saved, self._failures, self._again = outcome.step, 0, 0
+        else:  # soon, then later and later: a disk that is full does not stay so for one step only
+            self._again = self._done + 2**self._failures - 1
+            self._failures = min(self._failures + 1, 10)
