@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 LOCK = ".lock"
 
@@ -57,7 +58,7 @@ def _lock(built: Path, until: float) -> int:
     while True:
         built.mkdir(parents=True, exist_ok=True)
         try:
-            handle = os.open(built / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = _open_lock(built)
         except FileNotFoundError:  # the one who held the lock has just removed the folder
             continue
         try:
@@ -73,12 +74,27 @@ def _lock(built: Path, until: float) -> int:
         os.close(handle)
 
 
+def _open_lock(built: Path) -> int:
+    """Neither the folder nor the lock may be a link that someone left there: what is in it is cleared and written."""
+    folder = os.open(built, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+    finally:
+        os.close(folder)
+
+
 def _flock(handle: int) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system that knows no locks does without
             raise
+
+
+def new_file(path: Path) -> BinaryIO:
+    """Open a file that is new, to write in: what has its name is removed, and a link is not followed."""
+    path.unlink(missing_ok=True)
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
 
 
 def write_file(target: Path, content: bytes, durable: bool = True) -> None:
@@ -89,9 +105,11 @@ def write_file(target: Path, content: bytes, durable: bool = True) -> None:
     """
     built = partial_path(target)
     try:
-        built.write_bytes(content)
-        if durable:
-            flush(built)
+        with new_file(built) as out:
+            out.write(content)
+            out.flush()
+            if durable:
+                os.fsync(out.fileno())
         built.rename(target)
     except BaseException:
         with suppress(OSError):
@@ -106,7 +124,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Hold the lock of a finished folder, to add to it: of several processes one does so at a time. Waits for it; without
     effect where the folder cannot be written, as what is added then cannot be either."""
     try:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError:
         yield
         return

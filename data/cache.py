@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.errors import DataError
+from data.errors import DataError, StorageError, of_storage
 
 FOLDER_KEY, BYTES_KEY = "data.cache.folder", "data.cache.bytes"
 _DEAD_ELSEWHERE = 3600.0  # seconds after which another host's unlocked part is dead: its locks may not be seen here
@@ -88,7 +88,8 @@ class Part:
 
 
 class Cache:
-    """The folder as one process sees it. Thread-safe. Raises DataError where the folder cannot be made or locked."""
+    """The folder as one process sees it. Thread-safe. Raises DataError where the folder cannot be made or locked,
+    StorageError where that may pass."""
 
     def __init__(self, folder: Path, limit: int, user: str, patience: float) -> None:
         self.folder, self.limit, self.evicted = folder, limit, 0
@@ -105,7 +106,7 @@ class Cache:
                 os.write(self._user, json.dumps({"run": user, "is": me}).encode())
         except OSError as error:
             why = error.strerror or error
-            raise DataError(f"{FOLDER_KEY}: cannot use {folder} ({why}): give a folder on a local disk") from None
+            raise of_storage(error, f"{FOLDER_KEY}: cannot use {folder} ({why})", "give a folder on a local disk") from None
         self._run = user
 
     def close(self) -> None:
@@ -164,7 +165,7 @@ class Cache:
         """Stand in line for the right to fetch the file: the function yielded says whether it is ours by now. It is given
         back when the block ends."""
         path, ours = self.path(wanted).with_suffix(".lock"), False
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
         def claimed() -> bool:
             nonlocal ours
@@ -262,13 +263,15 @@ class Cache:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """No other process or thread counts, evicts or reserves meanwhile."""
-        handle = os.open(self.folder / "folder.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(self.folder / "folder.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             deadline = time.monotonic() + self._patience
             while not _locked(handle):
                 if time.monotonic() > deadline:
                     told = f"{self.folder} has been locked by another process for {self._patience:g} s"
-                    raise DataError(f"{FOLDER_KEY}: {told}: end it (`fuser {self.folder}/folder.lock`) or give another folder")
+                    raise StorageError(
+                        f"{FOLDER_KEY}: {told}: end it (`fuser {self.folder}/folder.lock`) or give another folder"
+                    )
                 time.sleep(0.002)
             yield
         finally:
@@ -288,7 +291,7 @@ def _locked(handle: int) -> bool:
 def _opened(path: Path) -> Iterator[int | None]:
     """A handle for as long as the block lasts; None if the file is gone or not ours to open."""
     try:
-        handle = os.open(path, os.O_RDWR)
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:
         yield None
         return

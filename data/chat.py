@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from data.errors import DataError
+from data.errors import DataError, of_storage
 
 if TYPE_CHECKING:
     import jinja2
@@ -76,9 +76,8 @@ def load_chat(chat: str) -> ChatTemplate:
             config = json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DataError(
-            f'data.chat = {chat!r}: {path} cannot be read: {why}; give "chatml" or a file with a template'
-        ) from None
+        told = f"data.chat = {chat!r}: {path} cannot be read: {why}"
+        raise of_storage(error, told, 'give "chatml" or a file with a template') from None
     if path.suffix == ".json":
         text = config.get("chat_template") if isinstance(config, dict) else None
         if isinstance(text, list):  # several templates under names of their own

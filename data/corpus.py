@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 
 from data.atomic import alone_in
 from data.dataset import Dataset
-from data.errors import DataError
+from data.errors import DataError, reading
 from data.packing import FitPlan, cut_counts, plan_name, read_plan, write_plan
 from data.rows import Where
 from data.shards import DatasetInfo, Shard, ShardInfo
@@ -91,13 +92,19 @@ def open_corpus(dataset: Dataset, split: str, context: int, packing: Packing = "
     return Corpus(name, dataset, shards, context, counts, plan)
 
 
+def _have_plan(dataset: Dataset, folder: Path, split: str, context: int, name: str) -> None:
+    if (folder / name).exists():
+        return
+    with alone_in(folder):
+        if not (folder / name).exists():  # another process may just have made it
+            write_plan(folder, dataset.info, split, context, (dataset.shard(shard) for shard in dataset.shards(split)))
+
+
 def _plan(dataset: Dataset, split: str, context: int) -> FitPlan:
     name = f"{plan_name(split, context)}.json"
-    if dataset.folder is not None and not (dataset.folder / name).exists():
-        with alone_in(dataset.folder):
-            if not (dataset.folder / name).exists():  # another process may just have made it
-                shards = (dataset.shard(shard) for shard in dataset.shards(split))
-                write_plan(dataset.folder, dataset.info, split, context, shards)
+    if dataset.folder is not None:
+        with reading(dataset.folder / name):
+            _have_plan(dataset, dataset.folder, split, context, name)
     try:
         content = dataset.read(name)
     except DataError as error:

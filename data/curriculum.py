@@ -6,7 +6,7 @@ always be made again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from data.errors import DataError
 from data.mixture import Mixture, Stage, mix, whole_weights
+from data.numbers import MOST, WAY, whole
 
 Ids = npt.NDArray[np.int64]
 Skipped = tuple[tuple[int, int], ...]
@@ -118,11 +119,26 @@ def begin(asked: Asked) -> History:
 
 
 def read_history(record: Sequence[Any]) -> History:
-    """What History.record wrote."""
-    return History(tuple(
-        (int(since), Asked(tuple((int(start), dict(weights)) for start, weights in asked["stages"]), dict(asked["caps"])))
-        for since, asked in record
-    ))  # fmt: skip
+    """What History.record wrote. Raises DataError for positions that are not in order, and for caps that are no numbers."""
+    starts = _ascending([since for since, _ in record], "curriculum")
+    return History(tuple((since, _read_asked(asked)) for since, (_, asked) in zip(starts, record, strict=True)))
+
+
+def _read_asked(asked: Mapping[str, Any]) -> Asked:
+    starts = _ascending([start for start, _ in asked["stages"]], "stages")
+    stages = tuple((start, dict(weights)) for start, (_, weights) in zip(starts, asked["stages"], strict=True))
+    caps = {name: None if cap is None else whole(cap, f"caps.{name}") for name, cap in asked["caps"].items()}
+    return Asked(stages, caps)
+
+
+def _ascending(positions: Sequence[object], name: str) -> list[int]:
+    """Positions from 0 on, each beyond the one before it."""
+    out: list[int] = []
+    for number, position in enumerate(positions):
+        out.append(whole(position, name, out[-1] + 1 if out else 0, MOST if number else 0))
+    if not out:
+        raise DataError(f"data: the record's {name} are empty: {WAY}")
+    return out
 
 
 def check_skips(old: Sequence[Sequence[int]], new: Skipped, position: int) -> None:

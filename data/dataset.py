@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from data import megatron
 from data.cache import Wanted
-from data.errors import DataError
+from data.errors import DataError, reading
 from data.shards import (
+    AGAIN,
     HEADER_BYTES,
     HELD_OUT,
     INDEX,
@@ -42,7 +43,8 @@ _SAMPLED_TOKENS = 1 << 24
 @dataclass(frozen=True)
 class Dataset:
     """An open dataset. `place`: as the user named it; `shard` opens and `verify` reads one whole; `read` gives a small
-    file's bytes and `mapped` those of a file of known size and digest (sha256 of all of it), or raise DataError.
+    file's bytes and `mapped` those of a file of known size and digest (sha256 of all of it), or raise DataError or, where
+    the same may work later, StorageError.
 
     `folder`: where more can be written beside the shards; None where it cannot. `ahead`: told what is wanted soon.
     """
@@ -75,13 +77,14 @@ def open_dataset(place: str, cache: CacheLimits, tokenizer: str | None = None, h
     """Open the dataset at a folder, an URL (through the `cache`) or a Megatron prefix. The last needs the `tokenizer`
     that made it, and its last documents, `held_out` of its tokens, are its held-out split.
 
-    Raises DataError if there is none or if what the index lists is not there.
+    Raises DataError if there is none or if what the index lists is not there, StorageError if it cannot be told now.
     """
     if is_remote(place):
         return _far(place, cache)
-    if is_megatron(place):
-        return _megatron(place, tokenizer, held_out)
-    return _near(Path(place))
+    with reading(place, AGAIN):
+        if is_megatron(place):
+            return _megatron(place, tokenizer, held_out)
+        return _near(Path(place))
 
 
 def _near(folder: Path) -> Dataset:
@@ -89,10 +92,8 @@ def _near(folder: Path) -> Dataset:
     _check_sizes(folder, [shard for split in info.splits.values() for shard in split])
 
     def read(name: str) -> bytes:
-        try:
+        with reading(folder / name, AGAIN):
             return (folder / name).read_bytes()
-        except OSError as error:
-            raise DataError(f"{folder / name}: cannot be read: {error.strerror}; prepare the data again") from None
 
     def mapped(name: str, size: int, _digest: str) -> npt.NDArray[np.uint8]:
         found = _map(folder / name)
@@ -120,12 +121,9 @@ def _check_sizes(folder: Path, shards: Sequence[ShardInfo]) -> None:
 
 
 def _map(path: Path) -> npt.NDArray[np.uint8]:
-    try:
-        with path.open("rb") as file:
-            empty = not file.seek(0, 2)
-            return np.frombuffer(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}; prepare the data again") from None
+    with reading(path, AGAIN), path.open("rb") as file:
+        empty = not file.seek(0, 2)
+        return np.frombuffer(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 
 @lru_cache(maxsize=64)

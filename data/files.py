@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from data.errors import DataError
+from data.errors import DataError, of_storage, passes
 
 REMOTE = ("s3", "gs", "az", "hf")
 COMPRESSED = (".gz", ".zst")
@@ -58,13 +58,13 @@ class Unreadable(Exception):
 
 @contextmanager
 def told(name: str) -> Iterator[None]:
-    """What fails in reaching a file or store comes out as a DataError that names it."""
+    """What fails in reaching a file or store comes out as a DataError that names it, or where it may pass as a StorageError."""
     try:
         yield
     except OSError as error:
-        raise DataError(f"data.source: {name} cannot be read: {error.strerror or _line(error)}") from None
+        raise of_storage(error, f"data.source: {name} cannot be read: {error.strerror or _line(error)}") from None
     except _remote_errors() as error:
-        raise DataError(f"data.source: {name} cannot be read: {_line(error)}") from None
+        raise of_storage(error, f"data.source: {name} cannot be read: {_line(error)}") from None
 
 
 def _remote_errors() -> tuple[type[Exception], ...]:
@@ -101,13 +101,15 @@ def _filesystem(protocol: str) -> Any:
 
 def list_files(where: str) -> tuple[File, ...]:
     """The files at a path, glob or URL, sorted by name. In a folder every file counts whose name and folders do not
-    begin with a dot. Raises DataError where there is nothing, or something that cannot be read."""
+    begin with a dot. Raises DataError where there is nothing, or something that cannot be read; StorageError where that may
+    pass."""
     protocol = _protocol(where)
     if protocol in REMOTE:
         with told(where):
             files = _remote_files(where)
     elif protocol == "file":
-        files = _local_files(where.removeprefix("file://"))
+        with told(where):
+            files = _local_files(where.removeprefix("file://"))
     else:
         raise DataError(f"data.source: {where!r}: {protocol}:// is not known; there are {', '.join(p + '://' for p in REMOTE)}")
     if not files:
@@ -117,7 +119,7 @@ def list_files(where: str) -> tuple[File, ...]:
 
 def _local_files(where: str) -> list[File]:
     root = Path(where).expanduser()
-    if os.path.lexists(root):
+    if _there(root):
         paths = [root] if root.is_file() else list(visible_files(root))
         root = root.parent if root.is_file() else root
     elif _MAGIC & set(where):
@@ -131,12 +133,22 @@ def _local_files(where: str) -> list[File]:
     return [File(path.relative_to(root).as_posix(), str(path), path.stat().st_size) for path in paths]
 
 
+def _there(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (OSError, ValueError) as error:
+        if passes(error):
+            raise
+        return False
+    return True
+
+
 def visible_files(root: Path) -> Iterator[Path]:
     """Every file under `root` that is not hidden, links followed. Raises DataError for what cannot be entered or
     followed, and for a folder that a link leads to a second time."""
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"data.source: {error.filename} cannot be read: {error.strerror}")
+        raise of_storage(error, f"data.source: {error.filename} cannot be read: {error.strerror}")
 
     seen = {root.resolve()}
     for folder, below, names in os.walk(root, onerror=refuse, followlinks=True):

@@ -133,6 +133,11 @@ def _json(data: bytes) -> Any:
         return _Broken(f"not JSON: {str(error).splitlines()[0]}")
 
 
+def _of_the_disk(error: Exception) -> bool:
+    """Whether the file could not be reached: what Arrow says of its content is a bare OSError without a number."""
+    return isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError)
+
+
 def row_group_bytes(file: File) -> list[int]:
     """The share of the file's bytes that each of its row groups takes, together all; [] where it cannot be read."""
     import pyarrow as pa
@@ -143,7 +148,7 @@ def row_group_bytes(file: File) -> list[int]:
             metadata = pq.ParquetFile(stream).metadata
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        if _of_the_disk(error):
             raise
         return []
     whole, ends, done = max(sum(sizes), 1), [0], 0
@@ -163,7 +168,7 @@ def _columns(file: File, kind: str, span: Span, reading: Reading) -> Iterator[Do
             table = _parquet(stream, span, reading) if kind == PARQUET else _arrow(stream, reading)
             yield from _rows(table, file, reading)
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:  # out of memory: by a broken length
-        if isinstance(error, OSError) and error.errno is not None:
+        if _of_the_disk(error):
             raise
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise Unreadable(f"unreadable file: not a whole {kind.capitalize()} file: {why}") from None

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from data.errors import DataError, of_storage
 from data.files import File, list_files, told
 from data.formats import JSONL, TEXT, format_of
 
@@ -18,7 +18,7 @@ _ANYWHERE = "download its files elsewhere and give their folder as source"
 def hub_files(source: str) -> tuple[tuple[File, ...], str]:
     """The files of "hub:org/name@revision:split" (default: main, "train"; "config/split" chooses a configuration), each
     with the commit as its etag, and their format ("auto": by their suffixes). Raises DataError, also for a dataset that
-    would need its own code."""
+    would need its own code, and StorageError where the Hub does not answer."""
     match = _NAME.fullmatch(source)
     if match is None:
         raise DataError(f"data.source: {source!r} is not a Hub name: write hub:org/name@revision, then :split or :config/split")
@@ -38,7 +38,7 @@ def hub_files(source: str) -> tuple[tuple[File, ...], str]:
         raise DataError(f"data.source: {source!r}: {why}") from None
     except Exception as error:  # of whatever HTTP client it uses: they have no base in common
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"data.source: {source!r}: the Hub cannot be reached ({why}); {_ANYWHERE}") from None
+        raise of_storage(error, f"data.source: {source!r}: the Hub cannot be reached ({why}); {_ANYWHERE}") from None
     return resolve(name, commit, match["config"], match["split"] or "train", source)
 
 
@@ -52,7 +52,8 @@ def resolve(path: str, commit: str | None, config: str | None, split: str, sourc
     except (ValueError, RuntimeError, OSError) as error:
         if "script" in str(error):
             raise DataError(f"data.source: {source!r} needs code of its own, which is not run; {_ANYWHERE}") from None
-        raise DataError(f"data.source: {source!r}: {str(error).splitlines()[0]}") from None
+        line = f"data.source: {source!r}: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        raise (of_storage(error, line) if isinstance(error, OSError) else DataError(line)) from None
     module = type(builder).__module__.rpartition(".")[2]
     if module not in _FORMATS:
         raise DataError(f"data.source: {source!r} holds {module} files; readable are {', '.join(_FORMATS)}; {_ANYWHERE}")

@@ -86,13 +86,21 @@ class Lane:
         return self.piece, self.document, self.offset
 
     def go_to(self, piece: int, document: int, offset: int, left_out: Ids) -> None:
-        """Forget what was read and go on from a cursor, before which so much was left out."""
+        """Forget what was read and go on from a cursor, before which so much was left out. Raises DataError for one that no
+        lane can have."""
         self.left_out = left_out.copy()
         self.piece, self.document, self.offset = piece, document, offset
         self._tokens, self._ends, self._learned = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.bool_)
         self._blocks, self._reading, self._next = [], None, (piece, document)
-        if offset:
-            self._read_block()
+        if not offset:
+            return
+        self._read_block()
+        if offset >= len(self._tokens):
+            raise DataError(
+                f"data.source: the run stands at token {offset} of a block of {len(self._tokens)} of "
+                f"{self.stream.name or 'the source'}: its files have changed, or the checkpoint was altered; put them back, or "
+                "give another run.name"
+            )
 
     def row(self, context: int) -> Where:
         """The next row of `context` tokens and the label after its last. Raises DataError if the source has no usable

@@ -7,8 +7,8 @@ their rows together are the same global batch.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,8 @@ import numpy as np
 from data.buffers import Buffers
 from data.corpus import Corpus
 from data.course import Course, Samples, Skips
-from data.errors import DataError
+from data.errors import DataError, StorageError
+from data.numbers import text, whole
 from data.prefetch import prefetched
 from data.rows import Batch, Columns, Ids, Take, Where, read_rows
 
@@ -26,6 +27,8 @@ _TOGETHER = 1 << 17
 _LOOKED_AT = 64
 _KEPT = 64
 """Steps whose digests are kept, so that a resumed run can follow them again."""
+_FOLLOWED = 1 << 10
+"""Steps that are followed at most: other versions kept as many more as they read ahead."""
 
 
 def read_samples(
@@ -69,6 +72,7 @@ class Loader:
     columns: Columns | None = None
     _digests: dict[int, str] = field(default_factory=dict, compare=False, repr=False)
     _buffers: Buffers = field(default_factory=Buffers, compare=False, repr=False)
+    _turn: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
 
     @property
     def skips(self) -> Skips:
@@ -96,16 +100,27 @@ class Loader:
 
         together = max(1, _TOGETHER // (self.rows * self.course.context))
         read: dict[int, Batch] = {}
+        alone = start  # the first, so that it comes at once; later on, those among which one cannot be read
 
-        def make(step: int) -> Batch:
+        def taken(step: int) -> Batch:
+            nonlocal alone
             self._fetch_soon(step, stop)
             self._digests[step + 1] = self.course.digest(self.samples(step), self._digests.get(step, ""))
             self._digests.pop(step - _KEPT - ahead, None)
+            count = min(together, stop - step) if step > alone else 1
             if step not in read:
-                # The first alone, so that it comes at once; what cannot be read is told at its own step.
-                with suppress(DataError):
-                    read.update(self._batches(step, min(together if step > start else 1, stop - step)))
-            return ready(read.pop(step) if step in read else self.batch(step))
+                try:
+                    read.update(self._batches(step, count))
+                except (DataError, StorageError):
+                    if count == 1:
+                        raise
+                    alone = step + count - 1
+            return read.pop(step) if step in read else self.batch(step)
+
+        def make(step: int) -> Batch:
+            with self._turn:
+                batch = taken(step)
+            return ready(batch)
 
         return prefetched(make, start, stop, ahead)
 
@@ -122,14 +137,15 @@ class Loader:
 
     def go_on(self, step: int, digest: str) -> None:
         """The next step is `step`, and what was consumed before it has this digest."""
-        self._digests.clear()
-        self._digests[step] = digest
+        with self._turn:  # a read that was left behind has ended
+            self._digests.clear()
+            self._digests[step] = digest
 
     def state(self, step: int, _total: object = None) -> dict[str, Any]:
         """What a resumed run checks: the digest of all samples before `step`, that of those before an earlier step, and on
         rank 0 one of the very tokens of the last batch."""
         digests = dict(self._digests)
-        earlier = min(s for s in digests if s <= step)
+        earlier = min(s for s in digests if step - _KEPT <= s <= step)
         content = self.content(step - 1) if step and self.rank == 0 else ""
         return {"digest": digests[step], "earlier": {"step": earlier, "digest": digests[earlier]}, "content": content}
 
@@ -137,17 +153,18 @@ class Loader:
         """Find the last steps' samples and, on rank 0, read the last batch again; then go on with `step`. Raises DataError
         if they are not those that were consumed. Where some came from a source that the run no longer has, there is
         nothing to compare."""
-        earlier = state["earlier"]
-        first, digest = int(earlier["step"]), earlier["digest"]
+        earlier, was = state["earlier"], text(state["digest"], "digest")
+        first = whole(earlier["step"], "earlier.step", max(0, step - _FOLLOWED), step)
+        digest = text(earlier["digest"], "earlier.digest")
         if first < step and self._gone(first, step):
-            self.go_on(step, state["digest"])
+            self.go_on(step, was)
             return
         for before in range(first, step):
             digest = self.course.digest(self.samples(before), digest)
-        if digest != state["digest"]:
+        if digest != was:
             raise DataError(
-                f"data: the samples of steps {earlier['step']} to {step} are not those that the run consumed (digest "
-                f"{digest[:12]}, was {state['digest'][:12]}): the order has changed; use the version that began the run"
+                f"data: the samples of steps {first} to {step} are not those that the run consumed (digest "
+                f"{digest[:12]}, was {was[:12]}): the order has changed; use the version that began the run"
             )
         if step and self.rank == 0 and self.content(step - 1) != state["content"]:
             raise DataError(

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.atomic import flush, partial_path
-from data.errors import DataError
+from data.atomic import flush, new_file, partial_path
+from data.errors import DataError, of_storage
 from data.shards import Shard, Tokens
 
 MAGIC = b"MMIDIDX\0\0"
@@ -72,7 +72,7 @@ def read_idx(prefix: Path | str) -> Index:
         with path.open("rb") as file:
             head = file.read(_HEADER.size)
     except OSError as error:
-        raise DataError(f"{error.filename}: cannot read the Megatron corpus: {error.strerror}") from None
+        raise of_storage(error, f"{error.filename}: cannot read the Megatron corpus: {error.strerror}") from None
     if len(head) < _HEADER.size or not head.startswith(MAGIC):
         raise DataError(f"{path}: not a Megatron index (it does not begin with MMIDIDX); name the prefix of a .bin/.idx pair")
     _, version, code, sequences, listed = _HEADER.unpack(head)
@@ -315,7 +315,7 @@ def write_megatron(prefix: Path | str, shards: Iterable[Shard], width: int) -> M
     with ExitStack() as stack:
         for path in (lengths_path, built, built_idx):
             stack.callback(_remove, path)
-        with built.open("wb") as out, lengths_path.open("wb") as spool:
+        with new_file(built) as out, new_file(lengths_path) as spool:
             for shard in shards:
                 if shard.learned is not None:
                     raise DataError(f"{shard.path}: has tokens that are not predicted, which Megatron's files cannot say")
@@ -372,7 +372,7 @@ def _write_idx(path: Path, spool: Path, documents: int, width: int) -> None:
     """The index of `documents` sequences whose lengths lie in `spool`, read some at a time."""
     if documents:
         lengths = np.memmap(spool, dtype="<i4", mode="r")
-    with path.open("wb") as out:
+    with new_file(path) as out:
         out.write(_HEADER.pack(MAGIC, 1, _CODES[width], documents, documents + 1))
         for start in range(0, documents, _CHUNK):
             out.write(lengths[start : start + _CHUNK].tobytes())

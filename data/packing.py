@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.atomic import flush, partial_path, write_file
-from data.errors import DataError
+from data.atomic import flush, new_file, partial_path, write_file
+from data.errors import DataError, of_storage
 from data.shards import DatasetInfo, Shard
 
 Ids = npt.NDArray[np.int64]
@@ -147,7 +147,7 @@ def write_plan(
     paths = {kind: folder / f"{name}.{kind}" for kind in _KINDS}
     try:
         with ExitStack() as held:
-            outs = {kind: held.enter_context(partial_path(path).open("wb")) for kind, path in paths.items()}
+            outs = {kind: held.enter_context(new_file(partial_path(path))) for kind, path in paths.items()}
 
             def put(kind: str, array: npt.NDArray[Any]) -> None:
                 outs[kind].write(array.tobytes())
@@ -171,10 +171,8 @@ def write_plan(
     except OSError as error:
         for path in paths.values():
             partial_path(path).unlink(missing_ok=True)
-        raise DataError(
-            f'data.packing = "fit": cannot write the plan of rows to {folder}: {error.strerror}: prepare the data with this '
-            "setting where it can be written"
-        ) from None
+        what = f'data.packing = "fit": cannot write the plan of rows to {folder}: {error.strerror}'
+        raise of_storage(error, what, "prepare the data with this setting where it can be written") from None
 
 
 def read_plan(

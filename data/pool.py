@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn, TypeVar
 
-from data.errors import DataError
+from data.errors import DataError, StorageError
 
 C = TypeVar("C")
 J = TypeVar("J")
@@ -50,8 +50,9 @@ def run(
     of told(number of the job, ...) here. `held`: file descriptors that the workers inherit. One worker, or one job, needs
     no process and is run here.
 
-    When a job fails, no further one is begun, and of those that fail the first in order is raised: its DataError or
-    OSError as it was, RuntimeError with the worker's own traceback for anything else, DataError if the worker died.
+    When a job fails, no further one is begun, and of those that fail the first in order is raised: its DataError,
+    StorageError or OSError as it was, RuntimeError with the worker's own traceback for anything else, DataError if the
+    worker died.
     """
     if min(workers, len(jobs)) <= 1:
         for number, job in enumerate(jobs):
@@ -132,6 +133,8 @@ def _hear(worker: _Worker) -> tuple[str, Any]:
 def _failure(kind: str, what: Any, job: object) -> Exception:
     if kind == "data":
         return DataError(what)
+    if kind == "storage":
+        return StorageError(what)
     if kind == "disk":
         return OSError(*what)
     if kind == "died":
@@ -173,6 +176,8 @@ def _perform(task: Callable[..., Any], context: object, job: object, tell: Tell)
         return "done", task(context, job, tell)
     except DataError as error:
         return "data", str(error)
+    except StorageError as error:
+        return "storage", str(error)
     except BrokenPipeError:
         raise
     except OSError as error:

@@ -9,10 +9,14 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+_PATIENCE = 5.0
+"""Seconds that the end of the iterator waits for a `make` under way: a store may keep one for much longer."""
+
 
 def prefetched(make: Callable[[int], T], start: int, stop: int, ahead: int) -> Generator[T, None, None]:
     """make(start) .. make(stop - 1), of which up to `ahead` wait while an earlier one is in use. What `make` raises is
-    raised where its result was due; the thread ends with the iterator."""
+    raised where its result was due; the thread ends with the iterator, or
+    with the `make` that it is in by then."""
     results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
     room = threading.Semaphore(ahead + 1)
     ended = threading.Event()
@@ -42,4 +46,4 @@ def prefetched(make: Callable[[int], T], start: int, stop: int, ahead: int) -> G
     finally:
         ended.set()
         room.release()
-        thread.join()
+        thread.join(_PATIENCE)

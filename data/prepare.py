@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.assemble import Unusable, assemble, report_of
-from data.atomic import commit_folder, flush, locked_folder, partial_path, write_file
-from data.errors import DataError
+from data.atomic import commit_folder, locked_folder, write_file
+from data.errors import DataError, of_storage
 from data.pool import Tell, cores, run
 from data.progress import Meter, Progress, Show, quiet
 from data.quality import Filters, find_doubles
@@ -203,9 +203,7 @@ def _build(build: _Build, recipe_digest: str, given: Tokenizer | None) -> Datase
 
 
 def _save(tokenizer: Tokenizer, path: Path) -> None:
-    tokenizer.save(partial_path(path))
-    flush(partial_path(path))
-    partial_path(path).rename(path)
+    write_file(path, tokenizer.backend.to_str().encode())
 
 
 def _selection(recipe: Recipe, source: Source, specials: frozenset[str] = frozenset()) -> Selection:
@@ -291,7 +289,7 @@ def prepare_all(
     try:
         tokenizer = load_tokenizer(what) if what is not None else _common_tokenizer(recipes, folder, show)
     except OSError as error:
-        raise DataError(f"data.path: cannot write {folder}: {error.strerror or error}") from error
+        raise of_storage(error, f"data.path: cannot write {folder}: {error.strerror or error}") from error
     return {
         name: prepare(recipe, folder / name, show, tokenizer=tokenizer, workers=workers) for name, recipe in recipes.items()
     }

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from data.errors import DataError, of_storage
 
 SEPARATOR = "<|endoftext|>"
 """The token that ends every document."""
@@ -156,7 +156,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise DataError(f"data.tokenizer: cannot read {path}: {error.strerror}") from None
+        raise of_storage(error, f"data.tokenizer: cannot read {path}: {error.strerror}") from None
     ranks: dict[bytes, int] = {}
     taken: set[int] = set()
     for number, line in enumerate(lines, 1):

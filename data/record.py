@@ -18,6 +18,7 @@ import numpy.typing as npt
 from data.curriculum import Asked, History, begin, check_skips, read_history
 from data.errors import DataError
 from data.loader import Loader
+from data.numbers import whole
 from data.stream import StreamLoader
 
 Reader = Loader | StreamLoader
@@ -66,18 +67,18 @@ def go_on(
         return Continued(begin(asked))
     was, history = record["identity"], read_history(record["curriculum"])
     _check_identity(was, identity, accept)
-    position = int(record["position"])
-    check_skips(record["skipped"], skipped, position)
+    samples = whole(record["samples"], "samples")
+    position = whole(record["position"], "position", samples)
+    old = [(whole(start, "skipped"), whole(stop, "skipped", start)) for start, stop in record["skipped"]]
+    check_skips(old, skipped, position)
     changes = []
-    old = [tuple(span) for span in record["skipped"]]
     if old != list(skipped):
         changes.append(f"data.skip: {[list(s) for s in skipped]}, was {record['skipped']}")
     if history.asked[-1][1] != asked:
         told = f"the mixture is {_told(asked)}, was {_told(history.asked[-1][1])}"
         if not accept:
             raise DataError(
-                f"data.mixture: {told}: set it back, or change it from sample {record['samples']} on with "
-                'data.on_change="accept"'
+                f'data.mixture: {told}: set it back, or change it from sample {samples} on with data.on_change="accept"'
             )
         history = history.changed(asked, position)
         changes.append(f"from position {position} {told}")

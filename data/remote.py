@@ -20,12 +20,11 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 
-from data.errors import DataError
+from data.errors import PASSING_4XX, DataError, of_storage
 
 SCHEMES = ("s3", "gs", "az", "http", "https", "file")
 _CHUNK = 1 << 20  # bytes at a time, at least
 _WHOLE_REQUEST = timedelta(hours=1)  # silence ends a request much sooner; this ends one that trickles
-_PASSING_4XX = (408, 425, 429)
 
 T = TypeVar("T")
 
@@ -65,7 +64,9 @@ def open_remote(url: str, timeout: float, options: Mapping[str, str]) -> Remote:
         settings |= {"client_options": client, "retry_config": {"max_retries": 0, "retry_timeout": _WHOLE_REQUEST}}
     try:
         return Remote(_shown(url).rstrip("/"), from_url(url, **settings))
-    except (BaseError, OSError, ValueError, TypeError) as error:
+    except OSError as error:
+        raise of_storage(error, f"{_shown(url)}: cannot be opened: {_first_line(error)}") from None
+    except (BaseError, ValueError, TypeError) as error:
         raise DataError(f"{_shown(url)}: cannot be opened: {_first_line(error)}") from None
 
 
@@ -108,7 +109,7 @@ def _meaning(address: str, error: Exception) -> Exception:
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return DataError(f"{address}: access refused; check the credentials and the bucket's policy ({line})")
     status = re.search(r"status code: (4\d\d)", line)
-    if "redirect without LOCATION" in line or (status and int(status[1]) not in _PASSING_4XX):
+    if "redirect without LOCATION" in line or (status and int(status[1]) not in PASSING_4XX):
         return DataError(f"{address}: the store refuses the request; check address and region ({line})")
     return Passing(line)
 

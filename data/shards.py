@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.errors import DataError
+from data.errors import DataError, reading
 
 MAGIC = b"MKSHARD\0"
 VERSION = 2
@@ -29,6 +29,7 @@ HEADER_BYTES = _HEADER.size
 INDEX = "dataset.json"
 TOKENIZER = "tokenizer.json"
 TRAIN, HELD_OUT = "train", "held_out"
+AGAIN = "prepare the data again"
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
@@ -89,14 +90,12 @@ def write_shard(
 
 def open_shard(path: Path, expected: ShardInfo | None = None) -> Shard:
     """Map a shard. Raises DataError if it is missing, not a shard, of another length than its header says, or not
-    the one `expected`. Digests of the bytes are checked by verify_shard, which reads everything."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(HEADER_BYTES)
-            size = file.seek(0, 2)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-    except OSError as error:
-        raise DataError(f"{path}: cannot read the shard: {error.strerror}; prepare the data again") from None
+    the one `expected`; StorageError if it cannot be read now. Digests of the bytes are checked by verify_shard, which
+    reads everything."""
+    with reading(path, AGAIN, "cannot read the shard"), path.open("rb") as file:
+        head = file.read(HEADER_BYTES)
+        size = file.seek(0, 2)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     if len(head) < HEADER_BYTES or not head.startswith(MAGIC):
         raise DataError(f"{path}: not a token shard (no header); prepare the data again")
     _, version, width, flagged, tokens, documents, digest = _HEADER.unpack(head)
@@ -117,7 +116,7 @@ def open_shard(path: Path, expected: ShardInfo | None = None) -> Shard:
 def verify_shard(path: Path, expected: ShardInfo | None = None) -> None:
     """Read the whole shard and compare its digest. Raises DataError if a single bit differs."""
     open_shard(path, expected)
-    with path.open("rb") as file:
+    with reading(path, AGAIN, "cannot read the shard"), path.open("rb") as file:
         digest = _HEADER.unpack(file.read(HEADER_BYTES))[-1]
         if hashlib.file_digest(file, "sha256").digest() != digest:
             raise DataError(f"{path}: the shard's bytes do not match its digest; prepare the data again")
@@ -163,9 +162,11 @@ def write_index(folder: Path, info: DatasetInfo) -> None:
 def read_index(folder: Path) -> DatasetInfo:
     """Read and check a folder's dataset.json. Raises DataError if there is no dataset or it does not hold together."""
     path = folder / INDEX
-    if not path.exists():
-        raise DataError(f"data.path: no prepared dataset at {folder}; make it with `mikoshi prepare CONFIG`")
-    return parse_index(path.read_bytes(), str(path))
+    with reading(path, AGAIN):
+        if not path.exists():
+            raise DataError(f"data.path: no prepared dataset at {folder}; make it with `mikoshi prepare CONFIG`")
+        content = path.read_bytes()
+    return parse_index(content, str(path))
 
 
 def parse_index(content: bytes, name: str) -> DatasetInfo:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data.cache import BYTES_KEY, FOLDER_KEY, Cache, Part, Wanted
-from data.errors import DataError
+from data.errors import DataError, StorageError, of_storage
 from data.remote import Passing, Remote, Unlike, chunks, open_remote, settled
 
 _POLL = 0.02  # seconds between looks at what another process is fetching
@@ -123,7 +123,7 @@ class Store:
         self.close()
 
     def read(self, name: str) -> bytes:
-        """The bytes of a small file, not kept. Raises DataError, as `fetch` does."""
+        """The bytes of a small file, not kept. Raises DataError or StorageError, as `fetch` does."""
         return self._wait(self._again(name, lambda: self._whole(name)))
 
     @contextmanager
@@ -131,18 +131,18 @@ class Store:
         """The path of the verified local copy, which stays there until the block ends. Map or open it inside the block:
         a map outlives the file's eviction (its disk space is then free once the map is gone).
 
-        Raises DataError where it is larger than the limit, not there, refused, failing more than `retries` times, not
-        the file listed (twice), or where the disk is full with nothing left to evict.
+        Raises DataError where it is larger than the limit, not there, refused, not the file listed (twice), or where the
+        disk is full with nothing left to evict; StorageError where it fails more than `retries` times, or the disk does.
         """
         if wanted.size > self.limits.bytes:
             told = f"{self.limits.bytes} is less than {wanted.name} alone ({wanted.size} bytes)"
             raise DataError(f"{BYTES_KEY}: {told}: give it room for several such files")
         began, patience = time.monotonic(), _Patience(self.limits.timeout)
-        held = self._cache.hold(wanted)
+        held = self._hold(wanted)
         self._count(hits=held is not None, misses=held is None)
         while held is None:
             self._wait(self._ensure(wanted))
-            held = self._cache.hold(wanted)
+            held = self._hold(wanted)
             if held is None and patience.over(None):  # evicted again and again before it could be opened
                 raise self._too_small(wanted)
         self._count(waited=time.monotonic() - began)
@@ -150,6 +150,12 @@ class Store:
             yield self._cache.path(wanted)
         finally:
             os.close(held)
+
+    def _hold(self, wanted: Wanted) -> int | None:
+        try:
+            return self._cache.hold(wanted)
+        except OSError as error:
+            raise self._unusable(error) from None
 
     def ahead(self, wanted: Iterable[Wanted]) -> None:
         """Fetch these in the background, in this order, in place of what earlier calls asked for and has not begun. Only
@@ -190,7 +196,7 @@ class Store:
 
     async def _run_ahead(self) -> None:
         while self._ahead:
-            with suppress(DataError, OSError):
+            with suppress(DataError, StorageError, OSError):
                 await self._ensure(self._ahead.popleft())
 
     async def _ensure(self, wanted: Wanted) -> None:
@@ -206,14 +212,14 @@ class Store:
         _seen(task)
 
     async def _obtain(self, wanted: Wanted) -> None:
-        """Evicts where the disk is full. Raises DataError where that does not help or the disk fails otherwise."""
+        """Evicts where the disk is full. Raises DataError where that does not help, and what the disk says otherwise."""
         full = 0
         while True:
             try:
                 return await self._fetched_by_someone(wanted)
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise DataError(f"{FOLDER_KEY}: cannot use {self.limits.folder}: {error.strerror or error}") from error
+                    raise self._unusable(error) from error
                 full += not self._cache.make_room(wanted.size)
                 if full > 2:  # not at once: what others were writing may be whole by now, and room to be made
                     told = f"the disk of {self.limits.folder} is full, with nothing of the cache left to evict"
@@ -235,7 +241,7 @@ class Store:
                 await self._again(wanted.name, lambda: self._race(wanted))
 
     async def _again(self, name: str, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Attempts with growing, jittered pauses between them, until one succeeds or DataError."""
+        """Attempts with growing, jittered pauses between them, until one succeeds, DataError or StorageError."""
         failures, unlike = 0, 0
         while True:
             try:
@@ -249,7 +255,7 @@ class Store:
                 failures += 1
                 if failures > self.limits.retries:
                     told = f"{self.url}/{name}: failed {failures} times, the last time with: {error}"
-                    raise DataError(f"{told}; try again when the store answers") from None
+                    raise StorageError(f"{told}; try again when the store answers") from None
             self._count(retries=1)
             await self._pause(failures)
 
@@ -324,6 +330,9 @@ class Store:
             except DataError as error:
                 raise Unlike(str(error)) from None
         self._cache.commit(part, wanted)
+
+    def _unusable(self, error: OSError) -> DataError | StorageError:
+        return of_storage(error, f"{FOLDER_KEY}: cannot use {self.limits.folder}: {error.strerror or error}")
 
     def _too_small(self, wanted: Wanted) -> DataError:
         told = f"{self.limits.bytes} has no room for {wanted.name} ({wanted.size} bytes) beside the files in use"

@@ -7,6 +7,7 @@ where every lane stands, one small table.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +19,15 @@ from data.course import Skips
 from data.curriculum import History
 from data.errors import DataError
 from data.lanes import COUNTS, CURSOR, Lane, Stream, chained
+from data.numbers import WAY, text, whole
 from data.prefetch import prefetched
 from data.rows import Batch, Columns, Where, read_rows
 
 Table = npt.NDArray[np.int64]
 """Of every lane: its digest, and of every source its cursor and its counts."""
 _WIDTH = CURSOR + COUNTS
+_DIGESTS, _COUNTED = (1 << 63) - 1, 1 << 48
+"""The largest digest, and more than any number of pieces, documents or tokens."""
 
 _KEPT = 8
 _AGAIN = 2
@@ -60,6 +64,7 @@ class StreamLoader:
     _digests: dict[int, int] = field(default_factory=dict)
     _tables: dict[int, Table] = field(default_factory=dict)
     _kept: int = _KEPT
+    _turn: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
     _batch: int = 0  # the batch of the order that is read next: a step's, but for what is skipped
 
     def __post_init__(self) -> None:
@@ -77,6 +82,10 @@ class StreamLoader:
 
     def restart(self, step: int, table: Table) -> None:
         """Go on with `step` from where the lanes stand."""
+        with self._turn:  # a read that was left behind has ended
+            self._restart(step, table)
+
+    def _restart(self, step: int, table: Table) -> None:
         first = min(self.rank * self.rows, self.global_batch)
         last = min(first + self.rows, self.global_batch)
         mine = range(first // self._share, -(-last // self._share)) if first < last else range(0)
@@ -92,9 +101,10 @@ class StreamLoader:
         self._batch = self._batch_of(step - 1) + 1 if step else 0
         self._tables = {step: self._table()}
 
-    def _of_streams(self, lanes: Sequence[Sequence[int]], sources: Sequence[str]) -> Table:
-        """A table of these sources as one of the streams there are now; a new one's lanes stand at its beginning."""
-        was = np.array(lanes, dtype=np.int64)
+    def _of_streams(self, lanes: object, sources: Sequence[str], name: str) -> Table:
+        """A record's table of these sources as one of the streams there are now; a new one's lanes stand at its beginning.
+        Raises DataError if it is no such table, or holds numbers that no loader writes."""
+        was = self._told_table(lanes, 1 + _WIDTH * len(sources), name)
         out = np.zeros((self.lanes, 1 + _WIDTH * len(self.streams)), np.int64)
         out[:, 0] = was[:, 0]
         for k, stream in enumerate(self.streams):
@@ -102,6 +112,12 @@ class StreamLoader:
                 at = sources.index(stream.name)
                 out[:, 1 + _WIDTH * k :][:, :_WIDTH] = was[:, 1 + _WIDTH * at :][:, :_WIDTH]
         return out
+
+    def _told_table(self, lanes: object, width: int, name: str) -> Table:
+        if not isinstance(lanes, list) or [len(r) if isinstance(r, list) else -1 for r in lanes] != [width] * self.lanes:
+            raise DataError(f"data: the record's {name} are no table of {self.lanes} rows of {width} numbers: {WAY}")
+        most = [_DIGESTS, *[_COUNTED] * (width - 1)]
+        return np.array([[whole(n, name, 0, m) for n, m in zip(row, most, strict=True)] for row in lanes], dtype=np.int64)
 
     def _batch_of(self, step: int) -> int:
         return int(self.skips.positions(np.array([step * self.global_batch]))[0]) // self.global_batch
@@ -120,7 +136,13 @@ class StreamLoader:
         """Batches of steps start..stop-1 as `ready` makes them, read ahead by one thread; `start` is the step that the
         loader stands at."""
         self._kept = _KEPT + ahead
-        return prefetched(lambda step: ready(self.read(step)), start, stop, ahead)
+
+        def make(step: int) -> Batch:
+            with self._turn:
+                batch = self.read(step)
+            return ready(batch)
+
+        return prefetched(make, start, stop, ahead)
 
     def read(self, step: int) -> Batch:
         """This rank's rows of the next step, which must be `step`; those of skipped batches before it are gone past."""
@@ -187,19 +209,20 @@ class StreamLoader:
     def follow(self, state: Mapping[str, Any], step: int) -> None:
         """Read the last steps again, compare, and go on with `step`. Raises DataError if the rows are not those that were
         consumed. Where the run has a source no more, there is nothing to read again."""
-        earlier, sources = state["earlier"], state["sources"]
-        table = self._of_streams(state["lanes"], sources)
+        earlier, sources = state["earlier"], [text(name, "sources") for name in state["sources"]]
+        first = whole(earlier["step"], "earlier.step", max(0, step - _KEPT), step)
+        table = self._of_streams(state["lanes"], sources, "lanes")
         if not {stream.name for stream in self.streams}.issuperset(sources):
             self.restart(step, table)
             return
-        self.restart(int(earlier["step"]), self._of_streams(earlier["lanes"], sources))
-        for again in range(int(earlier["step"]), step):
+        self.restart(first, self._of_streams(earlier["lanes"], sources, "earlier.lanes"))
+        for again in range(first, step):
             self.read(again)
         for number, lanes in self._lanes.items():
             told = [self._digests[number], *(int(n) for lane in lanes for n in (*lane.cursor(), *lane.left_out))]
             if told != table[number].tolist():
                 raise DataError(
-                    f"data.source: the rows of steps {earlier['step']} to {step} are not those that the run consumed (lane "
+                    f"data.source: the rows of steps {first} to {step} are not those that the run consumed (lane "
                     f"{number}): a source's files have changed; put them back, or give another run.name"
                 )
         self.restart(step, table)

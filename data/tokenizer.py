@@ -22,7 +22,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data import ranks
-from data.errors import DataError
+from data.errors import DataError, of_storage
 from data.fastpath import WINDOW, Bytes, Ids, Ranked, fast_path, seams_known, windows
 from data.ranks import SEPARATOR
 
@@ -249,7 +249,7 @@ def load_tokenizer(what: Path | str, pattern: str = "") -> Tokenizer:
         content = ranks.from_file(path, pattern).encode() if path.suffix == ".tiktoken" else path.read_bytes()
     except OSError as error:
         known = f"; known by name: {', '.join(ranks.NAMES)}" if not path.suffix else ""
-        raise DataError(f"data.tokenizer: cannot read {path}: {error.strerror}{known}") from None
+        raise of_storage(error, f"data.tokenizer: cannot read {path}: {error.strerror}{known}") from None
     return parse_tokenizer(content, name)
 
 

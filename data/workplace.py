@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import LOCK, partial_path, write_file
-from data.errors import DataError
+from data.errors import DataError, of_storage
 from data.progress import Progress, Show
 
 _IDENTITY = "recipe.json"
@@ -53,7 +53,7 @@ def told(folder: Path) -> Iterator[None]:
     except OSError as error:
         kept = os.path.lexists(partial_path(folder))
         left = "what is finished is kept, the same command goes on" if kept else "nothing was left behind"
-        raise DataError(f"data.path: cannot write {folder}: {error.strerror or error}; {left}") from error
+        raise of_storage(error, f"data.path: cannot write {folder}: {error.strerror or error}; {left}") from error
 
 
 def finished_pieces(built: Path) -> int:
@@ -68,7 +68,7 @@ def take_over(built: Path, plain: dict[str, Any], show: Show) -> None:
     """
     try:
         before = json.loads((built / _IDENTITY).read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):  # a disk that fails just now says nothing of what is there
         before = None
     if before != plain:
         pieces_there = finished_pieces(built)

@@ -19,13 +19,14 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, SimpleElasticAgent, WorkerGroup, WorkerSpec, WorkerState
 
-from launch.forked import STOPPING, Files, message, start
+from launch.forked import Files, message, start
 from launch.rendezvous import Loopback, loopback_interface
 from launch.watch import Hang, Watch, dump_stacks
 from trainer.exit_codes import DONE, LOST_PEER, PREEMPTED, USER_ERROR
 from trainer.sections import RecoverySection
+from trainer.stop import ASKING
 
-_ENDED = tuple(-number for number in STOPPING)
+_ENDED = tuple(-number for number in ASKING)
 NURSERY_GONE = 255
 """Of a rank whose exit code its forkserver cannot tell any more."""
 

@@ -101,7 +101,7 @@ def suffer(run: RunConfig, ranks: int, plan: Plan, compare: bool, show: Show) ->
     folder = RunFolder(hurt.run.path)
     if folder.path.exists():
         raise ConfigError(f"{folder.path}: exists already: remove it, or give another run.name")
-    known = _known(quiet) if compare else True
+    known = _known(quiet, ranks) if compare else True
     preflight(hurt, ranks)
     launches, left = _through(hurt, ranks, plan, show)
     weights = None
@@ -122,13 +122,19 @@ def comparable(run: RunConfig, plan: Plan) -> bool:
     return run.guard.retry or all(fault.kind != "nan" for fault in plan.faults)
 
 
-def _known(quiet: RunConfig) -> bool:
-    """Whether the quiet run has been made before. Raises ConfigError where its folder holds another run."""
+def _known(quiet: RunConfig, ranks: int) -> bool:
+    """Whether the quiet run has been made before, on as many ranks: on others sums are rounded otherwise. Raises ConfigError
+    where its folder holds another run."""
     folder = RunFolder(quiet.run.path)
     if not folder.path.exists():
         return False
-    ended = [e for e in read_jsonl(folder.events) if e["event"] == "end"]
-    if ended and ended[-1].get("finished") and not differences(load_config(folder.path), quiet):
+    events = read_jsonl(folder.events)
+    ended = [e.get("finished") for e in events if e["event"] == "end"]
+    others = {e.get("ranks") for e in events if e["event"] == "start"} - {ranks}
+    if others:
+        told = ", ".join(map(str, others))
+        raise ConfigError(f"{folder.path}: was made on {told} ranks, not {ranks}: remove it, or use --no-compare")
+    if ended and ended[-1] and not differences(load_config(folder.path), quiet):
         return True
     raise ConfigError(f"{folder.path}: holds another run: remove it, give another run.name, or use --no-compare")
 

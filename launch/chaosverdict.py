@@ -50,11 +50,13 @@ class Row:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What is on record from a fault to the next one; in `rest` to the end. damaged: the step of a checkpoint."""
+    """What is on record from a fault to the next one; in `rest` to the end. damaged: the step of a checkpoint; older: of a
+    sound one before it."""
 
     fault: Fault
     struck: float
     damaged: int | None
+    older: int | None
     events: Sequence[Event]
     rest: Sequence[Event]
     launches: Sequence[Launch]
@@ -92,7 +94,8 @@ def rows(
         # Events are rounded to milliseconds.
         rest = [event for event in events if begin - 0.001 <= event["time"]]
         window = [event for event in rest if event["time"] < end - 0.001]
-        seen = _Seen(fault, begin, struck[number].get("step_damaged"), window, rest, launches, stacks)
+        damaged, older = struck[number].get("step_damaged"), struck[number].get("step_older")
+        seen = _Seen(fault, begin, damaged, older, window, rest, launches, stacks)
         happened, noticed, good = _JUDGES[fault.kind](seen)
         found.append(Row(number, fault, begin, happened, noticed, seen.after(seen.first("start")), good))
     return found
@@ -131,7 +134,11 @@ def _damage(seen: _Seen) -> tuple[str, bool]:
     refused = list(resumed.get("refused", [])) if resumed else []
     if refused:
         return f"refused: {_short(refused[0], seen)}", True
-    return "resumed from the damaged one" if resumed else "started from the beginning", resumed is None
+    if resumed is not None:
+        return "resumed from the damaged one", False
+    if seen.older is not None:
+        return f"started from the beginning, though step {seen.older} was there", False
+    return "started from the beginning: it was the only one", True
 
 
 def _short(reason: str, seen: _Seen) -> str:

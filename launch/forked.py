@@ -26,9 +26,7 @@ from launch.watch import DUMP
 from parallel import pulse
 from parallel.world import die_with_parent
 from trainer.exit_codes import FAULT
-
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""The signals that ask a run to stop."""
+from trainer.stop import ASKING
 
 _PRELOADED = ["launch.nursery", "torch.distributed", "trainer.rank", "trainer.loop", "trainer.preflight", "launch.forked"]
 _PR_SET_NAME = 15  # from prctl.h
@@ -85,7 +83,7 @@ def _launch() -> None:
     resource_tracker.ensure_running()  # by itself: it lets signals through again
     before = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
         forkserver.ensure_running()
     finally:
@@ -137,9 +135,9 @@ def _rank(
     os.environ.update(env)
     stacks = _traces(files.stacks)
     pulse.open_page(files.page)
-    for number in STOPPING:
+    for number in ASKING:
         signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
     try:
         code = work(*arguments)
     except Exception as error:

@@ -13,14 +13,18 @@ from pathlib import Path
 
 _PREFIX = "mikoshi-ranks-"
 _YOUNG = 1.0  # seconds in which its owner may not have locked it yet
+_ROOM = 1 << 20
+_MEMORY = Path("/dev/shm")
 
 
 @contextlib.contextmanager
 def private_folder() -> Iterator[Path]:
-    """A fresh folder on this machine's disk, locked as long as its owner lives, gone at the end."""
-    for left in Path(tempfile.gettempdir()).glob(f"{_PREFIX}????????"):
-        _sweep(left)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    """A fresh folder in this machine's memory, else on its disk, locked as long as its owner lives, gone at the end. Its name
+    has the owner's process id. Raises OSError where neither can be written."""
+    for place in _places():
+        for left in place.glob(f"{_PREFIX}*"):
+            _sweep(left)
+    folder = _fresh()
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
@@ -28,6 +32,19 @@ def private_folder() -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def _places() -> tuple[Path, Path]:
+    """What ranks write here must not wait for a disk, nor fail because it is full."""
+    return _MEMORY, Path(tempfile.gettempdir())
+
+
+def _fresh() -> Path:
+    memory, disk = _places()
+    with contextlib.suppress(OSError):  # there is none, or it is not for us to write
+        if shutil.disk_usage(memory).free >= _ROOM:
+            return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=memory))
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=disk))
 
 
 def _sweep(folder: Path) -> None:

@@ -9,17 +9,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from launch.agent import NURSERY_GONE, Attempt, Ranks, Requests
-from launch.forked import STOPPING, warm
+from launch.forked import warm
 from launch.policy import Fault, Streak, Verdict, judge
 from launch.private import private_folder
 from launch.watch import keep_stacks
 from trainer.exit_codes import DIVERGED, DONE, FAULT, LOST_PEER, PREEMPTED, USER_ERROR
 from trainer.runfolder import RunFolder, read_jsonl
 from trainer.sections import RecoverySection
+from trainer.stop import ASKING, heard
 
 __all__ = ["Job", "supervise", "warm"]
 
@@ -28,7 +29,7 @@ __all__ = ["Job", "supervise", "warm"]
 class Job:
     """What to run. work: an importable function, called in every rank as work(*arguments), which returns its exit code;
     its place is in the environment as torchrun puts it there, this process's id in MIKOSHI_SUPERVISOR.
-    folder: where events and stacks go, and whose newest save counts as progress; without one, silence is no fault.
+    folder: where events and stacks go, and whose saves count as progress; without one, silence is no fault.
     """
 
     ranks: int
@@ -41,7 +42,7 @@ class Job:
 def supervise(job: Job) -> int:
     """Run a job to its end, over faults; its exit code: DONE, PREEMPTED, USER_ERROR, FAULT or HANG. For the main thread.
 
-    SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 go on to every rank, which have `policy.grace` seconds to save; a second SIGINT ends
+    The signals of trainer.stop.ASKING go on to every rank, which have `policy.grace` seconds to save; a second SIGINT ends
     them at once. A rank that dies or falls silent ends its peers, and all start again as the policy has it.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # how the ranks end is told below, in our words
@@ -52,16 +53,17 @@ def supervise(job: Job) -> int:
             if requests.asked:
                 return PREEMPTED
             attempt = Attempt(number, job.ranks, job.work, job.arguments, job.policy, job.folder is not None, private)
-            ranks = Ranks(attempt, requests)
+            ranks, before = Ranks(attempt, requests), len(_events(job.folder))
             ranks.run()
             code, fault = outcome(ranks)
             if code is not None:
                 return code
             assert fault is not None
-            streak, verdict = judge(streak, fault, _saved(job.folder), job.policy)
+            events = _events(job.folder)[before:]
+            streak, verdict = judge(streak, fault, bool(_steps(events, "save")), job.policy)
             _record(job.folder, ranks, fault)
             if requests.asked:
-                return _stopped(fault)
+                return _stopped(fault, events)
             _say(fault, verdict, job.policy.restarts)
             if not verdict.restart:
                 return verdict.code
@@ -74,14 +76,15 @@ def supervise(job: Job) -> int:
 def outcome(ranks: Ranks) -> tuple[int | None, Fault | None]:
     """An attempt's exit code, or what went wrong in it."""
     codes = ranks.codes
-    if USER_ERROR in codes.values():
+    refused = USER_ERROR in codes.values()
+    if refused and not ranks.attempt.number:
         if codes.get(0) != USER_ERROR:  # else rank 0 has said it itself
             _tell(f"error: {ranks.said(next(rank for rank, code in codes.items() if code == USER_ERROR))}")
         return USER_ERROR, None
-    if ranks.hang is not None:
+    if ranks.hang is not None and not refused:  # else it is one that waits for those that ended
         kind = "is stopped (SIGSTOP, or a debugger)" if ranks.hang.stopped else "fell silent"
         return None, _fault(ranks, "hang", ranks.hang.rank, f"{kind}: no sign of life for {ranks.hang.seconds:.1f} s")
-    stopped = {PREEMPTED, *(-number for number in STOPPING)}
+    stopped = {PREEMPTED, *(-number for number in ASKING)}
     wrong = [rank for rank, code in codes.items() if code != DONE and code not in stopped]
     # One that is asked to stop before its first step ends there and then, and those that have come further lose it.
     if wrong and not (stopped & set(codes.values()) and all(codes[rank] == LOST_PEER for rank in wrong)):
@@ -110,13 +113,17 @@ def _first(ranks: Ranks, wrong: list[int]) -> Fault:
         return _fault(ranks, "killed", rank, "was killed with the process that all ranks are forked from")
     if code == -signal.SIGKILL:
         return _fault(ranks, "killed", rank, "was killed (SIGKILL)")
-    how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
     line = said.splitlines()[0][:300] if said else ""
+    if code == USER_ERROR:  # in a restart: what was fine at the first start is an outage now
+        told = f"exit code {code} ({line})" if line else f"exit code {code}, as it has said"
+        return replace(_fault(ranks, "crash", rank, f"ended with {told}", line), refused=True)
+    how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
     return _fault(ranks, "crash", rank, f"ended with {how}{f' ({line})' if line else ''}", line or (how if code < 0 else ""))
 
 
 def _fault(ranks: Ranks, cause: Any, rank: int, how: str, error: str = "") -> Fault:
-    page = ranks.hang.page if ranks.hang else ranks.watch.read(rank, ranks.attempt.files(rank).page)
+    hang = ranks.hang
+    page = hang.page if hang and hang.rank == rank else ranks.watch.read(rank, ranks.attempt.files(rank).page)
     return Fault(cause, rank, page.step if page else -1, page.phase if page else "", how, error)
 
 
@@ -142,16 +149,24 @@ def _say(fault: Fault, verdict: Verdict, restarts: int) -> None:
         _tell(f"error: {told}; the other ranks were ended{f'. {verdict.why}' if verdict.why else ''}")
 
 
-def _stopped(fault: Fault) -> int:
-    """The exit code of a run in which something went wrong while it stopped: after a machine's fault the disk counts."""
-    _tell(f"error: rank {fault.rank} {fault.how}{fault.where}, after a signal to stop; the newest checkpoint is what there is")
-    return FAULT if fault.cause in ("crash", "diverged") else PREEMPTED
+def _stopped(fault: Fault, events: list[dict[str, Any]]) -> int:
+    """The exit code of a run in which something went wrong while it stopped, with the events of that attempt. PREEMPTED only
+    where nothing is lost: the step it stopped after is saved, or there was none yet."""
+    saved = _steps(events, "save") & (_steps(events, "stop") | _steps(events, "end"))
+    rest = f"step {max(saved)} is saved" if saved else "the newest checkpoint is what there is"
+    _tell(f"error: rank {fault.rank} {fault.how}{fault.where}, after a signal to stop; {rest}")
+    if saved or (fault.step < 1 and fault.cause not in ("crash", "diverged")):
+        return PREEMPTED
+    return USER_ERROR if fault.refused else FAULT
 
 
-def _saved(folder: RunFolder | None) -> int:
-    """The newest step that was saved."""
-    records = read_jsonl(folder.events) if folder is not None else []
-    return max((record.get("step", 0) for record in records if record.get("event") == "save"), default=0)
+def _events(folder: RunFolder | None) -> list[dict[str, Any]]:
+    return [] if folder is None else read_jsonl(folder.events)
+
+
+def _steps(events: list[dict[str, Any]], kind: str) -> set[int]:
+    """Of the events of a kind."""
+    return {event["step"] for event in events if event.get("event") == kind and "step" in event}
 
 
 def _wait(seconds: float, requests: Requests) -> None:
@@ -169,7 +184,7 @@ def _tell(text: str) -> None:
 @contextlib.contextmanager
 def _asked(requests: Requests) -> Iterator[None]:
     """Signals to stop are requests from here on; the handlers of before come back at the end."""
-    before = {number: signal.signal(number, requests.ask) for number in STOPPING}
+    before = {number: signal.signal(number, requests.ask) for number in heard()}
     try:
         yield
     finally:

@@ -19,8 +19,10 @@ DUMP = signal.SIGRTMIN + 1
 
 _EVERY = 0.2
 _GAP = 1.0
-# Within a step forward and backward alternate, on another rank in another order.
-_ORDER = {"start": 0, "load": 1, "data": 2, "forward": 3, "backward": 3, "reduce": 4, "update": 5, "agree": 6, "end": 8}
+# Within a step forward and backward alternate, on another rank in another order. One that compiles is waited for in both.
+_ORDER = {
+    "start": 0, "load": 1, "data": 2, "compile": 2, "forward": 3, "backward": 3, "reduce": 4, "update": 5, "agree": 6, "end": 8,
+}  # fmt: skip
 _LATE = 7  # save, evaluate
 
 

@@ -10,7 +10,7 @@ import os
 import struct
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,7 +22,7 @@ _WARM = 2
 """Steps after a start that may take as long as they like: compilation, first touch of memory."""
 
 WITHIN_STEPS = frozenset(("data", "forward", "backward", "reduce", "update", "agree"))
-"""Phases that come in every step. The others: start, load, save, evaluate, end."""
+"""Phases that come in every step. The others: start, load, compile, save, evaluate, end."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ class _Pulse:
     listener: Callable[[int, str], None] | None = None
     silence: float = 5.0
     patience: float = 900.0
+    slow: frozenset[str] = frozenset()
+    phase: str = ""
     step: int = 0
     beats: int = 0
     started: int = 0  # steps begun by this process
@@ -57,9 +59,9 @@ _pulse = _Pulse()
 
 
 def open_page(path: Path) -> None:
-    """Beat on this page from now on."""
+    """Beat on this page from now on. Raises OSError where there is no room for it."""
     with path.open("w+b") as file:
-        file.truncate(_PAGE.size)
+        os.posix_fallocate(file.fileno(), 0, _PAGE.size)  # a hole that cannot be filled later would be a crash
         _pulse.page = mmap.mmap(file.fileno(), _PAGE.size)
     beat("start")
 
@@ -69,9 +71,15 @@ def listen(listener: Callable[[int, str], None] | None) -> None:
     _pulse.listener = listener
 
 
-def limits(silence: float, patience: float) -> None:
-    """How many seconds without a beat are normal: within steps at least, and outside of them."""
-    _pulse.silence, _pulse.patience = silence, patience
+def limits(silence: float, patience: float, slow: Collection[str] = ()) -> None:
+    """How many seconds without a beat are normal from here on, where the first steps are about to come: within steps at
+    least, and outside of them, as in the phases `slow`."""
+    _pulse.silence, _pulse.patience, _pulse.slow, _pulse.started = silence, patience, frozenset(slow), 0
+
+
+def phase() -> str:
+    """Of the last beat."""
+    return _pulse.phase
 
 
 def beat(phase: str, step: int | None = None) -> None:
@@ -84,8 +92,9 @@ def beat(phase: str, step: int | None = None) -> None:
         _begin(step, now)
     pulse.plain &= phase in WITHIN_STEPS
     pulse.beats += 1
+    pulse.phase = phase
     if pulse.page is not None:
-        steady = phase in WITHIN_STEPS and pulse.started > _WARM
+        steady = phase in WITHIN_STEPS and phase not in pulse.slow and pulse.started > _WARM
         limit = max(pulse.silence, pulse.normal) if steady else max(pulse.patience, pulse.silence)
         _PAGE.pack_into(pulse.page, 0, os.getpid(), pulse.step, pulse.beats, now, limit, phase.encode()[:16], pulse.beats)
     if pulse.listener is not None:

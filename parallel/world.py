@@ -94,7 +94,8 @@ def join(world: World, device: torch.device, timeout: timedelta = timedelta(minu
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         store = TCPStore(host, port, world.size, is_master=world.rank == 0 and not kept, timeout=timeout)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"mikoshi/{attempt}", store)
+        # What the ranks tell each other there is found by who knows the run's id alone, which their launcher gave them.
+        store = PrefixStore(f"mikoshi/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
 
 

@@ -13,7 +13,7 @@ import typer
 
 from trainer import cli_chaos, cli_checkpoint, cli_data
 from trainer.cli_data import Config, Overrides
-from trainer.rank import generate_rank, say, told, train_rank, train_supervised
+from trainer.rank import generate_rank, outage, say, told, train_rank, train_supervised
 from trainer.stop import stopping_is_no_crash
 
 if TYPE_CHECKING:
@@ -274,7 +274,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        if told(error) is None:
+        if told(error) is None and not outage(error):
             raise
         sys.exit(say(error, rank=0))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from trainer.checkpoint.store import Store
     from trainer.checkpoint.survey import Entry, Seen
-    from trainer.sections import CheckpointSection
+    from trainer.config import RunConfig
+    from trainer.runfolder import RunFolder
 
 Run = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart", show_default=False)]
 
@@ -34,11 +35,11 @@ def list_(run: Run, as_json: Annotated[bool, typer.Option("--json", help="print 
 
     Names and sizes are compared with the manifest, which is quick; `verify` reads every byte.
     """
-    from trainer.checkpoint.keep import Keep
+    from trainer.checkpoint.of_run import keep_of
     from trainer.checkpoint.survey import survey
 
-    with _opened(run) as (store, asked):
-        found, others = survey(store, Keep(asked.keep, asked.keep_every)), store.others()
+    with _opened(run) as (store, config, _):
+        found, others = survey(store, keep_of(config)), store.others()
         if as_json:
             told = {"place": store.place, "checkpoints": [asdict(entry) for entry in found], "others": others}
             typer.echo(json.dumps(told))
@@ -91,7 +92,7 @@ def verify(
     from trainer.checkpoint.survey import bytes_of, faults
     from trainer.errors import CheckpointError
 
-    with _opened(run) as (store, _):
+    with _opened(run) as (store, _, _):
         steps, console, damaged = store.steps(), _console(), list[str]()
         if not steps:
             raise CheckpointError(f"{store.place}: there is no checkpoint yet: train first, or wait for one")
@@ -123,13 +124,16 @@ def prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be removed")] = False,
 ) -> None:
-    """Remove checkpoints that need not be kept. The newest one that verifies, every byte read, always stays."""
-    from trainer.checkpoint.keep import Keep
+    """Remove checkpoints that need not be kept. The newest one that verifies, every byte read, always stays.
+
+    Not while the run trains, which removes them itself.
+    """
+    from trainer.checkpoint.of_run import keep_of
     from trainer.checkpoint.survey import bytes_of, surplus
 
-    with _opened(run) as (store, asked):
-        console = _console()
-        keep = Keep(asked.keep if last is None else last, asked.keep_every if every is None else every)
+    with _opened(run) as (store, config, folder), nullcontext() if dry_run else folder.lock(patience=0):
+        console, asked = _console(), keep_of(config)
+        keep = replace(asked, last=asked.last if last is None else last, every=asked.every if every is None else every)
         total = max((bytes_of(store, step) for step in store.steps()[:1]), default=0)
         with _shown(console, "verifying the newest", total) as seen:
             gone, valid = surplus(store, keep, seen)
@@ -144,18 +148,18 @@ def prune(
 
 
 @contextmanager
-def _opened(run: Path) -> Iterator[tuple[Store, CheckpointSection]]:
-    """The store of a run's checkpoints, wherever the run folder has been moved to, and what its config says of them."""
+def _opened(run: Path) -> Iterator[tuple[Store, RunConfig, RunFolder]]:
+    """The store of a run's checkpoints, wherever the run folder has been moved to, its config and its folder."""
     from trainer.checkpoint.store import open_store
     from trainer.config import load_config
     from trainer.errors import CheckpointError
     from trainer.runfolder import open_run
 
     folder = open_run(run)
-    asked = load_config(folder.path).checkpoint
+    config = load_config(folder.path)
     with tempfile.TemporaryDirectory(prefix="mikoshi-") as scratch:
         try:
-            yield open_store(asked.folder or folder.checkpoints, Path(scratch)), asked
+            yield open_store(config.checkpoint.folder or folder.checkpoints, Path(scratch)), config, folder
         except OSError as error:
             if error.errno is None:  # a store that does not answer, with its address and the cause
                 raise CheckpointError(str(error)) from None

@@ -144,6 +144,8 @@ class RunConfig(Section):
                 f'engine.recompute "selective" cannot go with parallel.schedule "{self.parallel.schedule}", whose backward '
                 'pass runs in two halves: use engine.recompute "full" or "none", or another schedule'
             )
+        if self.guard.spike == "rewind" and not self.checkpoint.every:
+            raise ValueError('guard.spike = "rewind" goes back to a checkpoint: set checkpoint.every, the steps between them')
         schedule = self.optim.schedule
         if schedule.kind == "wsd" and not schedule.decay:
             raise ValueError('optim.schedule.kind = "wsd" needs optim.schedule.decay, the steps of its final decay')

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -36,10 +38,12 @@ class TrainConsole:
 
     def __exit__(self, *_: object) -> None:
         if self.progress is not None:
-            self.progress.stop()
+            with _nobody_may_listen():
+                self.progress.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        with _nobody_may_listen():
+            self.console.print(text, markup=False)
 
     def step(self, done: int, values: dict[str, float]) -> None:
         if self.silent:
@@ -62,6 +66,15 @@ class TrainConsole:
         if "mfu" in values:
             parts.insert(2, f"MFU {values['mfu']:.1%}")
         return "  ".join(parts)
+
+
+@contextlib.contextmanager
+def _nobody_may_listen() -> Iterator[None]:
+    """A terminal that is gone, or a pipe whose reader is, ends no run."""
+    try:
+        yield
+    except OSError:
+        return
 
 
 def clock(seconds: float) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.dataset import is_megatron, is_remote, open_dataset
-from data.errors import DataError
+from data.errors import DataError, StorageError, of_storage
 from data.packing import plan_name, read_plan, verify_plan
 from data.pool import cores
 from data.progress import Progress, Show, quiet
@@ -72,10 +72,10 @@ def _verdict(config: RunConfig, source: str, place: str, limits: CacheLimits, sh
 def _problem(check: Check) -> str | None:
     try:
         check.run()
-    except DataError as error:
+    except (DataError, StorageError) as error:
         return str(error)
     except OSError as error:
-        return f"{check.name}: cannot be read: {error.strerror or error}; prepare the data again"
+        return str(of_storage(error, f"{check.name}: cannot be read: {error.strerror or error}", "prepare the data again"))
     return None
 
 
@@ -109,7 +109,8 @@ def _near(folder: Path) -> list[Check]:
         try:
             found = path.stat().st_size
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}; remove the plan's .json, and prepare again") from None
+            way = "remove the plan's .json, and prepare again"
+            raise of_storage(error, f"{path}: cannot be read: {error.strerror}", way) from None
         if found != size:
             raise DataError(f"{path}: has {found} bytes, {size} are listed; remove the plan's .json, and prepare again")
         return np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)

@@ -13,7 +13,7 @@ import random
 import resource
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def inject(plan: Plan, rank: int, folder: RunFolder, parameters: Callable[[], Se
 
 def fired(log: Path) -> dict[int, dict[str, Any]]:
     """What is on record of the faults that struck so far, by their number in the plan: `time` (unix seconds) and, of a
-    damaged checkpoint, `step_damaged`."""
+    damaged checkpoint, `step_damaged` and, where there is one before it that none of these faults has damaged, `step_older`."""
     return {record["number"]: record for record in read_jsonl(log)}
 
 
@@ -67,9 +67,10 @@ class Injector:
         }
         self.slow_until, self.worked = 0, 0.0
         self.room: tuple[int, int] | None = None
+        self.full_in = 0
 
     def __call__(self, step: int, phase: str) -> None:
-        if phase == "save" and self.room is not None:  # the save that found no room has failed by now
+        if phase == "save" and self.room is not None and step > self.full_in:  # the save that found no room has failed by now
             resource.setrlimit(resource.RLIMIT_FSIZE, self.room)
             self.room = None
         if step < self.slow_until:
@@ -86,7 +87,7 @@ class Injector:
         self.worked = time.thread_time()
 
     def _record(self, number: int, fault: Fault, target: Path | None) -> None:
-        damaged = {} if target is None else {"step_damaged": int(target.parent.name.removeprefix("step-"))}
+        damaged = {} if target is None else _of_checkpoints(target.parent, fired(self.log))
         line = json.dumps({"number": number, "time": time.time(), **asdict(fault), **damaged}) + "\n"
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -108,7 +109,7 @@ class Injector:
             case "flip":
                 flip_bit(self.parameters())
             case "fill":
-                self.room = resource.getrlimit(resource.RLIMIT_FSIZE)
+                self.room, self.full_in = resource.getrlimit(resource.RLIMIT_FSIZE), fault.step
                 resource.setrlimit(resource.RLIMIT_FSIZE, (_ROOM, self.room[1]))
             case "corrupt":
                 if target is not None:
@@ -117,7 +118,8 @@ class Injector:
             case "launcher" | "node" | "preempt":
                 self._strike_supervisor(fault)
             case "raise":
-                raise InjectedError(f"fault {number + 1} of the plan: an error on purpose in step {fault.step}")
+                where = f"in step {fault.step}, in {fault.phase}"
+                raise InjectedError(f"fault {number + 1} of the plan: an error on purpose {where}")
 
     def _strike_supervisor(self, fault: Fault) -> None:
         if self.supervisor is None:
@@ -167,6 +169,19 @@ def newest_file(checkpoints: Path, seed: int) -> Path | None:
     steps = sorted(checkpoints.glob("step-????????"))
     files = sorted(path for path in steps[-1].iterdir() if path.is_file() and path.stat().st_size) if steps else []
     return random.Random(seed).choice(files) if files else None
+
+
+def _of_checkpoints(newest: Path, done: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
+    """The step of a checkpoint that is about to be damaged, and of the newest before it that is sound, as far as what is
+    `done` goes: one that was damaged has another time if it has been made again since."""
+    damaged = {record["step_damaged"]: record["time"] for record in done.values() if "step_damaged" in record}
+    steps = {_step(path): path.stat().st_mtime for path in newest.parent.glob("step-????????")}
+    older = [step for step, made in steps.items() if step < _step(newest) and made > damaged.get(step, 0.0)]
+    return {"step_damaged": _step(newest), **({"step_older": max(older)} if older else {})}
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def corrupt(path: Path, seed: int) -> None:

@@ -146,6 +146,12 @@ class Feed:
         return f"{sum(corpus.info.tokens(TRAIN) for corpus in self.train.values()):,} training tokens"
 
     @property
+    def distant(self) -> bool:
+        """Whether some of it is fetched from another machine while the run goes on."""
+        raw = [spec.source for spec in sources(self.config.data).values()] if self.streams else []
+        return any(is_remote(place) or place.startswith("hub:") for place in [*(d.place for d in self.datasets.values()), *raw])
+
+    @property
     def unigram_nats(self) -> float:
         """Held-out loss of a model that knows only token frequencies, the mean of the sources' by their first weights."""
         weights = self.asked.stages[0][1]

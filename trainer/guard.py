@@ -61,6 +61,8 @@ class LossGuard:
             raise CheckpointError("record.guard: the checkpoint's loss guard knows more losses than norms: it is damaged")
         size = min(section.window, 1 << 20)
         self.losses, self.norms = deque(known["losses"], maxlen=size), deque(known["norms"], maxlen=size)
+        self.left = 0 if state is None else _count(state)
+        """Steps in a row, up to the last one, that nobody applied."""
         self._levels: tuple[_Level, _Level] | None = None
 
     def limits(self) -> Limits:
@@ -87,13 +89,18 @@ class LossGuard:
 
     def accept(self, loss: float, norm: float) -> None:
         """A step with these figures was applied."""
+        self.left = 0
         self.losses.append(loss)
         self.norms.append(norm)
         self._levels = None
 
+    def leave(self) -> None:
+        """A step was not applied."""
+        self.left += 1
+
     def state(self) -> dict[str, Any]:
         """For the checkpoint: JSON, from which an equal guard is made."""
-        return {"losses": list(self.losses), "norms": list(self.norms)}
+        return {"losses": list(self.losses), "norms": list(self.norms), "left": self.left}
 
     def _level(self) -> tuple[_Level, _Level] | None:
         """Of loss and norm; None while too few steps are known."""
@@ -136,6 +143,13 @@ def _figures(state: Mapping[str, Any], key: str) -> list[float]:
     if not isinstance(values, list) or not all(type(v) in (int, float) and abs(v) <= _LARGEST for v in values):
         raise CheckpointError(f"record.guard: the loss guard has no list of finite numbers as {key}: it is damaged")
     return [float(v) for v in values]
+
+
+def _count(state: Mapping[str, Any]) -> int:
+    left = state.get("left")
+    if type(left) is not int or not 0 <= left < 1 << 48:
+        raise CheckpointError("record.guard: the loss guard has no number of steps as left: it is damaged")
+    return left
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from data.rows import Batch
 from parallel.layout import Layout
 from parallel.pulse import beat, limits
 from parallel.world import World
-from trainer.checkpoint import Keep, Saver, Store, on_first_rank
-from trainer.checkpoint.of_run import checkpoints_of
+from trainer.checkpoint import Saver, Store, on_first_rank
+from trainer.checkpoint.of_run import checkpoints_of, keep_of
 from trainer.config import RunConfig
 from trainer.engines import build_engine
 from trainer.engines.base import Engine, StepResult
@@ -43,11 +44,12 @@ def fit(config: RunConfig, world: World, device: torch.device, plan: Plan | None
         on_first_rank(lambda: held.enter_context(RunFolder(config.run.path).lock()) and None)
         run = _begin(config, world, device, plan)
         with run.log.console, StopRequest() as stop:
-            while True:
-                going = resume(config, run.engine, run.layout, world.rank, run.store, device)
+            for number in itertools.count():
+                going = resume(config, run.engine, run.layout, world.rank, run.store, device, fresh=not number)
                 ended = _train(run, going, stop)
                 if ended is not None:
                     return ended
+    raise AssertionError("an endless count has ended")
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,14 @@ class _Run:
 
 
 def _begin(config: RunConfig, world: World, device: torch.device, plan: Plan | None) -> _Run:
-    limits(config.recovery.silence, config.recovery.patience)
     beat("start")
-    folder, layout, asked = RunFolder(config.run.path), layout_of(config, world.size), config.checkpoint
+    folder, layout = RunFolder(config.run.path), layout_of(config, world.size)
     engine = build_engine(config, layout, device)
     if plan is not None:
         inject(plan, world.rank, folder, lambda: engine.parameters)
     log = RunLog(config, folder, layout, device, silent=world.rank > 0)
     store = checkpoints_of(RunFolder(config.run.path), config)
-    saver = Saver(store, Keep(asked.keep, asked.keep_every), asked.background)
+    saver = Saver(store, keep_of(config), config.checkpoint.background)
     saves = Saves(config, saver, log, engine.state, lambda done: _compare(engine, log, done) if config.guard.compare else None)
     stragglers = Stragglers(device, [layout.coordinates(rank).pp for rank in range(world.size)])
     return _Run(config, layout, world.rank, device, engine, store, saves, log, stragglers)
@@ -85,7 +86,8 @@ def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
     config, log, saves, steps, start = run.config, run.log, run.saves, run.config.train.steps, going.start
     log.begin(start, going.feed, going.refused)
     saves.begin_at(start)
-    left = 0  # steps in a row that nobody applied
+    # Data from afar may be waited for; how long is its store's affair.
+    limits(config.recovery.silence, config.recovery.patience, slow=("data",) if going.feed.distant else ())
     if start and config.eval.every and start % config.eval.every == 0 and not log.evaluated(start):
         _evaluate(run, going, start)  # a stop came first
     with contextlib.closing(going.loader.stream(start, steps, pinned(run.device), config.data.prefetch)) as batches:
@@ -99,12 +101,8 @@ def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
             result = _step(run, going.guard, rows, lr, done)
             run.stragglers.end()
             log.step(done, result, lr)
-            left = 0 if result.applied else left + 1
             if not _sound(run, going, result, done):
-                saves.abandon()
                 return None
-            if left >= config.guard.give_up:
-                raise SpoiledError(f"step {done}: the weights did not change for {left} steps in a row (guard.give_up)")
             beat("agree")
             agreed = agree(bool(stop.asked), *saves.saver.flags())
             stopping = agreed.stop and done < steps
@@ -112,9 +110,9 @@ def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
                 _evaluate(run, going, done)
             _look_around(run, done)
             if stopping or done == steps:
-                saves.now(done, going.record)
+                saves.now(done, going.record, sound=result.applied)
             else:
-                saves.after(done, agreed, going.record)
+                saves.after(done, agreed, going.record, sound=result.applied)
             if stopping:
                 log.event("stop", step=done, asked=stop.asked or "another rank")
                 break
@@ -136,7 +134,7 @@ def _step(run: _Run, guard: LossGuard, rows: Batch, lr: float, done: int) -> Ste
 
 
 def _sound(run: _Run, going: Going, result: StepResult, done: int) -> bool:
-    """What the loss guard makes of a step; False where the run has gone back."""
+    """What the loss guard makes of a step; False where the run has gone back. Raises SpoiledError when nothing changes."""
     guard = going.guard
     verdict = guard.judge(result.loss, result.grad_norm)
     if result.applied:
@@ -144,11 +142,15 @@ def _sound(run: _Run, going: Going, result: StepResult, done: int) -> bool:
         if verdict.kind:
             run.log.spiked(done, verdict.why, going.positions(done - 1, done))
         return True
-    going_back = verdict.kind == "spike" and run.config.guard.spike == "rewind"
-    if going_back and go_back(run.config, going, done, run.store):
-        run.log.warn(f"step {done}: {verdict.why}: going back")
-        return False
+    if verdict.kind == "spike" and run.config.guard.spike == "rewind":
+        run.saves.abandon()  # what is under way is committed now, and not when the history that is left is removed
+        if go_back(run.config, going, done, run.store):
+            run.log.warn(f"step {done}: {verdict.why}: going back")
+            return False
     run.log.left(done, verdict.why, going.positions(done - 1, done))
+    guard.leave()
+    if guard.left >= run.config.guard.give_up:
+        raise SpoiledError(f"step {done}: the weights did not change for {guard.left} steps in a row (guard.give_up)")
     return True
 
 

@@ -11,11 +11,13 @@ import signal
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
+from data.errors import StorageError
 from trainer.errors import USER_ERRORS, DivergedError, SpoiledError
 from trainer.exit_codes import DIVERGED, DONE, FAULT, LOST_PEER, PREEMPTED, USER_ERROR
 
@@ -72,7 +74,8 @@ def _train(run: RunConfig, place: World, plan: Plan | None) -> int:
 
     try:
         device = pick_device(run.engine.device, place)
-        join(place, device)
+        # A rank that is silent for longer is ended by its supervisor, which knows whose fault it is; this is for the rest.
+        join(place, device, timedelta(seconds=run.recovery.patience + 60))
         code = _fit(run, place, device, plan)
         for number in ASKING:  # all is saved: when a peer ends a moment earlier, what its end sets off is not meant for us
             signal.signal(number, signal.SIG_IGN)
@@ -136,8 +139,8 @@ def say(error: Exception, rank: int) -> int:
             print(f"fault: {error}", file=sys.stderr)
         _leave_message(str(error))
         return DIVERGED if isinstance(error, DivergedError) else FAULT
-    if isinstance(error, OSError) and error.errno is None and str(error):  # of a distant store: it says where and why
-        print(f"rank {rank} failed: {error}", file=sys.stderr)
+    if outage(error):
+        print(f"error: rank {rank}: {error}", file=sys.stderr)
         _leave_message(str(error))
         return FAULT
     if text is None:
@@ -145,9 +148,10 @@ def say(error: Exception, rank: int) -> int:
         traceback.print_exception(error)
         _leave_message("".join(traceback.format_exception_only(error)).strip())
         return FAULT
+    heard = _leave_message(text)
     if rank == 0:
         print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
-    elif not _leave_message(text):
+    elif not heard:
         print(f"error: {text}", file=sys.stderr)
     return USER_ERROR
 
@@ -160,6 +164,12 @@ def told(error: Exception) -> str | None:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror}: make room, or choose a place that can be read and written, then start again"
     return None
+
+
+def outage(error: Exception) -> bool:
+    """Whether storage does not answer just now, which is nobody's mistake; the error says where and why."""
+    distant = isinstance(error, OSError) and error.errno is None and bool(str(error))
+    return distant or isinstance(error, StorageError)
 
 
 def _lost_peer(error: Exception) -> bool:

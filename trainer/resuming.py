@@ -21,7 +21,7 @@ from trainer.checkpoint import Store, on_first_rank
 from trainer.checkpoint.agree import of_all_ranks
 from trainer.config import RunConfig, differences, parse_config, to_toml
 from trainer.engines.base import Engine
-from trainer.errors import USER_ERRORS, CheckpointError, RunError
+from trainer.errors import USER_ERRORS, CheckpointError, RunError, SpoiledError
 from trainer.feed import Feed, open_feed
 from trainer.goodput import repetition
 from trainer.guard import LossGuard, Rewind, abandoned, add_rewind, read_rewinds
@@ -51,14 +51,19 @@ class Going:
         return [int(ends[0]), int(ends[1]) + 1]
 
 
-def resume(config: RunConfig, engine: Engine, layout: Layout, rank: int, store: Store, device: torch.device) -> Going:
-    """Bring the engine and the data to the newest valid checkpoint. Collective. Raises CheckpointError, DataError, RunError."""
+def resume(
+    config: RunConfig, engine: Engine, layout: Layout, rank: int, store: Store, device: torch.device, fresh: bool
+) -> Going:
+    """Bring the engine and the data to the newest valid checkpoint. `fresh`: the engine has its initial weights. Collective.
+    Raises CheckpointError, DataError or RunError; SpoiledError where there is nothing to bring a used engine to."""
     beat("load")
     folder, here = RunFolder(config.run.path), layout.coordinates(rank)
-    rewinds = on_first_rank(lambda: read_rewinds(folder.rewinds))
+    rewinds = _rewinds(folder)
     on_first_rank(lambda: _leave_abandoned(store, rewinds))
     feed = open_feed(without(config, rewinds))
     found = checkpoint.newest_valid(store, digests=config.checkpoint.verify == "digests")
+    if found is None and not fresh:
+        raise SpoiledError(f"{store.place}: no checkpoint is left to go back to: the run begins anew")
     manifest, refused = (None, []) if found is None else (found[1], found[2])
     start = 0 if manifest is None else manifest.step
     with _read_from(store.describe(start) if manifest is not None else "the data"):
@@ -118,6 +123,11 @@ def _checked(
             "raise train.steps, or give another run.name"
         )
     changes = differences(parse_config(manifest.record["config"], where), config)
+    if "run.name" in changes and config.checkpoint.folder:
+        raise CheckpointError(
+            f"checkpoint.folder = {config.checkpoint.folder}: holds the checkpoints of the run {changes['run.name'][0]!r}: "
+            "give every run a folder of its own"
+        )
     for key, (before, now) in changes.items():
         if key.startswith(_IDENTITY):
             raise CheckpointError(
@@ -127,6 +137,12 @@ def _checked(
     if not isinstance(data, dict):
         raise CheckpointError(f"{where}: does not say how its data goes on: another version wrote it; give another run.name")
     return changes, data
+
+
+def _rewinds(folder: RunFolder) -> list[Rewind]:
+    """As rank 0 reads them."""
+    told = on_first_rank(lambda: [[r.at, r.to, *r.span] for r in read_rewinds(folder.rewinds)])
+    return [Rewind(at, to, (first, stop)) for at, to, first, stop in told]
 
 
 def without(config: RunConfig, rewinds: list[Rewind]) -> RunConfig:
@@ -147,19 +163,20 @@ def _leave_abandoned(store: Store, rewinds: list[Rewind]) -> None:
 
 
 def go_back(config: RunConfig, going: Going, done: int, store: Store) -> bool:
-    """Have the run go back before the batch of step `done`, which spiked: its next `resume` goes on from a checkpoint at
-    least guard.rewind steps earlier, without the batches in between. False where there is no checkpoint to go back to.
-    Collective. Raises RunError when it has gone back too often."""
-    folder, asked = RunFolder(config.run.path), config.guard
-    rewinds = on_first_rank(lambda: read_rewinds(folder.rewinds))
+    """Have the run go back before the batch of step `done`, which spiked: its next `resume` goes on from the newest of the
+    regular checkpoints that are at least guard.rewind steps earlier, without the batches in between: the same one whatever
+    else the run has been through. False where there is none. No save may be under way. Collective. Raises RunError when it
+    has gone back too often."""
+    beat("load")
+    folder, asked, every = RunFolder(config.run.path), config.guard, config.checkpoint.every
+    rewinds = _rewinds(folder)
     if len(rewinds) >= asked.rewinds:
         raise RunError(
             f"step {done}: the loss spiked again after the run has gone back {len(rewinds)} times (guard.rewinds): lower "
             "optim.lr, or look at the batches that its events name"
         )
-    steps = [step for step in on_first_rank(store.steps) if step < done]
-    early = [step for step in steps if step <= done - asked.rewind]
-    to = next((s for s in (early or steps[-1:]) if checkpoint.problem_of(store, s) is None), None)
+    early = [step for step in on_first_rank(store.steps) if step <= done - asked.rewind and step % every == 0]
+    to = next((step for step in early if checkpoint.problem_of(store, step) is None), None)
     if to is None:
         return False
     first, stop = going.positions(to, done + asked.skip)

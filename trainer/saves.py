@@ -26,48 +26,52 @@ class Saves:
         self, config: RunConfig, saver: Saver, log: RunLog, state: Callable[[], dict[str, Any]], check: Callable[[int], None]
     ) -> None:
         self.every, self.saver, self.log, self.state, self.check = config.checkpoint.every, saver, log, state, check
-        self.saved = 0
+        self.background, self.saved = config.checkpoint.background, 0
         self._under_way: dict[str, Any] = {}
         self._failures, self._again, self._done = 0, 0, 0
-        self._stall, self._since = 0.0, 0.0
+        self._why, self._stall, self._since = "", 0.0, 0.0
 
     def begin_at(self, step: int) -> None:
         """The run goes on after `step`, which is saved."""
         self.saved, self._failures, self._again = step, 0, 0
 
-    def after(self, done: int, agreed: Agreement, record: Callable[[int], dict[str, Any]]) -> None:
-        """What is to be done about saving after step `done`."""
+    def after(self, done: int, agreed: Agreement, record: Callable[[int], dict[str, Any]], sound: bool = True) -> None:
+        """What is to be done about saving after step `done`. Not `sound`: it was not applied, nor perhaps others before it,
+        so that what there is may be worth less than the checkpoints that a save would make room for."""
         with self._standing_still():
             self._done = done
             self._ended(self.saver.advance(agreed.failed, agreed.pending))
-            if self._again and self._again <= done and not self.saver.busy:
-                self._begin(done, record)  # the one before has failed
-            elif self.every and done % self.every == 0:
-                self._ended(self.saver.conclude())  # slower than the steps between two saves
+            due = bool(self.every) and done % self.every == 0
+            if not sound:
+                self._again = self._again or (done + 1 if due else 0)
+            elif due:
+                self._wait()  # slower than the steps between two saves
                 self._begin(done, record)
+            elif self._again and self._again <= done and not self.saver.busy:
+                self._begin(done, record)  # the one before has failed, or was not to be
 
-    def now(self, done: int, record: Callable[[int], dict[str, Any]]) -> None:
-        """Save step `done` and wait until it is safe. Raises CheckpointError when that cannot be done."""
+    def now(self, done: int, record: Callable[[int], dict[str, Any]], sound: bool = True) -> None:
+        """Save step `done` and wait until it is safe. Not `sound`: see `after`; then nothing has to go for it. Raises
+        CheckpointError when that cannot be done."""
         with self._standing_still():
-            self._ended(self.saver.conclude())
+            self._wait()
             for pause in (*_LAST_TRIES, None):
                 if self.saved == done:
                     return
-                self._begin(done, record)
-                outcome = self.saver.conclude()
-                self._ended(outcome)
-                if outcome is not None and outcome.error is not None:
+                self._begin(done, record, prune=sound)
+                self._wait()
+                if self.saved != done:
                     if pause is None:
                         raise CheckpointError(
-                            f"step {done} cannot be saved: {outcome.error}; the newest checkpoint is of step {self.saved}: "
-                            "make room, then start the same command again"
+                            f"step {done} cannot be saved: {self._why}; the newest checkpoint is of step {self.saved}: make "
+                            "room, then start the same command again"
                         )
                     time.sleep(pause)
 
     def abandon(self) -> None:
         """Wait for the save under way, whatever becomes of it."""
         with self._standing_still():
-            self._ended(self.saver.conclude())
+            self._wait()
 
     @contextlib.contextmanager
     def _standing_still(self) -> Iterator[None]:
@@ -79,11 +83,17 @@ class Saves:
             self._stall += time.perf_counter() - self._since
             self.log.rested()
 
-    def _begin(self, done: int, record: Callable[[int], dict[str, Any]]) -> None:
-        self.check(done)
+    def _begin(self, done: int, record: Callable[[int], dict[str, Any]], prune: bool = True) -> None:
         beat("save")
+        self.check(done)
         self._under_way = record(done)
-        self.saver.begin(done, self.state(), self._under_way)
+        self.saver.begin(done, self.state(), self._under_way, prune)
+        if not self.background:
+            self._wait()
+
+    def _wait(self) -> None:
+        beat("save")
+        self._ended(self.saver.conclude())
 
     def _ended(self, outcome: Outcome | None) -> None:
         if outcome is None:
@@ -94,5 +104,5 @@ class Saves:
         if outcome.error is None:
             self.saved, self._failures, self._again = outcome.step, 0, 0
         else:  # soon, then later and later: a disk that is full does not stay so for one step only
-            self._again = self._done + 2**self._failures - 1
+            self._why, self._again = outcome.error, self._done + 2**self._failures - 1
             self._failures = min(self._failures + 1, 10)

@@ -171,7 +171,10 @@ class GuardSection(Section):
         12.0, gt=0, description="how far is far: deviations (1.4826 x median absolute deviation) above the median"
     )
     window: Count = Field(128, description="applied steps that the median is of")
-    rewind: Count = Field(100, description="steps to go back at least, to a checkpoint; the batches in between are skipped")
+    rewind: Count = Field(
+        100, description="steps to go back at least, to a checkpoint, of which as many as it takes are kept; the batches in "
+        "between are skipped",
+    )  # fmt: skip
     skip: Natural = Field(0, description="further batches skipped after the one that spiked, when going back")
     rewinds: Count = Field(5, description="times to go back in all; then the run ends")
     give_up: Count = Field(20, description="steps in a row that change nothing before ranks start again from a checkpoint")

@@ -12,8 +12,13 @@ from types import FrameType
 
 from trainer.exit_codes import PREEMPTED
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to save and end: people and schedulers, Slurm by USR1 or USR2 some time before its limit."""
+ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What asks a run to save and end: people, a terminal that goes, and schedulers, Slurm by USR1 or USR2 before its limit."""
+
+
+def heard() -> list[signal.Signals]:
+    """Those of ASKING that this process was not told to ignore, as nohup does."""
+    return [number for number in ASKING if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
@@ -24,7 +29,7 @@ def stopping_is_no_crash() -> Iterator[None]:
         os.write(2, b"stopped outside of a step: nothing is lost, the same command goes on\n")
         os._exit(PREEMPTED)
 
-    before = {number: signal.signal(number, stop) for number in ASKING}
+    before = {number: signal.signal(number, stop) for number in heard()}
     try:
         yield
     finally:
@@ -40,7 +45,7 @@ class StopRequest:
         self.asked = ""
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._ask) for number in ASKING}
+        self._before = {number: signal.signal(number, self._ask) for number in heard()}
         return self
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:

@@ -305,6 +305,58 @@ def test_a_resumed_run_follows_its_last_steps(mixed):
             other.follow(record["state"], 30)
 
 
+@pytest.mark.parametrize("step", [-1, -(10**18), 31, 10**18, 1.5, "3", True, None, [2]], ids=repr)
+def test_a_record_whose_earlier_step_cannot_be_is_refused_at_once(mixed, step):
+    record = consumed(mixed_loader(mixed), 30)
+    record["state"]["earlier"]["step"] = step
+    with pytest.raises(
+        DataError, match=r"^data: the record says earlier\.step = .* no whole number from 0 to 30: .*run\.name$"
+    ):
+        mixed_loader(mixed).follow(record["state"], 30)
+
+
+def test_nor_is_one_followed_from_longer_ago_than_a_loader_keeps(mixed):
+    made = mixed_loader(mixed)
+    made.go_on(10**6, "x")
+    state = made.state(10**6)
+    made.follow(state, 10**6)
+    with pytest.raises(DataError, match="no whole number from 998976 to 1000000"):
+        made.follow({**state, "earlier": {"step": 0, "digest": "x"}}, 10**6)
+    for key, value in (("digest", 7), ("earlier", {"step": 10**6, "digest": None})):
+        with pytest.raises(DataError, match="is no text"):
+            made.follow({**state, key: value}, 10**6)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 40])
+def test_what_is_written_is_never_from_longer_ago(dataset, ahead):
+    made = loader(dataset)
+    for step, _ in enumerate(made.stream(0, 150, ahead=ahead), 1):
+        assert 0 <= step - made.state(step)["earlier"]["step"] <= 64
+
+
+HOSTILE = {
+    "samples": lambda r: r.update(samples=-1),
+    "samples as text": lambda r: r.update(samples="720"),
+    "position": lambda r: r.update(position=10**30),
+    "position before the samples": lambda r: r.update(position=3),
+    "skipped": lambda r: r["skipped"].append([5.5, 9]),
+    "skipped backwards": lambda r: r["skipped"].append([9, 5]),
+    "curriculum": lambda r: r["curriculum"][0].__setitem__(0, -(10**18)),
+    "curriculum that is empty": lambda r: r["curriculum"].clear(),
+    "stages": lambda r: r["curriculum"][0][1]["stages"][0].__setitem__(0, 7),
+    "caps": lambda r: r["curriculum"][0][1]["caps"].update(a=1e30),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_numbers_of_a_record_that_cannot_be_are_refused_by_name(mixed, what):
+    record = json.loads(json.dumps(consumed(mixed_loader(mixed), 30)))
+    assert go_on(record, identity(), ASKED, LEFT_OUT.spans, False).changes == ()
+    HOSTILE[what](record)
+    with pytest.raises(DataError, match=f"^data: the record.*{what.split()[0]}"):
+        go_on(record, identity(), ASKED, LEFT_OUT.spans, False)
+
+
 def test_a_shard_altered_in_place_is_noticed_on_resume(mixed, tmp_path):
     import shutil
 

@@ -11,7 +11,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 
-from data.errors import DataError
+from data.errors import DataError, StorageError
 from data.shards import open_shard, write_shard
 from data.store import CacheLimits, Wanted, open_store
 from faulty import Fault
@@ -72,7 +72,7 @@ def test_what_does_not_pass_is_told_at_once(s3, tmp_path, status, said):
 def test_attempts_come_to_an_end(s3, tmp_path):
     with opened(s3, tmp_path, retries=1) as store:
         s3.plan(Fault(status=500), Fault(send=10, cut=True))
-        with pytest.raises(DataError, match=r"0\.shard: failed 2 times, .*body error"):
+        with pytest.raises(StorageError, match=r"0\.shard: failed 2 times, .*body error"):
             read(store, "0.shard")
         assert left(tmp_path) == []
         assert read(store, "0.shard") == BODIES["0.shard"]  # the next fetch begins anew
@@ -204,7 +204,7 @@ def test_addresses(s3, tmp_path):
     with pytest.raises(DataError, match=r"s3://bucket.*cannot be opened: .*no_such_option"):
         open_store("s3://bucket", limits, {"no_such_option": "1"})
     with (
-        pytest.raises(DataError, match=r"^http://127\.0\.0\.1:1/x/a: failed 1 times") as error,
+        pytest.raises(StorageError, match=r"^http://127\.0\.0\.1:1/x/a: failed 1 times") as error,
         open_store("http://me:secret@127.0.0.1:1/x?sig=hidden", CacheLimits(tmp_path / "cache", retries=0)) as store,
     ):
         store.read("a")

@@ -1,6 +1,7 @@
 """Straight from raw sources: the same rows whatever the ranks, gone on with at the very next one, none lost or doubled."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import lanes as rooms
+from data import prefetch
 from data.course import skips
 from data.curriculum import Asked, begin
 from data.errors import DataError
@@ -164,6 +166,69 @@ def test_changed_files_are_noticed_on_resume(texts, tmp_path):
         file.write_text(file.read_text().replace("0", "1"))
     with pytest.raises(DataError, match="are not those that the run consumed"):
         steps_of(root, 1, 6, 7, state)
+
+
+def cell(row, column, value):
+    return lambda state: state["lanes"][row].__setitem__(column, value)
+
+
+HOSTILE = {
+    "earlier.step of long ago": lambda s: s["earlier"].update(step=-(10**18)),
+    "earlier.step that is yet to come": lambda s: s["earlier"].update(step=7),
+    "earlier.step as text": lambda s: s["earlier"].update(step="4"),
+    "lanes too few": lambda s: s["lanes"].pop(),
+    "lanes too narrow": lambda s: s["lanes"][0].pop(),
+    "lanes as text": lambda s: s.update(lanes="x"),
+    "lanes in halves": cell(0, 2, 0.5),
+    "lanes below zero": cell(0, 2, -1),
+    "lanes beyond all pieces": cell(0, 1, 1 << 60),
+    "lanes with a digest too large": cell(0, 0, 1 << 63),
+    "earlier.lanes": lambda s: s["earlier"].update(lanes=[[]]),
+    "sources": lambda s: s.update(sources=[1, 2]),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_numbers_of_a_record_that_cannot_be_are_refused_by_name(texts, what):
+    _, state = steps_of(texts, 1, 0, 6)
+    HOSTILE[what](state)
+    with pytest.raises(DataError, match=f"^data: the record.*{what.split()[0]}"):
+        loader(texts).follow(state, 6)
+
+
+@pytest.mark.parametrize("column", [1, 2, 3])
+def test_a_cursor_that_no_lane_has_ends_soon(texts, column):
+    _, state = steps_of(texts, 1, 0, 6)
+    state["earlier"]["lanes"][0][column] = 1 << 47
+    with pytest.raises(DataError, match=r"data\.source: .*(the run stands at token|not those that the run consumed)"):
+        loader(texts).follow(state, 6)
+
+
+def test_what_was_left_behind_reading_does_not_meddle_with_lanes_that_go_on(texts, monkeypatch):
+    monkeypatch.setattr(prefetch, "_PATIENCE", 0.05)
+    right, _ = steps_of(texts, 1, 0, 6)
+    made, gate, stuck, real = loader(texts), threading.Event(), threading.Event(), Lane.row
+
+    def slow(lane, context):
+        if made._batch == 1:
+            stuck.set()
+            gate.wait(60)
+        return real(lane, context)
+
+    beginning = made._tables[0]
+    monkeypatch.setattr(Lane, "row", slow)
+    left = made.stream(0, 9)
+    next(left)
+    assert stuck.wait(30)
+    left.close()
+    going = threading.Thread(target=made.restart, args=(0, beginning))
+    going.start()
+    going.join(0.1)
+    assert going.is_alive()  # it waits for the read
+    gate.set()
+    going.join(30)
+    assert not going.is_alive()
+    assert [b.tokens.tolist() for b in made.stream(0, 6)] == [b.tolist() for b in right]
 
 
 def test_a_stream_does_not_go_back(texts):

@@ -10,12 +10,14 @@ import time
 import psutil
 import pytest
 
+from launch.chaos import _known
 from launch.chaosverdict import Launch, rows
 from runs import run_config
 from trainer.config import to_toml
+from trainer.errors import ConfigError
 from trainer.exit_codes import DONE, PREEMPTED
 from trainer.faultplan import KINDS, Fault, Plan, read_plan, write_plan
-from trainer.runfolder import read_jsonl
+from trainer.runfolder import RunFolder, read_jsonl
 
 START = {"time": 103.0, "event": "start", "step": 10}
 
@@ -48,7 +50,6 @@ FAILED, SAVED = {"time": 101.0, "event": "save-failed", "step": 12}, {"time": 10
         ("corrupt", [fault_event("killed"), {**OLDER, "refused": ["x: digest"]}, START], LIVED, True, "refused: x: digest"),
         ("corrupt", [fault_event("killed"), {**OLDER, "refused": []}, START], LIVED, False, "from the damaged one"),
         ("corrupt", [fault_event("killed"), RESUMED, START], LIVED, True, "step 10 damaged, resumed after 13"),
-        ("corrupt", [fault_event("killed"), START], LIVED, True, "started from the beginning"),
         ("slow", [{**SLOW, "step": 32}], LIVED, True, "named 20 steps later, as 2.0 times"),
         ("slow", [{**SLOW, "step": 33}], LIVED, False, "named 21 steps later"),
         ("slow", [{**SLOW, "step": 20, "rank": 3}], LIVED, False, "not named"),
@@ -82,6 +83,30 @@ def test_the_verdict_on_a_fault_is_what_the_record_says(tmp_path, kind, events, 
     assert row.back == (3.0 if START in events else None)
     assert not never.good
     assert "never there" in never.happened
+
+
+@pytest.mark.parametrize(("older", "good"), [({}, True), ({"step_older": 5}, False)], ids=["the only one", "an older one"])
+def test_from_the_beginning_only_where_there_was_no_other_checkpoint(tmp_path, older, good):
+    struck = {0: {"time": 100.0, "step_damaged": 10, **older}}
+    (row,) = rows(Plan((Fault("corrupt", 12, "data", 1),)), struck, [fault_event("killed"), START], [LIVED], tmp_path)
+    assert row.good is good
+    assert ("though step 5 was there" in row.happened) is not good
+
+
+@pytest.mark.parametrize(("ranks", "known"), [([4], True), ([4, 4], True), ([2], False), ([2, 4], False)], ids=str)
+def test_a_quiet_run_is_compared_with_only_if_it_had_as_many_ranks(dataset, tmp_path, ranks, known):
+    quiet = run_config(dataset, tmp_path)
+    folder = RunFolder(quiet.run.path)
+    folder.make()
+    folder.config.write_text(to_toml(quiet))
+    for number in ranks:
+        folder.event("start", step=0, ranks=number)
+    folder.event("end", step=10, finished=True)
+    if known:
+        assert _known(quiet, 4)
+    else:
+        with pytest.raises(ConfigError, match="was made on 2 ranks, not 4: remove it"):
+            _known(quiet, 4)
 
 
 @pytest.fixture

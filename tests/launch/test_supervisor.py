@@ -14,10 +14,12 @@ import psutil
 import pytest
 
 import rankwork
+from launch import private
 from launch.supervisor import Job, supervise, warm
 from trainer.exit_codes import DONE, FAULT, HANG, PREEMPTED, USER_ERROR
 from trainer.runfolder import RunFolder, read_jsonl
 from trainer.sections import RecoverySection
+from trainer.stop import ASKING
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -26,10 +28,21 @@ def _one_forkserver():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _in_the_foreground():
+    """However the tests are run: under nohup, and with & in a script, some signals are ignored."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ASKING}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     with tempfile.TemporaryDirectory() as temporary:  # not in tmp_path: a socket's path is short
         monkeypatch.setattr(tempfile, "tempdir", temporary)
+        monkeypatch.setattr(private, "_MEMORY", Path(temporary))
         yield RunFolder(tmp_path)
         assert not list(Path(temporary).iterdir()), "no file is left behind"
     assert not [note["pid"] for note in notes(RunFolder(tmp_path)) if running(note["pid"])], "no rank is left behind"
@@ -177,7 +190,7 @@ def test_a_thousand_steps_raise_no_alarm(folder):
     assert not events(folder, "fault")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_reaches_every_rank_and_the_run_stops_saved(folder, number):
     with Meanwhile(lambda: (until(lambda: len(notes(folder)) == 4), os.kill(os.getpid(), number))):
         assert train(folder, 10**6) == PREEMPTED
@@ -185,6 +198,21 @@ def test_a_signal_reaches_every_rank_and_the_run_stops_saved(folder, number):
     assert sorted(note["rank"] for note in stopped) == [0, 1, 2, 3]
     assert any(number in note["asked"] for note in stopped)
     assert {note["stopped"] for note in stopped} == {int((folder.path / "saved").read_text())}
+
+
+def test_a_terminal_that_goes_is_nothing_to_a_run_under_nohup(folder):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def stop():
+        until(lambda: len(notes(folder)) == 2)
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with Meanwhile(stop):
+        assert train(folder, 10**6, ranks=2) == PREEMPTED
+    asked = {number for note in notes(folder) for number in note.get("asked", [])}
+    assert asked == {signal.SIGTERM}
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_rank_that_is_stopped_at_its_start_keeps_nobody_waiting():
@@ -233,12 +261,56 @@ def test_a_stop_in_a_pause_ends_the_run_which_is_on_disk(folder):
     assert [event["pause"] for event in events(folder, "restart")] == [0, 60]
 
 
-def test_a_fault_while_stopping_starts_nothing_again(folder, capsys):
-    faults = [(None, step, "save", 1, 9) for step in range(1, 5000)]
+@pytest.mark.parametrize(
+    ("phase", "what", "code", "said"),
+    [
+        ("save", 9, FAULT, "the newest checkpoint is what there is"),
+        ("end", 9, PREEMPTED, " is saved\n"),
+        ("end", "a fault at the end", PREEMPTED, " is saved\n"),
+    ],
+)
+def test_a_fault_while_stopping_starts_nothing_again_and_only_what_is_saved_is_called_so(
+    folder, capfd, phase, what, code, said
+):  # fmt: skip
+    for kind in ("save", "stop"):
+        folder.event(kind, step=7)  # of an earlier command
     with Meanwhile(lambda: (until(lambda: len(notes(folder)) == 2), os.kill(os.getpid(), signal.SIGTERM))):
-        assert train(folder, 10**6, faults, ranks=2) == PREEMPTED
+        assert train(folder, 10**6, [(None, "any", phase, 1, what)], silence=1.0, ranks=2) == code
     assert not events(folder, "restart")
-    assert "after a signal to stop" in capsys.readouterr().err
+    assert len(events(folder, "fault")) == 1
+    (told,) = [line for line in capfd.readouterr().err.splitlines(True) if "after a signal to stop" in line]
+    assert said in told
+
+
+@pytest.mark.parametrize(("step", "code"), [(0, PREEMPTED), (1, FAULT)])
+def test_a_rank_killed_while_a_run_stops_loses_nothing_before_its_first_step(folder, capsys, step, code):
+    assert supervise(Job(1, rankwork.asks_then_dies, (step,), folder, RecoverySection())) == code
+    assert "was killed (SIGKILL)" in capsys.readouterr().err
+    assert not events(folder, "restart")
+
+
+def test_saves_after_a_run_has_gone_back_are_progress(folder):
+    folder.event("save", step=1000)  # of a history that is left, or of a checkpoint that was found damaged
+    faults = [(attempt, 5 * attempt + 7, "forward", 1, 9) for attempt in range(4)]
+    assert train(folder, 30, faults, every=5, restarts=1, backoff=0, ranks=2) == DONE
+    assert [event["pause"] for event in events(folder, "restart")] == [0] * 4
+
+
+def test_an_outage_that_a_restart_meets_is_waited_for(folder, capfd):
+    policy = RecoverySection(restarts=3, backoff=0.1)
+    assert supervise(Job(2, rankwork.dies_then_is_refused, (str(folder.path), 2), folder, policy)) == DONE
+    assert [(e["cause"], e["rank"]) for e in events(folder, "fault")[1:]] == [("crash", 1)] * 2
+    assert [event["pause"] for event in events(folder, "restart")] == [0, 0.1, 0.2]
+    assert "rank 1 ended with exit code 2 (disk: No space left on device)" in capfd.readouterr().err
+
+
+def test_an_outage_that_does_not_end_is_the_users_to_mend(folder, capfd):
+    policy = RecoverySection(restarts=2, backoff=0)
+    assert supervise(Job(2, rankwork.dies_then_is_refused, (str(folder.path), 99), folder, policy)) == USER_ERROR
+    assert len(events(folder, "fault")) == 4
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: rank 1 ended with exit code 2 (disk: No space left on device)")
+    assert "recovery.restarts = 2: used up" in last
 
 
 def test_ranks_listen_on_the_loopback_interface_alone(folder):
@@ -268,7 +340,7 @@ def test_where_a_rank_finds_itself(folder, monkeypatch):
         assert "PYTHONSAFEPATH" not in env or "PYTHONSAFEPATH" in os.environ
         assert note["comm"] == f"mikoshi-rank{rank}"
         assert note["session"] == note["parent"] != os.getsid(0), "a terminal's Ctrl-C goes to the supervisor alone"
-        assert (note["cuda"], note["main"], note["blocked"], note["handlers"]) == (False, False, [], [True] * 4)
+        assert (note["cuda"], note["main"], note["blocked"], note["handlers"]) == (False, False, [], [True] * len(ASKING))
 
 
 def test_the_ranks_outlive_what_they_are_forked_from_by_no_second_and_come_back(folder):
@@ -289,6 +361,8 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 sys.path.append({support!r})
+from launch import private
+private._MEMORY = Path({temporary!r})  # where no other run looks for what a killed one has left
 from launch.supervisor import Job, supervise
 from trainer.runfolder import RunFolder
 import rankwork
@@ -303,7 +377,8 @@ def test_no_rank_outlives_its_supervisor_and_the_users_folder_is_not_ours(folder
         (here / name).mkdir(parents=True)
         (here / name / "__init__.py").write_text(SHADOW)
     program = folder.path / "program.py"
-    program.write_text(PROGRAM.format(support=str(Path(rankwork.__file__).parent), folder=str(folder.path)))
+    names = {"support": str(Path(rankwork.__file__).parent), "folder": str(folder.path), "temporary": tempfile.gettempdir()}
+    program.write_text(PROGRAM.format(**names))
     command, env = [sys.executable, str(program)], os.environ | {"TMPDIR": tempfile.gettempdir()}
     with subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, text=True, env=env) as process:
         pids = [note["pid"] for note in until(lambda: len(notes(folder)) == 2 and notes(folder), 120)]
@@ -312,15 +387,17 @@ def test_no_rank_outlives_its_supervisor_and_the_users_folder_is_not_ours(folder
         process.kill()
         until(lambda: not any(psutil.pid_exists(pid) for pid in family), 5)
         assert process.stdout.read() == "ran as __main__\n", "the program is not run once more in each rank"
-    assert not list(here.glob("*/imported"))
     left = list(Path(tempfile.gettempdir()).iterdir())
-    assert all(path.name.startswith("mikoshi-ranks-") for path in left)
+    assert len(left) == 2
+    assert all(path.name.startswith(f"mikoshi-ranks-{process.pid}-") for path in left)
+    assert not list(here.glob("*/imported"))
     for path in left:
         os.utime(path, (0, 0))  # younger ones may just be made
-    assert supervise(Job(1, rankwork.returns, ((0,),))) == DONE, "which removes what a killed one has left"
+    assert supervise(Job(1, rankwork.returns, ((0,),))) == DONE
+    assert not any(path.exists() for path in left), "which removes what a killed one has left"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_stop_before_the_first_step_loses_nothing_and_says_so(number):
     program = (
         "import os, sys, time, trainer.config as c\n"

@@ -38,6 +38,7 @@ def test_those_who_wait_for_one_that_may_take_its_time_do_not_hang():
     assert named([page(7, "save", 100, limit=900), page(8, "data", 99)]) is None
     assert named([page(7, "save", 901, limit=900), page(8, "data", 900)]) == (0, 901, False)
     assert named([page(0, "start", 30, limit=900), page(0, "load", 30, limit=900)]) is None
+    assert named([page(7, "reduce", 60), page(7, "compile", 60, limit=900), page(7, "forward", 60)]) is None
 
 
 def test_a_stopped_process_is_named_first_and_in_any_phase():

@@ -125,94 +125,101 @@ class Faulty:
             self.changed.notify_all()
 
 
-def _handler(faulty):
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(BaseHTTPRequestHandler):
+    """Of a connection to the `faulty` of its server."""
 
-        def log_message(self, *args):
-            pass
+    protocol_version = "HTTP/1.1"
 
-        def do_GET(self):
-            self._forward(faulty.arrived(self.path) or Fault())
+    @property
+    def faulty(self):
+        return self.server.faulty
 
-        def do_HEAD(self):
-            self._forward(Fault())
+    def log_message(self, *args):
+        pass
 
-        def _change(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self._forward(faulty.changing(self.command, self.path) or Fault(), body)
+    def do_GET(self):
+        self._forward(self.faulty.arrived(self.path) or Fault())
 
-        do_PUT = do_POST = do_DELETE = _change
+    def do_HEAD(self):
+        self._forward(Fault())
 
-        def _forward(self, fault, body=None):
-            if fault.delay:
-                faulty.stopping.wait(fault.delay)
-            if fault.status:
-                self._answer(fault.status, [], b"", Fault())
-                return
-            connection = http.client.HTTPConnection("127.0.0.1", faulty.moto, timeout=30)
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
-            connection.request(self.command, self.path, body, headers)
-            answer = connection.getresponse()
-            body = answer.read()
-            connection.close()
-            kept = ("etag", "last-modified", "content-type") + ("content-length",) * (self.command == "HEAD")
-            headers = [(k, v) for k, v in answer.getheaders() if k.lower() in kept]
-            self._answer(answer.status, headers, body, fault)
+    def _change(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self._forward(self.faulty.changing(self.command, self.path) or Fault(), body)
 
-        def _answer(self, status, headers, body, fault):
-            if fault.shorten:
-                body = body[: -fault.shorten]
-            if fault.flip >= 0:
-                body = body[: fault.flip] + bytes([body[fault.flip] ^ 1]) + body[fault.flip + 1 :]
-            if fault.lost:
+    do_PUT = do_POST = do_DELETE = _change
+
+    def _forward(self, fault, body=None):
+        if fault.delay:
+            self.faulty.stopping.wait(fault.delay)
+        if fault.status:
+            self._answer(fault.status, [], b"", Fault())
+            return
+        connection = http.client.HTTPConnection("127.0.0.1", self.faulty.moto, timeout=30)
+        headers = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "content-length")}
+        connection.request(self.command, self.path, body, headers)
+        answer = connection.getresponse()
+        body = answer.read()
+        connection.close()
+        kept = ("etag", "last-modified", "content-type") + ("content-length",) * (self.command == "HEAD")
+        headers = [(k, v) for k, v in answer.getheaders() if k.lower() in kept]
+        self._answer(answer.status, headers, body, fault)
+
+    def _answer(self, status, headers, body, fault):
+        if fault.shorten:
+            body = body[: -fault.shorten]
+        if fault.flip >= 0:
+            body = body[: fault.flip] + bytes([body[fault.flip] ^ 1]) + body[fault.flip + 1 :]
+        if fault.lost:
+            self.close_connection = True
+            return
+        try:
+            self.send_response(status)
+            for name, value in headers:
+                self.send_header(name, value)
+            if self.command != "HEAD":
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            sent = len(body) if fault.send < 0 else fault.send
+            self.wfile.write(body[:sent])
+            if fault.cut:
                 self.close_connection = True
                 return
+            if fault.gate is not None and not self._gate(fault.gate):
+                return
+            self.wfile.write(body[sent:])
+        except OSError:
+            self._gone()
+
+    def _gate(self, gate):
+        """Wait for it; False where the client or the server goes first."""
+        self.connection.settimeout(0.02)
+        while not gate.is_set():
+            if self.faulty.stopping.is_set():
+                self.close_connection = True
+                return False
             try:
-                self.send_response(status)
-                for name, value in headers:
-                    self.send_header(name, value)
-                if self.command != "HEAD":
-                    self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                sent = len(body) if fault.send < 0 else fault.send
-                self.wfile.write(body[:sent])
-                if fault.cut:
-                    self.close_connection = True
-                    return
-                if fault.gate is not None and not self._gate(fault.gate):
-                    return
-                self.wfile.write(body[sent:])
-            except OSError:
-                self._gone()
-
-        def _gate(self, gate):
-            """Wait for it; False where the client or the server goes first."""
-            self.connection.settimeout(0.02)
-            while not gate.is_set():
-                if faulty.stopping.is_set():
-                    self.close_connection = True
+                if self.connection.recv(1, socket.MSG_PEEK) == b"":
+                    self._gone()
                     return False
-                try:
-                    if self.connection.recv(1, socket.MSG_PEEK) == b"":
-                        self._gone()
-                        return False
-                except TimeoutError:
-                    pass
-            self.connection.settimeout(None)
-            return True
+            except TimeoutError:
+                pass
+        self.connection.settimeout(None)
+        return True
 
-        def _gone(self):
-            self.close_connection = True
-            faulty.left(self.path)
-
-    return Handler
+    def _gone(self):
+        self.close_connection = True
+        self.faulty.left(self.path)
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
     request_queue_size = 128
+
+    def __init__(self, faulty):
+        self.faulty = faulty
+        super().__init__(("127.0.0.1", 0), _Handler)
 
     def handle_error(self, request, client_address):
         pass  # a client that was killed
@@ -226,7 +233,7 @@ def faulty_s3(bodies):
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     faulty = Faulty(moto.get_host_and_port()[1])
-    proxy = _Server(("127.0.0.1", 0), _handler(faulty))
+    proxy = _Server(faulty)
     faulty.port = proxy.server_address[1]
     thread = threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True)
     thread.start()

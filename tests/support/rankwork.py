@@ -14,10 +14,9 @@ import torch.distributed as dist
 from data.atomic import write_file
 from parallel import pulse
 from parallel.world import join, world_from
-from trainer.exit_codes import DONE, PREEMPTED
+from trainer.exit_codes import DONE, PREEMPTED, USER_ERROR
 from trainer.runfolder import RunFolder
-
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+from trainer.stop import ASKING
 
 
 def rank():
@@ -42,6 +41,30 @@ def returns(codes):
     return code
 
 
+def dies_then_is_refused(folder, refusals):
+    """Killed in the first attempt; in the next ones a user's error, which rank 0 says itself and the other leaves."""
+    attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    note(folder)
+    if not attempt:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if attempt > refusals:
+        return DONE
+    if rank():
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": "disk: No space left on device"}))
+    return USER_ERROR
+
+
+def asks_then_dies(step):
+    """Has its supervisor asked to stop, and is killed, at this step, once the request has come back."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    if step:
+        pulse.beat("data", step)
+    os.kill(int(os.environ["MIKOSHI_SUPERVISOR"]), signal.SIGTERM)
+    signal.sigwait(ASKING)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return DONE
+
+
 def waits_for_the_other():
     """Rank 0 ends at once, as one that is asked to stop before its first step; rank 1 waits for it to come."""
     if rank() == 0:
@@ -52,9 +75,10 @@ def waits_for_the_other():
 
 def train(folder, steps, faults=(), silence=5.0, every=0):
     """Steps of an all-reduce with a beat for each phase, which go on from the last save, stop on request, and meet `faults`:
-    (attempt or None, step, phase, rank, what): an exception's message, or a signal that this rank sends itself."""
+    (attempt or None, step, phase, rank, what): an exception's message, or a signal that this rank sends itself. Of a step
+    "any", the first that comes there."""
     asked = []
-    for number in STOPPING:
+    for number in ASKING:
         signal.signal(number, lambda number, _: asked.append(number))
     pulse.limits(silence, 60.0)
     pulse.listen(lambda step, phase: _strike(folder, faults, step, phase))
@@ -80,6 +104,10 @@ def train(folder, steps, faults=(), silence=5.0, every=0):
                 RunFolder(Path(folder)).event("save", step=step)
             dist.barrier()
         if flag and step < steps:
+            if rank() == 0:
+                RunFolder(Path(folder)).event("stop", step=step)
+            dist.barrier()
+            pulse.beat("end")
             note(folder, stopped=step, asked=asked)
             _all_come_to_the_end()
             return PREEMPTED
@@ -105,7 +133,8 @@ def held_up_here(folder, step):
 
 def _strike(folder, faults, step, phase):
     for attempt, *where, what in faults:
-        if attempt in (None, int(os.environ["TORCHELASTIC_RESTART_COUNT"])) and where == [step, phase, rank()]:
+        now = attempt in (None, int(os.environ["TORCHELASTIC_RESTART_COUNT"]))
+        if now and where in ([step, phase, rank()], ["any", phase, rank()]):
             note(folder, fault=what)
             if isinstance(what, str):
                 raise RuntimeError(what)
@@ -114,7 +143,7 @@ def _strike(folder, faults, step, phase):
 
 def deaf(folder):
     """Take no notice of any request to stop."""
-    for number in STOPPING:
+    for number in ASKING:
         signal.signal(number, lambda *_: None)
     note(folder)
     while True:
@@ -130,7 +159,7 @@ def place(folder):
         "env": dict(os.environ), "cwd": str(Path.cwd()), "comm": Path("/proc/self/comm").read_text().strip(),
         "parent": os.getppid(), "session": os.getsid(0), "cuda": torch.cuda.is_initialized(), "data": data.__file__,
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
-        "handlers": [signal.getsignal(number) == signal.SIG_DFL for number in STOPPING],
+        "handlers": [signal.getsignal(number) == signal.SIG_DFL for number in ASKING],
         "main": "rerun" in dir(sys.modules["__main__"]), "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
     }  # fmt: skip
     note(folder, **told)

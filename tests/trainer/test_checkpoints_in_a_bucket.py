@@ -12,9 +12,10 @@ import torch
 from faulty import Fault, faulty_s3
 from runs import data_layout, loader_of, run_config
 from trainer import checkpoint
-from trainer.checkpoint import Keep, Saver
+from trainer.checkpoint import Keep, Saver, restore
 from trainer.checkpoint.remote import open_remote_store
 from trainer.engines import build_engine
+from trainer.errors import CheckpointError
 
 RECORD = {"config": "x = 1", "fingerprint": "f"}
 ROOT = Path(__file__).parents[2]
@@ -168,10 +169,25 @@ def test_a_damaged_object_is_refused_by_name_and_the_older_step_used(tmp_path, s
     assert found["w"].unique().tolist() == [1.0]
 
 
-def test_a_store_that_is_away_condemns_nothing_and_a_save_fails_by_name(tmp_path, s3, place):
+def test_by_sizes_alone_what_is_altered_is_refused_all_the_same(tmp_path, s3, place):
+    store, name = opened(place, s3.options, tmp_path / "scratch"), "rank-00000.safetensors"
+    assert save(store, 1, {"w": torch.ones(1000)}).error is None
+    body = store.local(1, name).read_bytes()
+    store.release()
+    s3.put(f"{tmp_path.name}/step-00000001/{name}", body[:-1] + bytes([body[-1] ^ 1]))
+    saved, manifest, refused = checkpoint.newest_valid(store, digests=False)
+    assert (saved.step, refused) == (1, [])
+    found = {"w": torch.zeros(1000)}
+    with pytest.raises(CheckpointError, match=rf"{place}/step-00000001/{name}: altered: .*SHA-256"):
+        checkpoint.load(saved, manifest, found)
+    assert not found["w"].any()
+
+
+def test_a_store_that_is_away_condemns_nothing_and_a_save_fails_by_name(tmp_path, s3, place, monkeypatch):
     store = open_remote_store(place, tmp_path / "scratch", s3.options, retries=1)
     assert save(store, 1, {"w": torch.ones(1000)}).error is None
     s3.always(lambda _: Fault(status=503))
+    monkeypatch.setattr(restore, "_PAUSES", (0.0,))
     with pytest.raises(OSError, match=rf"{place}/.*: failed 2 times"):
         checkpoint.newest_valid(store)
     outcome = save(store, 2, {"w": torch.ones(1000)})

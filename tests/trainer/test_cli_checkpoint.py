@@ -1,8 +1,10 @@
 """`mikoshi checkpoint` says what is there and names what is damaged, in a folder and in a bucket; it removes what it may."""
 
+import errno
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -196,6 +198,48 @@ def test_prune(mikoshi, run):
     assert mikoshi("checkpoint", "prune", run, "--last", 1, "--every", 0)[0] == 0
     assert steps(run) == [50]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000050"]
+
+
+def test_what_going_back_needs_is_kept_and_said(mikoshi, tmp_path):
+    config, path = make_run(tmp_path, every=10)
+    config = config.model_copy(update={"guard": config.guard.model_copy(update={"spike": "rewind", "rewind": 15})})
+    (path / "config.toml").write_text(to_toml(config))
+    save(LocalStore(path / "checkpoints"), config, 10, 20, 30, 40, 45)
+    _, out, _ = mikoshi("checkpoint", "list", path, "--json")
+    told = {entry["step"]: entry["kept"] for entry in json.loads(out)["checkpoints"]}
+    assert told == {45: "one of the newest 2", 40: "one of the newest 2", 30: "for going back", 20: "for going back", 10: ""}
+    assert mikoshi("checkpoint", "prune", path, "--last", 1)[0] == 0
+    assert steps(path) == [45, 40, 30, 20]
+
+
+def test_prune_beside_a_live_run_is_refused(mikoshi, run):
+    with subprocess.Popen(["flock", run / ".lock", "cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as training:
+        training.stdin.write(b"held")
+        training.stdin.flush()
+        assert training.stdout.read(4) == b"held"
+        code, _, errors = mikoshi("checkpoint", "prune", run)
+        assert code == 2
+        assert errors == [f"error: {run}: another process is training this run: wait for it, or stop it"]
+        assert steps(run) == [50, 40, 30, 20, 10]
+        assert mikoshi("checkpoint", "prune", run, "--dry-run")[0] == 0, "which only looks"
+        training.stdin.close()
+    assert mikoshi("checkpoint", "prune", run)[0] == 0
+    assert steps(run) == [50, 40, 20]
+
+
+def test_what_cannot_be_read_is_told_by_name_and_the_rest_is_read(mikoshi, run, monkeypatch):
+    def local(store, step, name, sha256=None):
+        if step == 50:
+            raise OSError(errno.EIO, "Input/output error", str(shard(run, 50)))
+        return real(store, step, name, sha256)
+
+    real = LocalStore.local
+    monkeypatch.setattr(LocalStore, "local", local)
+    code, out, errors = mikoshi("checkpoint", "verify", run)
+    assert (code, errors) == (2, [f"error: {shard(run, 50)}: cannot be read: Input/output error"])
+    assert out.count("whole") == 4
+    assert mikoshi("checkpoint", "prune", run)[1].endswith("; the newest valid one is of step 40\n")
+    assert steps(run) == [50, 40, 20]
 
 
 def test_prune_keeps_the_last_valid_one(mikoshi, run):

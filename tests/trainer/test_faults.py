@@ -253,7 +253,8 @@ def test_fill_is_a_disk_without_room_until_the_next_save(tmp_path):
         listener = injector(tmp_path, Fault("fill", 4, "save", 1))
         listener(2, "save")
         (tmp_path / "before").write_bytes(bytes(1 << 16))
-        listener(4, "save")
+        for _ in range(2):  # it waits for the save before, then begins its own
+            listener(4, "save")
         try:
             (tmp_path / "during").write_bytes(bytes(1 << 16))
         except OSError as error:
@@ -278,8 +279,26 @@ def test_corrupt_is_one_byte_of_the_newest_checkpoint(tmp_path):
     content = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
     (damaged,) = (path for path, data in content.items() if data != bytes(1000))
     assert damaged.parent.name == "step-00000010"
-    assert fired(tmp_path / LOG)[0]["step_damaged"] == 10
+    assert (fired(tmp_path / LOG)[0]["step_damaged"], fired(tmp_path / LOG)[0]["step_older"]) == (10, 5)
     assert sum(byte.bit_count() for byte in content[damaged]) == 1
+
+
+def test_an_older_checkpoint_counts_as_sound_unless_it_was_damaged_and_not_made_again(tmp_path):
+    def older(number, step):
+        faults = [Fault("corrupt", at, "data", 1) for at in (6, 11, 16)]
+        folder = tmp_path / "checkpoints" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_bytes(bytes(1000))
+        in_process(lambda: injector(tmp_path, *faults)(step + 1, "data"))
+        return fired(tmp_path / LOG)[number].get("step_older")
+
+    assert older(0, 5) is None
+    assert older(1, 10) is None
+    remade = tmp_path / "checkpoints" / "step-00000005"
+    remade.rename(tmp_path / "checkpoints" / "damaged-step-00000005")
+    remade.mkdir()
+    (remade / "manifest.json").write_bytes(bytes(1000))
+    assert older(2, 15) == 5
 
 
 def supervisor_that_waits(ready):

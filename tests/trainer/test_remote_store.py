@@ -122,8 +122,12 @@ def test_what_was_damaged_on_its_way_is_not_held_against_the_store(s3, tmp_path)
     assert s3.requests.count(A) == 2
     s3.put(f"{store.place.rpartition('/')[2]}/step-00000001/{A}", body[:-1] + bytes([body[-1] ^ 1]))
     s3.forget()
-    assert store.local(1, A, sha256(body).hexdigest()).read_bytes() != body, "for who compares it to say so"
-    assert s3.requests.count(A) == 2
+    store.release()
+    for asked in (1, 2):
+        with pytest.raises(CheckpointError, match=rf"{store.place}/step-00000001/{A}: altered: .*SHA-256"):
+            store.local(1, A, sha256(body).hexdigest())
+        assert s3.requests.count(A) == 2 * asked
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"], "nobody finds it here"
 
 
 def test_an_object_is_fetched_once_for_a_node(s3, tmp_path):
@@ -164,6 +168,17 @@ def test_objects_that_are_none_of_ours_stay(s3, tmp_path):
     assert store.sizes(2) == {A: 6, "deep": -1}
     store.remove(2)
     assert (store.steps(), store.others()) == ([], [])
+
+
+def test_a_listing_that_fails_while_removing_is_told_by_address(s3, tmp_path):
+    store = bucket(s3, tmp_path, retries=0)
+    saved(store, 2)
+    s3.put(f"{store.place.rpartition('/')[2]}/step-00000001/deep/er", b"x")
+    s3.plan(None, Fault(status=403))  # the first tells what is there
+    with pytest.raises(OSError, match=rf"{store.place}/step-00000001/deep: access refused; check the credentials"):
+        store.begin(3)
+    store.begin(3)
+    assert (store.steps(), store.others()) == ([2], [])
 
 
 @pytest.mark.slow

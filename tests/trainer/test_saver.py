@@ -10,6 +10,7 @@ import torch
 from disks import small_disk
 from trainer import checkpoint
 from trainer.checkpoint import Keep, LocalStore, Saver
+from trainer.checkpoint.waiting import Task
 from trainer.errors import CheckpointError
 
 RECORD = {"config": "x = 1"}
@@ -249,27 +250,20 @@ def test_a_step_that_is_there_is_refused_and_stays(tmp_path):
     assert same(restored(tmp_path, tensors())[1], tensors())
 
 
-def kept_after(folder, steps, keep):
-    for step in steps:
-        checkpoint.save(folder, step, tensors(step), RECORD, keep=keep)
-    return LocalStore(folder).steps()
+@pytest.mark.parametrize("background", [True, False])
+def test_a_save_that_is_not_to_prune_removes_nothing(tmp_path, background):
+    saver = Saver(LocalStore(tmp_path), Keep(1), background)
+    for step, prune, left in [(1, True, [1]), (2, False, [2, 1]), (3, False, [3, 2, 1]), (4, True, [4])]:
+        saver.begin(step, tensors(step), RECORD, prune=prune)
+        assert saver.conclude().error is None
+        assert saver.store.steps() == left
 
 
-def test_the_newest_and_every_so_many_are_kept(tmp_path):
-    assert kept_after(tmp_path / "a", range(1, 8), Keep(2)) == [7, 6]
-    assert kept_after(tmp_path / "b", range(1, 8), Keep(2, 3)) == [7, 6, 3]
-    assert kept_after(tmp_path / "c", [10, 20, 5], Keep(2)) == [20, 10, 5]  # never the one just saved
-    for last, every in [(0, 0), (1, -1)]:
-        with pytest.raises(CheckpointError, match="at least 1"):
-            Keep(last, every)
+def test_an_error_that_comes_while_the_flags_are_looked_at_is_not_missed():
+    class JustNow(Task):
+        @property
+        def done(self):
+            self.error = OSError("at the last moment")
+            return True
 
-
-def test_the_last_valid_one_stays_whatever_is_asked(tmp_path):
-    kept_after(tmp_path, [1, 2, 3, 4, 5], Keep(9))
-    for step in (4, 5):
-        (checkpoint.step_folder(tmp_path, step) / "rank-00000.safetensors").write_bytes(b"torn")
-    store = LocalStore(tmp_path)
-    assert checkpoint.surplus(store, Keep(2)) == [2, 1]
-    assert checkpoint.surplus(store, Keep(2), valid={5}) == [3, 2, 1]
-    assert checkpoint.prune(store, Keep(1)) == [4, 2, 1]
-    assert store.steps() == [5, 3]
+    assert JustNow(None).flags == (True, False)

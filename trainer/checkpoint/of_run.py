@@ -1,9 +1,10 @@
-"""Where the checkpoints of a run are."""
+"""Where the checkpoints of a run are, and which of them stay."""
 
 from __future__ import annotations
 
 import os
 
+from trainer.checkpoint.keep import Keep
 from trainer.checkpoint.store import Store, open_store
 from trainer.config import RunConfig
 from trainer.runfolder import RunFolder
@@ -14,3 +15,10 @@ def checkpoints_of(run: RunFolder, config: RunConfig, reader: bool = False) -> S
     `reader`: of a command beside the run's own ranks, which must not share what these fetch."""
     own = f"-{os.environ.get('MIKOSHI_SUPERVISOR', os.getpid())}" if reader else ""
     return open_store(config.checkpoint.folder or run.checkpoints, scratch=run.path / f".fetched{own}")
+
+
+def keep_of(config: RunConfig) -> Keep:
+    """Which checkpoints the config asks to keep; where its loss guard goes back, those that it may go back to as well."""
+    asked, guard = config.checkpoint, config.guard
+    back = (guard.rewind, asked.every) if guard.spike == "rewind" else (0, 0)
+    return Keep(asked.keep, asked.keep_every, *back)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.digests import Both, Digests
+from trainer.checkpoint.store import NO_FILE
 from trainer.errors import CheckpointError
 
 # What may be in a checkpoint: torch's name of an element -> the format's.
@@ -109,13 +110,16 @@ def write(out: BinaryIO, header: bytes, parts: Iterable[Tensor], stop: threading
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A handle of a regular file. Raises CheckpointError for anything else, and does not wait for what a FIFO has to say."""
+    """A handle of a regular file. Raises CheckpointError for anything else, and does not wait for what a FIFO has to say;
+    OSError where it cannot be opened, which says nothing against it."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing") from None
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be opened as a regular file: {error.strerror}") from None
+        if error.errno not in NO_FILE:
+            raise
+        raise CheckpointError(f"{path}: not a regular file") from None
     try:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise CheckpointError(f"{path}: not a regular file")
@@ -125,7 +129,8 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def read_through(path: Path, update: Callable[[memoryview], object]) -> None:
-    """Show `update` every byte of a regular file, a block at a time. Raises CheckpointError if it is none or cannot be read.
+    """Show `update` every byte of a regular file, a block at a time. Raises CheckpointError if it is none; OSError where it
+    cannot be read, which says nothing against it.
 
     Not through a mapping, though that is somewhat faster: a disk that fails under one kills the process.
     """
@@ -135,7 +140,7 @@ def read_through(path: Path, update: Callable[[memoryview], object]) -> None:
             while count := os.readv(handle, [buffer]):
                 update(buffer[:count])
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @dataclass

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
@@ -27,15 +26,18 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load as load_planned
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from trainer.checkpoint.agree import place
+from trainer.checkpoint.agree import cause, from_first_rank, place, to_first_rank
 from trainer.checkpoint.manifest import Manifest, PieceEntry, TensorEntry
 from trainer.checkpoint.pieces import DTYPES, Contents, PieceFile, dtype_name, dtype_named, lay_out, piece_file
 from trainer.errors import CheckpointError
+
+_BoxTold = tuple[str, Sequence[int], Sequence[int], str]
+_ItemTold = tuple[str, str, tuple[list[int], list[int], str, list[int]] | None]
 
 FILE_BYTES = 256 << 20
 """About how much goes into a file before the next is begun: files are what is written, digested and verified at once."""
@@ -78,29 +80,57 @@ class Share:
 
 def plan_save(state: dict[str, Tensor]) -> Share:
     """Share out the state among the ranks. Collective. Raises CheckpointError on all ranks for what cannot be saved."""
-    rank, world = place()
+    rank, _ = place()
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    planner.set_up_planner(state, is_coordinator=rank == 0)
-    mine = planner.create_local_plan()
-    if world == 1:
-        boxes, metadata = _shared_out(planner, [mine])
-        return Share(_files(0, boxes[0]), _entries(boxes, metadata))
-    plans: list[Any] | None = [None] * world if rank == 0 else None
-    dist.gather_object(mine, plans)
-    answers: list[Any] | None = None
+    plans = to_first_rank(_described(planner, state, rank))
     tensors: dict[str, TensorEntry] = {}
-    if plans is not None:
+
+    def share_out() -> list[list[_BoxTold]]:
+        assert plans is not None
         try:
-            boxes, metadata = _shared_out(planner, plans)
-            tensors = _entries(boxes, metadata)
-            answers = list(boxes)
+            boxes, metadata = _shared_out(planner, [_plan(told) for told in plans])
         except (CheckpointError, ValueError, AssertionError) as error:
-            answers = [CheckpointError(f"the state cannot be saved: {error}")] * world
-    answer: list[Any] = [None]
-    dist.scatter_object_list(answer, answers)
-    if isinstance(answer[0], CheckpointError):
-        raise answer[0]
-    return Share(_files(rank, answer[0]), tensors)
+            raise CheckpointError(f"the state cannot be saved: {error}") from error
+        tensors.update(_entries(boxes, metadata))
+        return [[(box.name, box.offset, box.shape, dtype_name(box.dtype)) for box in group] for group in boxes]
+
+    mine: list[_BoxTold] = from_first_rank(share_out)
+    boxes = [Box(name, tuple(offset), tuple(shape), dtype_named(dtype)) for name, offset, shape, dtype in mine]
+    return Share(_files(rank, boxes), tensors)
+
+
+def _described(planner: DefaultSavePlanner, state: dict[str, Tensor], rank: int) -> dict[str, Any]:
+    """DCP's plan for what this rank holds, as plain lists: fqn, kind, then of a tensor offsets, sizes, dtype and the whole's
+    size. An error is told instead of raised, as the other ranks already wait for the plan."""
+    try:
+        planner.set_up_planner(state, is_coordinator=rank == 0)
+        items: list[_ItemTold] = []
+        for item in planner.create_local_plan().items:
+            data = item.tensor_data
+            box = None
+            if data is not None:
+                chunk, dtype = data.chunk, dtype_name(data.properties.dtype)
+                box = (list(chunk.offsets), list(chunk.sizes), dtype, list(data.size))
+            items.append((item.index.fqn, item.type.name, box))
+        return {"items": items}
+    except Exception as error:
+        return {"error": f"rank {rank}: {cause(error)}"}
+
+
+def _plan(told: dict[str, Any]) -> SavePlan:
+    """What `_described` has described."""
+    if "error" in told:
+        raise CheckpointError(told["error"])
+    items = []
+    for fqn, kind, box in told["items"]:
+        if box is None:
+            items.append(WriteItem(MetadataIndex(fqn), WriteItemType[kind]))
+            continue
+        offsets, sizes, dtype, whole = box
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        data = TensorWriteData(chunk, TensorProperties(dtype_named(dtype)), torch.Size(whole))
+        items.append(WriteItem(MetadataIndex(fqn, chunk.offsets), WriteItemType[kind], tensor_data=data))
+    return SavePlan(items)
 
 
 def _shared_out(planner: DefaultSavePlanner, plans: list[SavePlan]) -> tuple[list[list[Box]], Metadata]:
@@ -159,7 +189,8 @@ def _key(name: str, offset: Sequence[int]) -> str:
 
 
 def fill(state: dict[str, Tensor], manifest: Manifest, path_of: Callable[[str], Path]) -> None:
-    """Fill the tensors of `state` from the pieces that overlap them. Collective if a process group exists.
+    """Fill the tensors of `state` from the pieces that overlap them. Collective if a process group exists: the ranks exchange
+    DCP's own plans for loading, as pickles from process to process.
 
     Raises DCP's CheckpointException, with every rank's error.
     """

@@ -36,8 +36,8 @@ from obstore.exceptions import (
 )
 from obstore.store import from_url
 
-from data.atomic import alone_in, partial_path
-from data.errors import DataError
+from data.atomic import alone_in, new_file, partial_path
+from data.errors import DataError, StorageError
 from data.remote import open_remote
 from trainer.checkpoint.store import DAMAGED, LARGEST_MANIFEST, MANIFEST, checked, step_name, step_of
 from trainer.errors import CheckpointError
@@ -67,6 +67,8 @@ def open_remote_store(
         handle = from_url(url, client_options=remote.handle.client_options, retry_config=retry, **settings)
     except (DataError, BaseError) as error:
         raise CheckpointError(f"checkpoint.folder: {error}") from None
+    except StorageError as error:
+        raise OSError(f"checkpoint.folder: {error}") from None
     return RemoteStore(remote.url, handle, scratch, part, retries)
 
 
@@ -168,8 +170,9 @@ class RemoteStore:
             target = self._room(step) / which / name
             target.parent.mkdir(parents=True, exist_ok=True)
             with alone_in(target.parent):  # the ranks of a node, and the threads of each
-                if not target.exists() and self._fetch(key, target, meta["size"]) != sha256 and sha256 is not None:
-                    self._fetch(key, target, meta["size"])  # the network's fault, not the store's, if it is whole now
+                # The network's fault, not the store's, if it is whole the second time.
+                if not target.exists() and not any(self._fetch(key, target, meta["size"], sha256) for _ in range(2)):
+                    raise CheckpointError(f"{self._url}/{key}: altered: its bytes do not match the manifest's SHA-256")
         except FileNotFoundError:
             raise CheckpointError(f"{self._url}/{key}: missing") from None
         return target
@@ -199,22 +202,27 @@ class RemoteStore:
         """Names and sizes of the objects of every step, or of one; of a name with a slash in it what is before it, and -1."""
         prefix = None if step is None else step_name(step)
 
-        def read() -> list[tuple[str, int]]:
-            return [(meta["path"], meta["size"]) for batch in obstore.list(self._handle, prefix=prefix) for meta in batch]
-
         found: dict[int, dict[str, int]] = {}
-        for path, size in self._again(prefix or "", read):
+        for path, size in self._within(prefix):
             folder, _, name = path.partition("/")
             first, slash, _ = name.partition("/")
             if (number := step_of(folder)) is not None and first:
                 found.setdefault(number, {})[first] = -1 if slash else size
         return found
 
+    def _within(self, prefix: str | None) -> list[tuple[str, int]]:
+        """Keys and sizes of all objects there."""
+
+        def read() -> list[tuple[str, int]]:
+            return [(meta["path"], meta["size"]) for batch in obstore.list(self._handle, prefix=prefix) for meta in batch]
+
+        return self._again(prefix or "", read)
+
     def _delete(self, step: int, names: Mapping[str, int]) -> None:
         """The manifest first. A folder among the names goes with all that is in it."""
         keys = [self._key(step, name) for name, size in names.items() if size >= 0 and name != MANIFEST]
         for key in (self._key(step, name) for name, size in names.items() if size < 0):
-            keys += [meta["path"] for batch in obstore.list(self._handle, prefix=key) for meta in batch]
+            keys += [path for path, _ in self._within(key)]
         if MANIFEST in names:
             self._drop([self._key(step, MANIFEST)])
         self._drop(keys)
@@ -235,26 +243,28 @@ class RemoteStore:
                 self._kept = step
         return mine
 
-    def _fetch(self, key: str, target: Path, size: int) -> str:
-        """Have the object at `target`, whole; its SHA-256."""
+    def _fetch(self, key: str, target: Path, size: int, sha256: str | None) -> bool:
+        """Have the object at `target`, whole; False, and it is not there, if its bytes are not those of `sha256`."""
 
-        def attempt() -> str:
+        def attempt() -> bool:
             digest, built = hashlib.sha256(), partial_path(target)
             try:
-                with built.open("wb") as file:
+                with new_file(built) as file:
                     for chunk in obstore.get(self._handle, key).stream(min_chunk_size=_CHUNK):
                         digest.update(chunk)
                         file.write(chunk)
                     if file.tell() != size:
                         raise _Passing(f"{self._url}/{key}", f"{file.tell()} of {size} bytes arrived")
+                if sha256 is not None and digest.hexdigest() != sha256:
+                    return False
                 built.rename(target)
+                return True
             except OSError as error:
                 if error.errno is None:  # the store's, not the disk's
                     raise
                 raise OSError(error.errno, error.strerror, str(built)) from None
             finally:
                 built.unlink(missing_ok=True)
-            return digest.hexdigest()
 
         return self._again(key, attempt)
 

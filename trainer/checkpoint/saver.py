@@ -5,6 +5,7 @@
     advance   when all have: the stamps are gathered, rank 0 commits in its thread; when it has: the Outcome
 
 No collective is called off the main thread. What fails anywhere, fails everywhere: the partial goes, the next save works.
+The main threads wait in slices (trainer.checkpoint.waiting): a store may be slower than a process group is patient.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from parallel.sharding import local
-from trainer.checkpoint.agree import cause, of_all_ranks, on_first_rank, place
+from trainer.checkpoint.agree import cause, of_all_ranks, place, to_first_rank
 from trainer.checkpoint.keep import Keep, prune
 from trainer.checkpoint.manifest import FileEntry, Manifest, encode, provenance
 from trainer.checkpoint.pieces import bytes_of, write
 from trainer.checkpoint.plan import Share, Written, plan_save
 from trainer.checkpoint.restore import step_folder
 from trainer.checkpoint.store import LocalStore, Store
+from trainer.checkpoint.waiting import Task, on_first_rank_in_time, wait_for_all
 from trainer.errors import CheckpointError
 
 _WRITERS = 2  # one waits for the disk while the other digests
@@ -55,8 +56,9 @@ class _Save:
     step: int
     record: dict[str, Any]
     begun: float
-    task: _Task
+    task: Task
     stop: threading.Event
+    prune: bool
     stall: float = 0.0
     committing: bool = False
 
@@ -75,8 +77,9 @@ class Saver:
         """Whether a save is under way; the same on all ranks."""
         return self._save is not None
 
-    def begin(self, step: int, state: dict[str, Tensor], record: dict[str, Any]) -> None:
+    def begin(self, step: int, state: dict[str, Tensor], record: dict[str, Any], prune: bool = True) -> None:
         """Take a copy of the state and have it written; without `background`, write it, from where it is. Collective.
+        Without `prune`, all the older ones stay when it is committed.
 
         What cannot be written is told by the Outcome. Raises CheckpointError if `step` is there already, or for a state
         that no checkpoint can hold, and RuntimeError while another save is under way.
@@ -85,24 +88,23 @@ class Saver:
             raise RuntimeError(f"the save of step {self._save.step} is under way: conclude it before the next")
         begun, stop = time.perf_counter(), threading.Event()
         try:
-            on_first_rank(lambda: self.store.begin(step))
+            on_first_rank_in_time(lambda: self.store.begin(step))
             self._share = self._share or plan_save(state)
             task = self._written(step, self._share, state, stop)
         except OSError as error:  # of the first rank's store, told to all
-            task = _Task.over(error) if place()[0] == 0 else _Task.over(None)
+            task = Task.over(error) if place()[0] == 0 else Task.over(None)
         except CheckpointError:
             if self._share is None:
-                on_first_rank(lambda: self.store.abandon(step))
+                on_first_rank_in_time(lambda: self.store.abandon(step))
             raise
-        self._save = _Save(step, {**record, "step": step}, begun, task, stop)
+        self._save = _Save(step, {**record, "step": step}, begun, task, stop, prune)
         if not self.background:
-            task.wait()
+            wait_for_all(task, stop)
         self._save.stall = time.perf_counter() - begun
 
     def flags(self) -> tuple[bool, bool]:
         """(failed here, pending here), for all ranks to agree on (any, any) before `advance`."""
-        task = None if self._save is None else self._save.task
-        return task is not None and task.error is not None, task is not None and not task.done
+        return (False, False) if self._save is None else self._save.task.flags
 
     def advance(self, failed: bool, pending: bool) -> Outcome | None:
         """Go on with what the ranks agreed on: has any failed, is any still at it. Collective. The Outcome comes once."""
@@ -122,21 +124,20 @@ class Saver:
         if stamps is not None:
             assert self._share is not None
             manifest = Manifest(save.record, stamps, self._share.tensors, provenance(save.record, place()[1]))
-            save.task = _Task(lambda: self._commit(save.step, manifest))
+            save.task = Task(lambda: self._commit(save.step, manifest, save.prune))
         else:
-            save.task = _Task.over(None)
+            save.task = Task.over(None)
         return None
 
     def conclude(self) -> Outcome | None:
         """Wait for the save under way, if there is one, to be safe or to have failed. Collective."""
         outcome = None
         while self._save is not None:
-            self._save.task.wait()
-            failed, pending = zip(*of_all_ranks(self.flags()), strict=True)
-            outcome = self.advance(any(failed), any(pending))
+            failed = wait_for_all(self._save.task, self._save.stop)
+            outcome = self.advance(failed, pending=False)
         return outcome
 
-    def _written(self, step: int, share: Share, state: dict[str, Tensor], stop: threading.Event) -> _Task:
+    def _written(self, step: int, share: Share, state: dict[str, Tensor], stop: threading.Event) -> Task:
         """This rank's files on their way. A failure here, as for want of memory, is this rank's word in the agreement."""
         try:
             parts: list[Callable[[], Iterable[Tensor]]]
@@ -147,12 +148,14 @@ class Saver:
             else:
                 parts = [_in_place(file, state) for file in share.files]
             work = [_Work(file, part) for file, part in zip(share.files, parts, strict=True)]
-            return _Task(lambda: _write_all(self.store, step, work, stop, yielding=self.background))
+            return Task(lambda: _write_all(self.store, step, work, stop, yielding=self.background))
         except (OSError, RuntimeError, MemoryError) as error:
-            return _Task.over(error)
+            return Task.over(error)
 
-    def _commit(self, step: int, manifest: Manifest) -> None:
+    def _commit(self, step: int, manifest: Manifest, pruning: bool) -> None:
         self.store.commit(step, encode(manifest))
+        if not pruning:
+            return
         with suppress(OSError, CheckpointError):  # the save is safe; what could not be removed is tried again by the next
             prune(self.store, self.keep, {step}, step)
 
@@ -160,7 +163,7 @@ class Saver:
         error = save.task.error
         told = of_all_ranks(None if error is None else cause(error))
         rank, why = next((rank, why) for rank, why in enumerate(told) if why is not None)
-        on_first_rank(lambda: self.store.abandon(save.step))
+        on_first_rank_in_time(lambda: self.store.abandon(save.step))
         return self._ended(save, f"rank {rank}: {why}")
 
     def _ended(self, save: _Save, error: str | None) -> Outcome:
@@ -182,39 +185,6 @@ def save(folder: Path, step: int, state: dict[str, Tensor], record: dict[str, An
         why = None if outcome is None else outcome.error
         raise CheckpointError(f"{target}: the checkpoint could not be written: {why}; nothing was left behind")
     return target
-
-
-class _Task:
-    """Work in a thread of its own, which does not keep the process alive. Whatever ends it is kept in `error`."""
-
-    def __init__(self, work: Callable[[], Any] | None) -> None:
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        if work is not None:
-            self._thread = threading.Thread(target=self._run, args=(work,), name="save", daemon=True)
-            self._thread.start()
-
-    @classmethod
-    def over(cls, error: BaseException | None) -> _Task:
-        """One that has ended before it began."""
-        task = cls(None)
-        task.error, task.result = error, []
-        return task
-
-    def _run(self, work: Callable[[], Any]) -> None:
-        try:
-            self.result = work()
-        except BaseException as error:
-            self.error = error
-
-    @property
-    def done(self) -> bool:
-        return self._thread is None or not self._thread.is_alive()
-
-    def wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
 
 
 @dataclass(frozen=True)
@@ -295,7 +265,7 @@ def _write_all(
                 raise
             stamps.append((contents.name, {"size": len(contents.header) + contents.bytes, **digests}))
 
-    tasks = [_Task(some) for _ in work[:_WRITERS]]
+    tasks = [Task(some) for _ in work[:_WRITERS]]
     for task in tasks:
         task.wait()
     errors = [task.error for task in tasks if task.error is not None]
@@ -312,9 +282,5 @@ def _yield_to_training() -> None:
 
 def _gathered(mine: list[tuple[str, FileEntry]]) -> dict[str, FileEntry] | None:
     """All ranks' stamps by file, on rank 0. Collective."""
-    rank, world = place()
-    if world == 1:
-        return dict(mine)
-    everyone: list[Any] | None = [None] * world if rank == 0 else None
-    dist.gather_object(mine, everyone)
+    everyone = to_first_rank(mine)
     return None if everyone is None else {name: entry for stamps in everyone for name, entry in stamps}

@@ -31,6 +31,8 @@ DAMAGED = "damaged-"
 _STEP = re.compile(r"step-(\d{8,15})")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")
 LARGEST_MANIFEST = 1 << 31
+NO_FILE = (errno.ELOOP, errno.ENXIO, errno.ENODEV)
+"""What opening a link, a socket or a device without a driver ends with. Any other error is of the storage, not of the file."""
 
 
 class Store(Protocol):
@@ -74,7 +76,8 @@ class Store(Protocol):
 
     def local(self, step: int, name: str, sha256: str | None = None) -> Path:
         """A path on this machine with the file's bytes, for as long as no other step is asked for. Where they have to be
-        fetched first, that is once for the ranks of a node, and once more if they arrive without the digest `sha256`."""
+        fetched first, that is once for the ranks of a node, and once more if they arrive without the digest `sha256`;
+        CheckpointError if they do so again."""
 
     def release(self) -> None:
         """Remove what `local` has fetched: no rank of this node looks at it any more."""
@@ -192,12 +195,8 @@ class LocalStore:
         return (self._whole(step) / MANIFEST).lstat().st_mtime
 
     def sizes(self, step: int) -> dict[str, int]:
-        path = self._whole(step)
-        try:
-            with os.scandir(path) as entries:
-                found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries if entry.name != MANIFEST}
-        except PermissionError as error:
-            raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror}") from None
+        with os.scandir(self._whole(step)) as entries:
+            found = {entry.name: entry.stat(follow_symlinks=False) for entry in entries if entry.name != MANIFEST}
         return {name: status.st_size if stat.S_ISREG(status.st_mode) else -1 for name, status in found.items()}
 
     def local(self, step: int, name: str, sha256: str | None = None) -> Path:
@@ -271,14 +270,14 @@ def _created(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[int, int]]:
-    """Handle and size of a regular file. Raises CheckpointError for a link, a FIFO, a folder or what cannot be read."""
+    """Handle and size of a regular file. Raises CheckpointError for a link, a FIFO or a folder; OSError where it cannot be
+    opened, which says nothing against it."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
-    except FileNotFoundError:
-        raise
     except OSError as error:
-        special = error.errno in (errno.ELOOP, errno.ENXIO)  # a link, a socket
-        raise CheckpointError(f"{path}: {'not a regular file' if special else f'cannot be read: {error.strerror}'}") from None
+        if error.errno not in NO_FILE:
+            raise
+        raise CheckpointError(f"{path}: not a regular file") from None
     try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):

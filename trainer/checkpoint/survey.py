@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.checkpoint.digests import Both, differing
-from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.keep import Keep, kept
 from trainer.checkpoint.keep import surplus as beside_sizes
 from trainer.checkpoint.manifest import FileEntry, Manifest
 from trainer.checkpoint.pieces import read_through
@@ -45,33 +45,27 @@ class Entry:
 
 def survey(store: Store, keep: Keep) -> list[Entry]:
     """All committed checkpoints, newest first. Those that are removed meanwhile are left out."""
-    found = []
-    for number, step in enumerate(store.steps()):
+    found, steps = [], store.steps()
+    why = kept(steps, keep)
+    for step in steps:
         with suppress(FileNotFoundError):
-            found.append(_entry(store, step, why_kept(number, step, keep)))
+            found.append(_entry(store, step, why.get(step, "")))
     return found
 
 
-def why_kept(number: int, step: int, keep: Keep) -> str:
-    """Why the checkpoint of `step`, `number` of them being newer, is kept; empty if it is not."""
-    if number < keep.last:
-        return "the newest" if keep.last == 1 else f"one of the newest {keep.last}"
-    return f"a multiple of {keep.every}" if keep.every and step % keep.every == 0 else ""
-
-
-def _entry(store: Store, step: int, kept: str) -> Entry:
+def _entry(store: Store, step: int, why: str) -> Entry:
     try:
         manifest = _manifest(store, step)
         sizes = store.sizes(step)
-    except CheckpointError as error:
-        written = None
-        with suppress(CheckpointError, FileNotFoundError):
+    except (CheckpointError, OSError) as error:
+        told, written = _told(error), None
+        with suppress(CheckpointError, OSError):
             written = store.written(step)
-        return Entry(step, written, 0, 0, None, "", [str(error)], kept)
+        return Entry(step, written, 0, 0, None, "", [told], why)
     ranks = manifest.made.get("ranks")
     return Entry(
         step, store.written(step), sum(size for size in sizes.values() if size > 0), len(sizes),
-        ranks if type(ranks) is int else None, _layout(manifest.record), _mismatches(store, step, manifest, sizes), kept,
+        ranks if type(ranks) is int else None, _layout(manifest.record), _mismatches(store, step, manifest, sizes), why,
     )  # fmt: skip
 
 
@@ -84,6 +78,15 @@ def _layout(record: Mapping[str, Any]) -> str:
         return ""
     degrees = [f"{name} {parallel[name]}" for name in _DEGREES if type(parallel.get(name)) is int and parallel[name] > 1]
     return ", ".join([*degrees, f"ZeRO {parallel['zero']}"] if type(parallel.get("zero")) is int else degrees)
+
+
+def _told(error: CheckpointError | OSError) -> str:
+    """What is wrong with a file. Raises what is not about one: the checkpoint is gone, or its store does not answer."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    if isinstance(error, FileNotFoundError) or error.errno is None:
+        raise error
+    return f"{error.filename}: cannot be read: {error.strerror}"
 
 
 def _manifest(store: Store, step: int) -> Manifest:
@@ -123,8 +126,8 @@ def faults(store: Store, step: int, digests: bool = True, seen: Seen | None = No
     try:
         manifest = _manifest(store, step)
         sizes = store.sizes(step)
-    except CheckpointError as error:
-        return [str(error)]
+    except (CheckpointError, OSError) as error:
+        return [_told(error)]
     found = _mismatches(store, step, manifest, sizes)
     whole = [name for name, entry in sorted(manifest.files.items()) if sizes.get(name) == entry["size"]] if digests else []
 
@@ -147,8 +150,8 @@ def _altered(store: Store, step: int, name: str, expected: FileEntry, seen: Seen
 
     try:
         read_through(store.local(step, name, expected["sha256"]), update)
-    except CheckpointError as error:
-        return str(error)
+    except (CheckpointError, OSError) as error:
+        return _told(error)
     if not (differ := differing(digests.hexdigests(), expected)):
         return None
     return f"{store.describe(step)}/{name}: altered: its bytes do not match the manifest's {' and '.join(differ)}"

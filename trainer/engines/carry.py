@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+from parallel import pulse
 from parallel.context import exchanged_heads, gathered_keys
 from parallel.expert import expert_parallel, experts_in, share_balance
 from parallel.layout import Asked, Batch, Coordinates, Layout, ModelFacts, plan
@@ -182,6 +183,21 @@ def _flops(model: ModelConfig, part: Part, context: int) -> float:
     return float(counter.get_total_flops())
 
 
+@lru_cache(maxsize=1)
+def _tell_compilations() -> None:
+    """A compilation in the middle of a step, for a shape or a mask that is new, may take minutes: it is no hang."""
+    from torch._dynamo.callback import on_compile_end, on_compile_start  # takes seconds to import
+
+    before = [""]
+
+    def begin(_: Any) -> None:
+        before[0] = pulse.phase()
+        pulse.beat("compile")
+
+    on_compile_start(begin)
+    on_compile_end(lambda _: pulse.beat(before[0]))
+
+
 def _wrap_forwards(blocks: list[Block], recompute: str, compiled: bool) -> None:
     """Recompute and compile a block inside its `forward`: parameter names and FSDP's hooks, outside, see neither."""
     for block in blocks:
@@ -190,6 +206,7 @@ def _wrap_forwards(blocks: list[Block], recompute: str, compiled: bool) -> None:
             context: dict[str, Any] = {} if recompute == "full" else {"context_fn": _keep_products}
             forward = partial(checkpoint, forward, use_reentrant=False, **context)
         if compiled:
+            _tell_compilations()
             forward = torch.compile(forward)
         block.forward = forward  # type: ignore[method-assign]
 

@@ -1,0 +1,118 @@
+"""Runs on a disk slower than their saves come, and with memory that fails: no false alarm, nothing lost, the same weights."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hurt
+from datarun import events, folder_of, mixture, records, run, wait_for_step, write_jsonl, write_run, write_sources
+from trainer.checkpoint import newest_valid
+from trainer.runfolder import read_jsonl
+
+# Starts the ranks as `mikoshi train` does, with another function for their work.
+START = """
+import sys
+from pathlib import Path
+import hurt
+from launch.supervisor import Job, supervise
+from trainer.config import load_config
+from trainer.runfolder import RunFolder
+run = load_config(Path(sys.argv[1]), sys.argv[5:])
+RunFolder(run.run.path).make()
+how = (getattr(hurt, sys.argv[3]), (run, float(sys.argv[4])))
+sys.exit(supervise(Job(int(sys.argv[2]), *how, RunFolder(run.run.path), run.recovery)))
+"""
+
+
+def begin(config_file, how, much, *overrides, ranks=1):
+    support = str(Path(hurt.__file__).parent)
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", START, str(config_file), str(ranks), how, str(much), *overrides], text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=config_file.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": support},
+    )  # fmt: skip
+
+
+def ended(process, code=0):
+    out, _ = process.communicate(timeout=180)
+    assert process.returncode == code, out
+    return out
+
+
+def weights(config_file, name):
+    _, manifest, _ = newest_valid(folder_of(config_file, name) / "checkpoints")
+    return manifest.step, {file: stamp["sha256"] for file, stamp in manifest.files.items()}
+
+
+@pytest.fixture
+def config_file(dataset, tmp_path):
+    return write_run(
+        tmp_path, dataset, steps=12, checkpoint={"every": 3, "keep": 2}, recovery={"silence": 1.0, "backoff": 0.1},
+    )  # fmt: skip
+
+
+def test_a_save_slower_than_the_steps_between_saves_is_waited_for_and_no_hang(config_file):
+    out = ended(begin(config_file, "on_a_slow_disk", 2.5, "run.name=slow", ranks=2))
+    assert not events(config_file, "slow", "fault"), out
+    assert [e["step"] for e in events(config_file, "slow", "save")] == [3, 6, 9, 12]
+
+
+def test_a_stop_while_a_save_is_under_way_is_saved_too(config_file):
+    process = begin(config_file, "on_a_slow_disk", 2.5, "run.name=stopped", "train.steps=4000", "checkpoint.every=300",
+                    "guard.compare=0", ranks=2)  # fmt: skip
+    wait_for_step(process, config_file, "stopped", 302)  # of which the save takes seconds
+    asked = max(r["step"] for r in records(config_file, "stopped"))
+    process.send_signal(signal.SIGTERM)
+    out = ended(process, code=75)
+    assert not events(config_file, "stopped", "fault"), out
+    (stop,) = events(config_file, "stopped", "stop")
+    assert [e["step"] for e in events(config_file, "stopped", "save")] == [300, stop["step"]]
+    assert stop["step"] >= asked
+
+
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
+    """A run of real text, of which the batch of step 36 is noise."""
+    import random
+
+    folder = tmp_path_factory.mktemp("noisy")
+    rng = random.Random(5)
+    letters = [chr(c) for c in range(0x4E00, 0x4E00 + 400)]
+    write_sources(folder / "text")
+    write_jsonl(folder / "text" / "noise" / "n.jsonl", ["".join(rng.choices(letters, k=400)) for _ in range(200)])
+    sources = mixture(folder / "text", web={"schedule": []}, books={"schedule": []}, code={"schedule": []})
+    schedule = [[35 * 512, 999.0], [36 * 512, 0.0]]
+    sources["noise"] = {"source": f"{folder}/text/noise/*.jsonl", "weight": 0.0, "schedule": schedule}
+    config_file = write_run(
+        folder, folder / "prepared", steps=45, data={"mixture": sources}, checkpoint={"every": 5, "keep": 1},
+        guard={"window": 32, "rewind": 4, "threshold": 8.0, "spike": "rewind"}, recovery={"silence": 2.0},
+    )  # fmt: skip
+    run(config_file, "prepare")
+    return config_file
+
+
+def test_a_run_goes_back_to_the_same_step_however_fast_its_disk_is_and_however_few_it_keeps(noisy):
+    ended(begin(noisy, "on_a_slow_disk", 0.0, "run.name=fast"))
+    ended(begin(noisy, "on_a_slow_disk", 1.0, "run.name=slow"))
+    for name in ("fast", "slow"):
+        assert [(e["step"], e["to"]) for e in events(noisy, name, "rewind")] == [(36, 30)]
+        assert not events(noisy, name, "fault")
+        assert [r["step"] for r in records(noisy, name)] == list(range(1, 46))
+    assert weights(noisy, "fast") == weights(noisy, "slow")
+    assert weights(noisy, "fast")[0] == 45
+
+
+def test_memory_that_fails_once_costs_the_steps_since_and_no_checkpoint_of_it_is_kept(config_file):
+    asked = ("train.steps=40", "guard.give_up=8")
+    quiet = begin(config_file, "on_a_slow_disk", 0.0, "run.name=quiet", *asked)
+    ended(quiet)
+    out = ended(begin(config_file, "with_bad_memory", 11, "run.name=bad", *asked))
+    assert "did not change for 8 steps in a row" in out
+    (resumed,) = events(config_file, "bad", "resume")
+    assert resumed["step"] == 9, "nothing was saved after the weight was lost"
+    assert weights(config_file, "bad") == weights(config_file, "quiet")
+    assert all(r["applied"] for r in read_jsonl(folder_of(config_file, "bad") / "metrics.jsonl") if "loss" in r)
