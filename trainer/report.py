@@ -192,7 +192,7 @@ _PAGE = Template("""<!doctype html>
  main { max-width: 1180px; margin: 0 auto; padding: 24px 20px 48px; }
  h1 { font-size: 24px; margin: 0 0 2px; } h2 { font-size: 14px; font-weight: 600; margin: 0 0 4px; }
  .made { color: var(--soft); margin: 0 0 18px; }
- .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(128px, 1fr)); gap: 10px; margin-bottom: 14px; }
+ .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(112px, 1fr)); gap: 10px; margin-bottom: 14px; }
  .tiles div, section { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px 14px; }
  .tiles b { display: block; font-size: 18px; font-variant-numeric: tabular-nums; } .tiles span { color: var(--soft); }
  .grid { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; } .tall { grid-column: 1 / -1; }

@@ -5,6 +5,7 @@ import email
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -61,6 +62,18 @@ def mixture(root, **more):
         "code": {"source": f"{root}/code", "weight": 1.0, "schedule": [[64 * 8 * 10, 4.0], [64 * 8 * 20, 2.0]]},
     }
     return {name: {**values, **more.get(name, {})} for name, values in named.items()}
+
+
+def noisy_sources(root, first, stop, rows=64 * 8):
+    """Writes the three sources and one of noise, which alone gives the batches of steps first..stop-1 (1 is the first), each
+    of so many tokens; the mixture of them all."""
+    rng = random.Random(5)
+    letters = [chr(c) for c in range(0x4E00, 0x4E00 + 400)]
+    write_sources(root)
+    write_jsonl(root / "noise" / "n.jsonl", ["".join(rng.choices(letters, k=400)) for _ in range(200)])
+    sources = mixture(root, web={"schedule": []}, books={"schedule": []}, code={"schedule": []})
+    schedule = [[(first - 1) * rows, 999.0], [(stop - 1) * rows, 0.0]]
+    return sources | {"noise": {"source": f"{root}/noise/*.jsonl", "weight": 0.0, "schedule": schedule}}
 
 
 def write_run(folder, data_path, steps=40, **sections):

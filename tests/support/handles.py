@@ -1,6 +1,7 @@
 """Files that cannot be opened just now, though they are there and whole: the process has no handle left."""
 
 import contextlib
+import os
 import resource
 from pathlib import Path
 
@@ -11,7 +12,9 @@ from data.errors import reading
 def no_handles():
     """Whatever would open a file in the block meets EMFILE, as in an outage that passes."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    with Path(os.devnull).open() as file:
+        free = file.fileno()  # the lowest one. Not 0 handles: poll() fails then, and with it a server's thread in this process
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
     try:
         yield
     finally:

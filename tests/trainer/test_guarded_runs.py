@@ -1,27 +1,20 @@
 """Real runs into a batch of noise: recorded, left out, or gone back before, the same however often the run is killed."""
 
-import random
 import shutil
 
 import pytest
 
-from datarun import consumed, events, inside, mixture, records, run, write_jsonl, write_run, write_sources
+from datarun import consumed, events, inside, noisy_sources, records, run, write_run
 from trainer.checkpoint import newest_valid, steps_in
 
-STEPS, NOISY, ROW = 48, 36, 64 * 8
+STEPS, NOISY = 48, 36
 
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
     """A run of real text, of which the batches of two steps are noise."""
     folder = tmp_path_factory.mktemp("noisy")
-    rng = random.Random(5)
-    letters = [chr(c) for c in range(0x4E00, 0x4E00 + 400)]
-    write_sources(folder / "text")
-    write_jsonl(folder / "text" / "noise" / "n.jsonl", ["".join(rng.choices(letters, k=400)) for _ in range(200)])
-    begin, end = (NOISY - 1) * ROW, (NOISY + 1) * ROW
-    sources = mixture(folder / "text", web={"schedule": []}, books={"schedule": []}, code={"schedule": []})
-    sources["noise"] = {"source": f"{folder}/text/noise/*.jsonl", "weight": 0.0, "schedule": [[begin, 999.0], [end, 0.0]]}
+    sources = noisy_sources(folder / "text", NOISY, NOISY + 2)
     config = write_run(
         folder, folder / "prepared", steps=STEPS, data={"mixture": sources}, recovery={"restarts": 0},
         guard={"window": 32, "rewind": 4, "threshold": 8.0}, checkpoint={"every": 5, "keep": 99},

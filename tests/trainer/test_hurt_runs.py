@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import hurt
-from datarun import events, folder_of, mixture, records, run, wait_for_step, write_jsonl, write_run, write_sources
+from datarun import events, folder_of, noisy_sources, records, run, wait_for_step, write_run
 from trainer.checkpoint import newest_valid
 from trainer.runfolder import read_jsonl
 
@@ -77,16 +77,8 @@ def test_a_stop_while_a_save_is_under_way_is_saved_too(config_file):
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory):
     """A run of real text, of which the batch of step 36 is noise."""
-    import random
-
     folder = tmp_path_factory.mktemp("noisy")
-    rng = random.Random(5)
-    letters = [chr(c) for c in range(0x4E00, 0x4E00 + 400)]
-    write_sources(folder / "text")
-    write_jsonl(folder / "text" / "noise" / "n.jsonl", ["".join(rng.choices(letters, k=400)) for _ in range(200)])
-    sources = mixture(folder / "text", web={"schedule": []}, books={"schedule": []}, code={"schedule": []})
-    schedule = [[35 * 512, 999.0], [36 * 512, 0.0]]
-    sources["noise"] = {"source": f"{folder}/text/noise/*.jsonl", "weight": 0.0, "schedule": schedule}
+    sources = noisy_sources(folder / "text", 36, 37)
     config_file = write_run(
         folder, folder / "prepared", steps=45, data={"mixture": sources}, checkpoint={"every": 5, "keep": 1},
         guard={"window": 32, "rewind": 4, "threshold": 8.0, "spike": "rewind"}, recovery={"silence": 2.0},
