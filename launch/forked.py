@@ -58,7 +58,8 @@ def warm(ranks: int) -> Iterator[None]:
         yield
         return
     # Read when torch's libraries are loaded, which is in the forkserver.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // ranks))
     _context.set_forkserver_preload(_PRELOADED)
     config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     before = config.get("tempdir")
@@ -75,6 +76,8 @@ def warm(ranks: int) -> Iterator[None]:
                 with contextlib.suppress(ChildProcessError):
                     tracker._stop()
             config["tempdir"] = before
+            if threads is None:
+                del os.environ["OMP_NUM_THREADS"]
 
 
 def _launch() -> None:

@@ -1,5 +1,7 @@
 """A disk that is really full while a run saves: training goes on, nothing half-written stays, and the next save works."""
 
+import pytest
+
 from datarun import command, events, finish, records, wait_for_step, write_run
 from disks import small_disk
 from trainer.checkpoint import newest_valid
@@ -25,6 +27,7 @@ def weights(run_folder):
     return {file: stamp["sha256"] for file, stamp in manifest.files.items()}
 
 
+@pytest.mark.slow
 def test_training_goes_on_and_the_next_save_works_once_there_is_room(dataset, tmp_path):
     with small_disk(tmp_path / "small", 8 << 20) as disk:
         run_out_of_room(dataset, tmp_path, disk)

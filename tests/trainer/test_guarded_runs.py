@@ -78,11 +78,13 @@ def test_gone_back_before_it_and_the_batches_skipped(noisy):
     assert weights(noisy, "again") == weights(noisy, "back")
 
 
+@pytest.mark.slow
 def test_gone_back_on_other_ranks_takes_the_same_way(noisy):
     run(noisy, "train", "run.name=two", "guard.spike=rewind", "guard.skip=1", ranks=2)
     assert [(e["step"], e["to"], e["skipped"]) for e in events(noisy, "two", "rewind")] == [(NOISY, 30, [240, 296])]
 
 
+@pytest.mark.slow
 def test_too_often_gone_back_ends_the_run_with_its_reason(noisy):
     out = inside(noisy, "train", "run.name=often", "guard.spike=rewind", "guard.rewinds=1", code=2)
     assert "guard.rewinds" in out

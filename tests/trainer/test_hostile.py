@@ -66,21 +66,22 @@ def assert_harmless(ran, opened, out, trap, tmp_path):
 CODE = "__import__('os').system('touch executed') # MIKOSHI_PAYLOAD"
 
 
+CONFIGS = {
+    "shell": '[run]\nname = "$(touch executed)"\n',
+    "leaves": '[run]\nname = "../outside/x"\n',
+    "python": f'[run]\nname = "x"\n[model]\nlayers = "{CODE}"\n',
+    "dunder": f'[model]\n"__class__" = "{CODE}"\n',
+    "yaml": '[run]\nseed = "!!python/object/apply:os.system [touch executed]"\n',
+    "long": '[run]\nname = "' + "a" * 100_000 + '"\n',
+    "deep": "x = " + "[" * 5_000 + "]" * 5_000 + "\n",
+}
+
+
 @pytest.mark.parametrize(
-    "text",
-    [
-        '[run]\nname = "$(touch executed)"\n',
-        '[run]\nname = "../outside/x"\n',
-        f'[run]\nname = "x"\n[model]\nlayers = "{CODE}"\n',
-        f'[model]\n"__class__" = "{CODE}"\n',
-        '[run]\nseed = "!!python/object/apply:os.system [touch executed]"\n',
-        '[run]\nname = "' + "a" * 100_000 + '"\n',
-        "x = " + "[" * 5_000 + "]" * 5_000 + "\n",
-    ],
-    ids=["shell", "leaves", "python", "dunder", "yaml", "long", "deep"],
-)  # fmt: skip
-def test_a_config_is_only_values(tmp_path, trap, text):
-    (tmp_path / "run.toml").write_text(text)
+    "name", [n if n in ("leaves", "python", "deep") else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS]
+)
+def test_a_config_is_only_values(tmp_path, trap, name):
+    (tmp_path / "run.toml").write_text(CONFIGS[name])
     code, ran, opened, out = watched(tmp_path, "train", "run.toml")
     assert code == 2, out
     assert "Traceback" not in out

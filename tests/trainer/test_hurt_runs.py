@@ -61,6 +61,7 @@ def test_a_save_slower_than_the_steps_between_saves_is_waited_for_and_no_hang(co
     assert [e["step"] for e in events(config_file, "slow", "save")] == [3, 6, 9, 12]
 
 
+@pytest.mark.slow
 def test_a_stop_while_a_save_is_under_way_is_saved_too(config_file):
     process = begin(config_file, "on_a_slow_disk", 2.5, "run.name=stopped", "train.steps=4000", "checkpoint.every=300",
                     "guard.compare=0", ranks=2)  # fmt: skip
@@ -87,6 +88,7 @@ def noisy(tmp_path_factory):
     return config_file
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_to_the_same_step_however_fast_its_disk_is_and_however_few_it_keeps(noisy):
     ended(begin(noisy, "on_a_slow_disk", 0.0, "run.name=fast"))
     ended(begin(noisy, "on_a_slow_disk", 1.0, "run.name=slow"))
@@ -98,6 +100,7 @@ def test_a_run_goes_back_to_the_same_step_however_fast_its_disk_is_and_however_f
     assert weights(noisy, "fast")[0] == 45
 
 
+@pytest.mark.slow
 def test_memory_that_fails_once_costs_the_steps_since_and_no_checkpoint_of_it_is_kept(config_file):
     asked = ("train.steps=40", "guard.give_up=8")
     quiet = begin(config_file, "on_a_slow_disk", 0.0, "run.name=quiet", *asked)

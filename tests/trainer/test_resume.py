@@ -81,7 +81,9 @@ def quiet(config_file):
     return weights(config_file, "quiet"), steps_recorded(config_file, "quiet")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, pytest.param(signal.SIGUSR2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGUSR2))]
+)
 def test_stopped_by_a_signal_and_resumed_is_the_same_to_the_bit(config_file, quiet, number):
     name = f"stopped-{number.name}"
     process = start(config_file, name)
@@ -112,6 +114,7 @@ def assert_nobody_left(config_file, seconds=5):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_the_launcher_killed_at_a_random_step_and_resumed_is_the_same_to_the_bit(config_file, quiet):
     step = random.randrange(22, 50)
     process = start(config_file, "killed")
