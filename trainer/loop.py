@@ -74,7 +74,7 @@ def _begin(config: RunConfig, world: World, device: torch.device, plan: Plan | N
     if plan is not None:
         inject(plan, world.rank, folder, lambda: engine.parameters)
     log = RunLog(config, folder, layout, device, silent=world.rank > 0)
-    store = checkpoints_of(RunFolder(config.run.path), config)
+    store = checkpoints_of(folder, config)
     saver = Saver(store, keep_of(config), config.checkpoint.background)
     saves = Saves(config, saver, log, engine.state, lambda done: _compare(engine, log, done) if config.guard.compare else None)
     stragglers = Stragglers(device, [layout.coordinates(rank).pp for rank in range(world.size)])

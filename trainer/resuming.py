@@ -155,10 +155,10 @@ def _leave_abandoned(store: Store, rewinds: list[Rewind]) -> None:
     """Remove checkpoints of a history that the run has gone back before: a kill came in between."""
     for step in store.steps() if rewinds else []:
         try:
-            data = checkpoint.read_manifest(store, step).record.get("data") or {}
-        except CheckpointError:
-            continue  # damaged: told as such when it is looked at
-        if abandoned(rewinds, step, data.get("skipped", [])):
+            left = abandoned(rewinds, step, checkpoint.read_manifest(store, step).record["data"]["skipped"])
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            continue  # damaged or altered: told as such when it is gone on with
+        if left:
             store.remove(step)
 
 
