@@ -6,21 +6,16 @@ already is touched.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import subprocess
 import sys
-import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from data.atomic import write_file
+from launch.apart import run_apart
 from launch.chaosverdict import Launch, Row, rows
-from parallel.world import die_with_parent
+from parallel.lifeline import die_with_parent
 from trainer import checkpoint
 from trainer.checkpoint.of_run import checkpoints_of
 from trainer.config import RunConfig, differences, load_config, to_toml
@@ -35,9 +30,6 @@ from trainer.runfolder import RunFolder, read_jsonl
 
 PLAN = "chaos-plan.toml"
 OUTPUT = "chaos-output.txt"
-_MARK = "MIKOSHI_CHAOS"
-_PATIENCE = 10.0
-"""Seconds until processes that outlive their launch are ended."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +72,8 @@ def setting_of(run: RunConfig, ranks: int) -> Setting:
     layout = layout_of(run, ranks)
     several = layout.state_grid[0] > 1 or layout.tp > 1
     guard, recovery = run.guard, run.recovery
-    return Setting(run.train.steps, ranks, run.checkpoint.every, guard.compare, several, recovery.restarts)
+    own = run.engine.kind != "deepspeed"
+    return Setting(run.train.steps, ranks, run.checkpoint.every, guard.compare, several, recovery.restarts, own)
 
 
 def beside(run: RunConfig, kind: str) -> RunConfig:
@@ -109,7 +102,7 @@ def suffer(run: RunConfig, ranks: int, plan: Plan, compare: bool, show: Show) ->
         if not known:
             quietly, _ = _through(quiet, ranks, Plan(()), show)
             _checked(quietly[-1], RunFolder(quiet.run.path))
-        weights = _same_weights(hurt, quiet)
+        weights = same_weights(hurt, quiet)
     found = rows(plan, fired(folder.path / LOG), read_jsonl(folder.events), launches, folder.stacks)
     return Outcome(
         folder, found, launches, launches[-1].code, left, sorted(map(str, folder.path.rglob(".*.partial"))), goodput(folder),
@@ -161,50 +154,11 @@ def _through(run: RunConfig, ranks: int, plan: Plan, show: Show) -> tuple[list[L
 
 
 def _launch(run: RunConfig, ranks: int, plan: Plan, show: Show) -> tuple[Launch, list[str]]:
-    folder, mark = RunFolder(run.run.path), uuid.uuid4().hex
+    folder = RunFolder(run.run.path)
     command = [sys.executable, "-P", "-m", "launch.chaos", str(folder.config), str(ranks)]
     command += [str(folder.path / PLAN)] if plan.faults else []
-    began = time.time()
-    with (folder.path / OUTPUT).open("ab") as out:
-        child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=os.environ | {_MARK: mark}, start_new_session=True
-        )
-    try:
-        while child.poll() is None:
-            show(_progress(run, plan))
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(0.2)
-    finally:
-        child.kill()
-        code = child.wait()
-        ended = time.time()
-        outlived = _wait_for_all(mark)
-    show(_progress(run, plan))
-    return Launch(began, ended, code, time.time() - ended), outlived
-
-
-def _wait_for_all(mark: str) -> list[str]:
-    """Until no process of a launch is left; those that had to be ended."""
-    deadline = time.monotonic() + _PATIENCE
-    while alive := _marked(mark):
-        if time.monotonic() > deadline:
-            told = [f"{process.pid} {process.name()}" for process in alive]
-            for process in alive:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            return told
-        time.sleep(0.05)
-    return []
-
-
-def _marked(mark: str) -> list[psutil.Process]:
-    """Running processes of a launch, wherever they hang in the tree: each has the mark in its environment."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+    ran = run_apart(command, folder.path / OUTPUT, lambda: show(_progress(run, plan)))
+    return Launch(ran.began, ran.ended, ran.code, ran.emptied), ran.outlived
 
 
 def _progress(run: RunConfig, plan: Plan) -> Progress:
@@ -237,7 +191,7 @@ def _checked(launch: Launch, folder: RunFolder) -> None:
         raise RunError(f"{folder.path}: ended with exit code {launch.code}: {(errors or said or ['it said nothing'])[-1]}")
 
 
-def _same_weights(one: RunConfig, other: RunConfig) -> bool:
+def same_weights(one: RunConfig, other: RunConfig) -> bool:
     """Whether the newest checkpoints of two runs are of their last step, sound, and the same to the bit."""
     stores = [checkpoints_of(RunFolder(run.run.path), run) for run in (one, other)]
     last = one.train.steps

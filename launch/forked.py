@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import io
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from typing import IO, Any, NoReturn
 from launch.private import private_folder
 from launch.watch import DUMP
 from parallel import pulse
-from parallel.world import die_with_parent
+from parallel.lifeline import die_with_parent
 from trainer.exit_codes import FAULT
 from trainer.stop import ASKING
 
@@ -35,15 +36,17 @@ _context = multiprocessing.get_context("forkserver")
 
 @dataclass(frozen=True)
 class Files:
-    """Where one rank of one attempt leaves word: its page, the message of its error, the stacks of its threads."""
+    """Where one rank of one attempt leaves word: its page, the message of its error, the stacks of its threads, and its answer
+    to whoever started it for one."""
 
     page: Path
     error: Path
     stacks: Path
+    answer: Path
 
     @staticmethod
     def of(folder: Path, attempt: int, rank: int) -> Files:
-        return Files(*(folder / f"attempt-{attempt}-rank-{rank}.{kind}" for kind in ("page", "error", "stacks")))
+        return Files(*(folder / f"attempt-{attempt}-rank-{rank}.{kind}" for kind in ("page", "error", "stacks", "answer")))
 
 
 @contextlib.contextmanager
@@ -59,7 +62,7 @@ def warm(ranks: int) -> Iterator[None]:
         return
     # Read when torch's libraries are loaded, which is in the forkserver.
     threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // ranks))
+    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, len(os.sched_getaffinity(0)) // ranks))
     _context.set_forkserver_preload(_PRELOADED)
     config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     before = config.get("tempdir")
@@ -107,12 +110,22 @@ def _stop(server: Any) -> None:
 
 
 def start(
-    rank: int, env: Mapping[str, str], files: Files, work: Callable[..., int], arguments: tuple[Any, ...]
+    rank: int,
+    env: Mapping[str, str],
+    files: Files,
+    work: Callable[..., int],
+    arguments: tuple[Any, ...],
+    log: Path | None = None,
+    bound: int = 0,
+    gpus: bool = False,
 ) -> ForkServerProcess:
-    """Fork a rank, whose environment is `env` alone, and have it call `work`. In its process no other code of ours runs."""
-    process = _context.Process(
-        target=_rank, args=(rank, dict(env), str(Path.cwd()), files, work, arguments), name=f"rank{rank}"
-    )
+    """Fork a rank, whose environment is `env` alone, and have it call `work`. In its process no other code of ours runs.
+
+    log: the file that it prints to; None: where this process does. bound: ranks of this node, each of which keeps to cores of
+    its own, and, with `gpus`, beside its GPU; 0: it runs on any.
+    """
+    told = (rank, dict(env), str(Path.cwd()), files, work, arguments, log, bound, gpus)
+    process = _context.Process(target=_rank, args=told, name=f"rank{rank}")
     # Else multiprocessing runs the program that this process was started with in every rank once more.
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
@@ -124,7 +137,15 @@ def start(
 
 
 def _rank(
-    rank: int, env: dict[str, str], folder: str, files: Files, work: Callable[..., int], arguments: tuple[Any, ...]
+    rank: int,
+    env: dict[str, str],
+    folder: str,
+    files: Files,
+    work: Callable[..., int],
+    arguments: tuple[Any, ...],
+    log: Path | None,
+    bound: int,
+    gpus: bool,
 ) -> NoReturn:
     """The life of a rank. It never outlives the process that it is forked from, nor waits for a library's threads."""
     from launch import nursery
@@ -136,6 +157,10 @@ def _rank(
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    if log is not None:
+        _print_to(log)
+    if bound:
+        _keep_to_cores(int(env["LOCAL_RANK"]), bound, gpus)
     stacks = _traces(files.stacks)
     pulse.open_page(files.page)
     for number in ASKING:
@@ -153,6 +178,29 @@ def _rank(
         sys.stderr.flush()
     stacks.close()
     os._exit(code)
+
+
+def _keep_to_cores(local_rank: int, local_size: int, gpus: bool) -> None:
+    """Run on this rank's cores alone. Where a container forbids it, or a GPU does not say where it is, on any."""
+    from launch.binding import bind, gpu_buses
+
+    with contextlib.suppress(Exception):
+        os.sched_setaffinity(0, bind(local_rank, local_size, gpu_buses(local_size) if gpus else ()))
+    if threads := os.environ.get("OMP_NUM_THREADS", ""):  # read long ago, by the process that this one is forked from
+        import torch
+
+        torch.set_num_threads(int(threads))
+
+
+def _print_to(log: Path) -> None:
+    """Append what this process and its libraries print to a file, line by line."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
 
 
 def _traces(path: Path) -> IO[str]:

@@ -7,13 +7,12 @@ that is not to ignore them, one that reaches a rank which is just being forked w
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
+
+from parallel.lifeline import die_with_parent
 
 PID = os.getpid()
-_PR_SET_PDEATHSIG = 1  # from prctl.h
 
 os.setsid()  # a terminal's Ctrl-C goes to the supervisor, which passes it on
 # Ranks inherit the pipe by which a forkserver learns that its maker is gone: as long as they run, it would not learn it.
-ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+die_with_parent()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Literal
@@ -11,15 +11,19 @@ from typing import Literal
 from trainer.exit_codes import FAULT, HANG, USER_ERROR
 from trainer.sections import RecoverySection
 
-Cause = Literal["killed", "crash", "hang", "diverged", "lost"]
+Cause = Literal["killed", "crash", "hang", "diverged", "lost", "node"]
 _LONGEST = 60.0
+_OF_A_NODE = ("killed", "crash", "hang", "diverged")
+BLAMED = 2
+"""Faults in a row on one node after which it is left out."""
 
 
 @dataclass(frozen=True)
 class Fault:
     """What ended an attempt. how: in words, after "rank N". step, phase: where that rank was, -1 and "" if it never said.
     error: what a crash was of, as far as that is known: the exception and its message, or the signal.
-    refused: a rank ended with USER_ERROR, in an attempt whose like has started before."""
+    refused: a rank ended with USER_ERROR, in an attempt whose like has started before. node: of that rank, among several.
+    """
 
     cause: Cause
     rank: int
@@ -28,6 +32,11 @@ class Fault:
     how: str
     error: str = ""
     refused: bool = False
+    node: str = ""
+
+    @property
+    def who(self) -> str:
+        return f"rank {self.rank} on {self.node}" if self.node else f"rank {self.rank}"
 
     @property
     def where(self) -> str:
@@ -38,21 +47,25 @@ class Fault:
 
 @dataclass(frozen=True)
 class Streak:
-    """Faults in a row, with no checkpoint saved in between. last: the fault before, progress or not."""
+    """Faults in a row, with no checkpoint saved in between. last: the fault before, progress or not; alike: how many before it
+    were the same crash on the same node of several."""
 
     counts: Mapping[Cause, int] = field(default_factory=lambda: MappingProxyType({}))
     last: Fault | None = None
+    alike: int = 0
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """restart: after `pause` seconds, the `number`th for this cause; otherwise the run ends with `code`, because of `why`."""
+    """restart: after `pause` seconds, the `number`th for this cause; otherwise the run ends with `code`, because of `why`. bug:
+    no other machine would help."""
 
     restart: bool
     number: int = 0
     pause: float = 0.0
     code: int = FAULT
     why: str = ""
+    bug: bool = False
 
 
 def judge(streak: Streak, fault: Fault, saved: bool, policy: RecoverySection) -> tuple[Streak, Verdict]:
@@ -60,10 +73,15 @@ def judge(streak: Streak, fault: Fault, saved: bool, policy: RecoverySection) ->
     comes back. A user's error that was none at the first start is an outage, of a disk or a store."""
     counts = {} if saved else dict(streak.counts)
     counts[fault.cause] = number = counts.get(fault.cause, 0) + 1
-    now = replace(streak, counts=MappingProxyType(counts), last=fault)
-    if policy.restarts and streak.last is not None and _same_bug(streak.last, fault):
-        told = f"step {fault.step}" if fault.step > 0 else "the start"
-        return now, Verdict(False, why=f"{told} failed twice with {fault.error}: this is a bug, not a fault of a machine")
+    same = streak.last is not None and _same_crash(streak.last, fault)
+    here = same and streak.last is not None and bool(fault.node) and fault.node == streak.last.node
+    alike = streak.alike + 1 if here else 0
+    now = replace(streak, counts=MappingProxyType(counts), last=fault, alike=alike)
+    # Twice on one node of several it may be that node, which a third time or another node shows.
+    if policy.restarts and same and (not here or alike > 1):
+        told, often = f"step {fault.step}" if fault.step > 0 else "the start", "twice" if not here else "three times"
+        why = f"{told} failed {often} with {fault.error}: this is a bug, not a fault of a machine"
+        return now, Verdict(False, why=why, bug=True)
     if number > policy.restarts:
         why = f"recovery.restarts = {policy.restarts}: used up for this cause, with no checkpoint saved in between"
         code = USER_ERROR if fault.refused else HANG if fault.cause == "hang" else FAULT
@@ -71,12 +89,21 @@ def judge(streak: Streak, fault: Fault, saved: bool, policy: RecoverySection) ->
     return now, Verdict(True, number, pause_before(sum(counts.values()), policy.backoff))
 
 
+def bad_node(faults: Sequence[Fault]) -> str | None:
+    """The node that the last faults in a row were all on, if there were BLAMED of them: other nodes run the same. Of faults
+    without a checkpoint in between."""
+    last = faults[-BLAMED:]
+    nodes = {fault.node for fault in last}
+    blamed = len(last) == BLAMED and len(nodes) == 1 and all(fault.cause in _OF_A_NODE and not fault.refused for fault in last)
+    return (nodes.pop() or None) if blamed else None
+
+
 def pause_before(number: int, backoff: float) -> float:
     """Seconds before the `number`th restart in a row: the first at once, then doubled from one to the next."""
     return 0.0 if number <= 1 else min(_LONGEST, backoff * 2.0 ** min(number - 2, 60))
 
 
-def _same_bug(one: Fault, other: Fault) -> bool:
+def _same_crash(one: Fault, other: Fault) -> bool:
     crashes = one.cause == other.cause == "crash" and bool(other.error) and not (one.refused or other.refused)
     return crashes and one.step == other.step and _plain(one.error) == _plain(other.error)
 

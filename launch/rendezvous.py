@@ -1,59 +1,65 @@
-"""Where the ranks of one machine meet: a store that listens on the loopback interface alone, fresh for every attempt."""
+"""Where the ranks of an attempt meet: a store that listens on one interface alone, fresh for every attempt."""
 
 from __future__ import annotations
 
 import socket
 import uuid
+from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import psutil
-from torch._C._distributed_c10d import TCPStore
-from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-_HOST = "127.0.0.1"
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
+
+LOOPBACK = "127.0.0.1"
 
 
-class Loopback(RendezvousHandler):
-    """A rendezvous of one node. Nothing in its store is ever unpickled, and no address of an earlier attempt is in it."""
+@dataclass(frozen=True)
+class Place:
+    """Where one node's ranks stand among all: node `node` of `nodes`, `ranks` each, node-major, so that neighbours share a
+    node; where they meet, the id that tells this attempt from others, and the interface that they reach each other by."""
 
-    def __init__(self) -> None:
-        self.run_id = uuid.uuid4().hex
-        # torch binds its own socket to every interface, whatever the host name it is given.
-        listener = socket.create_server((_HOST, 0), backlog=2048)
-        port = listener.getsockname()[1]
-        self.store = TCPStore(
-            _HOST, port, None, is_master=True, timeout=timedelta(minutes=1), wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )  # fmt: skip
-        self.address = (_HOST, port)
-        self.info = RendezvousInfo(self.store, 0, 1, RendezvousStoreInfo(_HOST, port))
-
-    def get_backend(self) -> str:
-        return "loopback"
+    node: int
+    nodes: int
+    ranks: int
+    host: str
+    port: int
+    run_id: str
+    interface: str
 
     @property
-    def use_agent_store(self) -> bool:
-        return True
+    def first(self) -> int:
+        """Global rank of this node's first."""
+        return self.node * self.ranks
 
-    def next_rendezvous(self) -> RendezvousInfo:
-        return self.info
+    @property
+    def world(self) -> int:
+        return self.nodes * self.ranks
 
-    def is_closed(self) -> bool:
-        return False
 
-    def set_closed(self) -> None:
-        pass
+class Meeting:
+    """An open store. Nothing in it is ever unpickled, and no address of an earlier attempt is in it."""
 
-    def num_nodes_waiting(self) -> int:
-        return 0
+    def __init__(self, host: str = LOOPBACK) -> None:
+        from torch._C._distributed_c10d import TCPStore
 
-    def get_run_id(self) -> str:
-        return self.run_id
+        self.run_id = uuid.uuid4().hex
+        # torch binds its own socket to every interface, whatever the host name it is given.
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.create_server((host, 0), family=family, backlog=2048)
+        self.host, self.port = host, int(listener.getsockname()[1])
+        self.store: TCPStore = TCPStore(
+            host, self.port, None, is_master=True, timeout=timedelta(minutes=1), wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
 
-    def shutdown(self) -> bool:
-        return True
+    def alone(self, ranks: int) -> Place:
+        """The place of the only node."""
+        return Place(0, 1, ranks, self.host, self.port, self.run_id, loopback_interface())
 
 
 def loopback_interface() -> str:
     """The name of the interface that 127.0.0.1 is on."""
-    return next(name for name, at in psutil.net_if_addrs().items() if any(one.address == _HOST for one in at))
+    return next(name for name, at in psutil.net_if_addrs().items() if any(one.address == LOOPBACK for one in at))

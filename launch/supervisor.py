@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import signal
 import sys
 import time
@@ -12,11 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from launch.agent import NURSERY_GONE, Attempt, Ranks, Requests
+from launch.agent import NURSERY_GONE, Attempt, Ranks
+from launch.ended import MILD, Ended
 from launch.forked import warm
 from launch.policy import Fault, Streak, Verdict, judge
 from launch.private import private_folder
-from launch.watch import keep_stacks
+from launch.rendezvous import Meeting
+from launch.requests import Requests
 from trainer.exit_codes import DIVERGED, DONE, FAULT, LOST_PEER, PREEMPTED, USER_ERROR
 from trainer.runfolder import RunFolder, read_jsonl
 from trainer.sections import RecoverySection
@@ -40,113 +41,151 @@ class Job:
 
 
 def supervise(job: Job) -> int:
-    """Run a job to its end, over faults; its exit code: DONE, PREEMPTED, USER_ERROR, FAULT or HANG. For the main thread.
+    """Run a job to its end on this machine, over faults; its exit code: DONE, PREEMPTED, USER_ERROR, FAULT or HANG. For the
+    main thread.
 
     The signals of trainer.stop.ASKING go on to every rank, which have `policy.grace` seconds to save; a second SIGINT ends
     them at once. A rank that dies or falls silent ends its peers, and all start again as the policy has it.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # how the ranks end is told below, in our words
     requests = Requests(job.policy.grace)
-    with _asked(requests), warm(job.ranks), private_folder() as private:
-        streak = Streak()
-        for number in itertools.count():
-            if requests.asked:
-                return PREEMPTED
-            attempt = Attempt(number, job.ranks, job.work, job.arguments, job.policy, job.folder is not None, private)
-            ranks, before = Ranks(attempt, requests), len(_events(job.folder))
-            ranks.run()
-            code, fault = outcome(ranks)
-            if code is not None:
-                return code
-            assert fault is not None
-            events = _events(job.folder)[before:]
-            streak, verdict = judge(streak, fault, bool(_steps(events, "save")), job.policy)
-            _record(job.folder, ranks, fault)
-            if requests.asked:
-                return _stopped(fault, events)
-            _say(fault, verdict, job.policy.restarts)
-            if not verdict.restart:
-                return verdict.code
-            if job.folder is not None:
-                job.folder.event("restart", number=number + 1, pause=verdict.pause)
-            _wait(verdict.pause, requests)
+    with asked(requests), warm(job.ranks), private_folder() as private:
+
+        def carry(number: int) -> Ended:
+            meeting = Meeting()  # open for as long as the attempt lasts
+            place = meeting.alone(job.ranks)
+            return Ranks(Attempt(number, place, job.work, job.arguments, job.policy, job.folder, private), requests).run()
+
+        return persist(carry, requests, job.folder, job.policy)
+
+
+def persist(
+    carry: Callable[[int], Ended],
+    requests: Requests,
+    folder: RunFolder | None,
+    policy: RecoverySection,
+    note: Callable[[Fault, bool, Verdict], None] = lambda *_: None,
+    again: bool = False,
+) -> int:
+    """Carry a run to its end, attempt after attempt as the policy has it, wherever its ranks are; the run's exit code.
+
+    carry: one attempt, by its number. Its faults and restarts go into the run's events and onto stderr. note: called with each
+    fault, whether a checkpoint was saved since the one before, and what follows. again: its like has started before.
+    """
+    streak = Streak()
+    for number in itertools.count():
+        if requests.asked:
+            return PREEMPTED
+        before = len(_events(folder))
+        ended = carry(number)
+        if not requests.asked and _made_way(ended):
+            continue
+        code, fault = outcome(ended, number or int(again), requests)
+        if code is not None:
+            return code
+        assert fault is not None
+        events = _events(folder)[before:]
+        saved = bool(_steps(events, "save"))
+        streak, verdict = judge(streak, fault, saved, policy)
+        note(fault, saved, verdict)
+        _record(folder, ended, fault)
+        if requests.asked:
+            return _stopped(fault, events)
+        _say(fault, verdict, policy.restarts)
+        if not verdict.restart:
+            return verdict.code
+        if folder is not None:
+            folder.event("restart", number=number + 1, pause=verdict.pause)
+        _wait(verdict.pause, requests)
     raise AssertionError("an endless count has ended")
 
 
-def outcome(ranks: Ranks) -> tuple[int | None, Fault | None]:
-    """An attempt's exit code, or what went wrong in it."""
-    codes = ranks.codes
+def _made_way(ended: Ended) -> bool:
+    """Whether an attempt was ended for one on more nodes, and by nothing else, however far each rank had come."""
+    mild = {*MILD} - {USER_ERROR}
+    return ended.regroup and not ended.lost and ended.silent is None and set(ended.codes.values()) <= mild and not _done(ended)
+
+
+def _done(ended: Ended) -> bool:
+    return len(ended.codes) == ended.ranks and not any(ended.codes.values())
+
+
+def outcome(ended: Ended, number: int, requests: Requests) -> tuple[int | None, Fault | None]:
+    """The exit code of attempt `number`, or what went wrong in it. A user's error is one only at the very first start."""
+    codes = ended.codes
     refused = USER_ERROR in codes.values()
-    if refused and not ranks.attempt.number:
+    if refused and not number:
         if codes.get(0) != USER_ERROR:  # else rank 0 has said it itself
-            _tell(f"error: {ranks.said(next(rank for rank, code in codes.items() if code == USER_ERROR))}")
+            tell(f"error: {ended.said.get(next(rank for rank, code in codes.items() if code == USER_ERROR), '')}")
         return USER_ERROR, None
-    if ranks.hang is not None and not refused:  # else it is one that waits for those that ended
-        kind = "is stopped (SIGSTOP, or a debugger)" if ranks.hang.stopped else "fell silent"
-        return None, _fault(ranks, "hang", ranks.hang.rank, f"{kind}: no sign of life for {ranks.hang.seconds:.1f} s")
+    if ended.lost and not refused:
+        node, why = next(iter(ended.lost.items()))
+        rank = min((rank for rank, at in ended.nodes.items() if at == node), default=0)
+        return None, _fault(ended, "node", rank, f"was lost with its node: {why}")
+    if ended.silent is not None and not refused:  # else it is one that waits for those that ended
+        kind = "is stopped (SIGSTOP, or a debugger)" if ended.silent.stopped else "fell silent"
+        seconds = ended.silent.seconds
+        return None, _fault(ended, "hang", ended.silent.rank, f"{kind}: no sign of life for {seconds:.1f} s")
     stopped = {PREEMPTED, *(-number for number in ASKING)}
     wrong = [rank for rank, code in codes.items() if code != DONE and code not in stopped]
     # One that is asked to stop before its first step ends there and then, and those that have come further lose it.
     if wrong and not (stopped & set(codes.values()) and all(codes[rank] == LOST_PEER for rank in wrong)):
-        return None, _first(ranks, wrong)
-    if ranks.overdue:
-        if ranks.requests.at_once:
-            _tell("error: ended at once at the second Ctrl-C; the newest checkpoint is what there is")
+        return None, _first(ended, wrong)
+    if ended.overdue:
+        if requests.at_once:
+            tell("error: ended at once at the second Ctrl-C; the newest checkpoint is what there is")
         else:
-            who = ", ".join(map(str, ranks.overdue))
-            _tell(f"error: rank {who}: not ended {ranks.requests.grace:g} s after a signal to stop (recovery.grace): killed")
+            who = ", ".join(map(str, ended.overdue))
+            tell(f"error: rank {who}: not ended {requests.grace:g} s after a signal to stop (recovery.grace): killed")
         return FAULT, None
+    if not codes:  # ended before any rank could say something
+        return (PREEMPTED if requests.asked else FAULT), None
     return (PREEMPTED if any(codes.values()) else DONE), None
 
 
-def _first(ranks: Ranks, wrong: list[int]) -> Fault:
-    """The fault that the others follow from: a rank that dies takes its peers' connections with it."""
-    codes = ranks.codes
-    own = [rank for rank in wrong if codes[rank] != LOST_PEER]
-    rank = min(own, key=lambda r: (codes[r] != -signal.SIGKILL, codes[r] >= 0, ranks.said_at(r))) if own else wrong[0]
-    code, said = codes[rank], ranks.said(rank)
+def _first(ended: Ended, wrong: list[int]) -> Fault:
+    """The fault that the others follow from."""
+    rank = ended.first(wrong, LOST_PEER, -signal.SIGKILL)
+    code, said = ended.codes[rank], ended.said.get(rank, "")
     if code == LOST_PEER:
-        return _fault(ranks, "lost", rank, "lost its connection to another rank, none of which had died")
+        return _fault(ended, "lost", rank, "lost its connection to another rank, none of which had died")
     if code == DIVERGED:
-        return _fault(ranks, "diverged", rank, f"ended: {said}" if said else "ended: replicas of the same weights differ")
+        return _fault(ended, "diverged", rank, f"ended: {said}" if said else "ended: replicas of the same weights differ")
     if code == NURSERY_GONE:
-        return _fault(ranks, "killed", rank, "was killed with the process that all ranks are forked from")
+        return _fault(ended, "killed", rank, "was killed with the process that all ranks are forked from")
     if code == -signal.SIGKILL:
-        return _fault(ranks, "killed", rank, "was killed (SIGKILL)")
+        return _fault(ended, "killed", rank, "was killed (SIGKILL)")
     line = said.splitlines()[0][:300] if said else ""
     if code == USER_ERROR:  # in a restart: what was fine at the first start is an outage now
         told = f"exit code {code} ({line})" if line else f"exit code {code}, as it has said"
-        return replace(_fault(ranks, "crash", rank, f"ended with {told}", line), refused=True)
+        return replace(_fault(ended, "crash", rank, f"ended with {told}", line), refused=True)
     how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-    return _fault(ranks, "crash", rank, f"ended with {how}{f' ({line})' if line else ''}", line or (how if code < 0 else ""))
+    return _fault(ended, "crash", rank, f"ended with {how}{f' ({line})' if line else ''}", line or (how if code < 0 else ""))
 
 
-def _fault(ranks: Ranks, cause: Any, rank: int, how: str, error: str = "") -> Fault:
-    hang = ranks.hang
-    page = hang.page if hang and hang.rank == rank else ranks.watch.read(rank, ranks.attempt.files(rank).page)
-    return Fault(cause, rank, page.step if page else -1, page.phase if page else "", how, error)
+def _fault(ended: Ended, cause: Any, rank: int, how: str, error: str = "") -> Fault:
+    step, phase = ended.at.get(rank, (-1, ""))
+    return Fault(cause, rank, step, phase, how, error, node=ended.nodes.get(rank, ""))
 
 
-def _record(folder: RunFolder | None, ranks: Ranks, fault: Fault) -> None:
-    """Into the run's events; of a hang the stacks as well, which the user is told of."""
+def _record(folder: RunFolder | None, ended: Ended, fault: Fault) -> None:
+    """Into the run's events; where stacks were kept, the user is told."""
     if folder is None:
         return
-    more = {} if ranks.hang is None else {"seconds": round(ranks.hang.seconds, 1)}
+    more: dict[str, Any] = {} if ended.silent is None else {"seconds": round(ended.silent.seconds, 1)}
+    if fault.node:
+        more["node"] = fault.node
     folder.event("fault", cause=fault.cause, rank=fault.rank, step=fault.step, phase=fault.phase, how=fault.how, **more)
-    if ranks.hang is not None:
-        number = ranks.attempt.number
-        files = {rank: ranks.attempt.files(rank).stacks for rank in ranks.processes if rank not in ranks.codes}
-        header = f"{time.strftime('%F %T')}: rank {fault.rank} {fault.how}{fault.where}"
-        _tell(f"stacks of every rank: {keep_stacks(folder, files, number, header)}/attempt-{number}-rank-*.txt")
+    if ended.stacks:
+        tell(f"stacks of every rank: {ended.stacks}")
 
 
 def _say(fault: Fault, verdict: Verdict, restarts: int) -> None:
-    told = f"rank {fault.rank} {fault.how}{fault.where}"
+    told = f"{fault.who} {fault.how}{fault.where}"
     if verdict.restart:
         when = f"in {verdict.pause:g} s" if verdict.pause else "now"
-        _tell(f"{told}; restart {verdict.number} of {restarts} {when}")
+        tell(f"{told}; restart {verdict.number} of {restarts} {when}")
     else:
-        _tell(f"error: {told}; the other ranks were ended{f'. {verdict.why}' if verdict.why else ''}")
+        tell(f"error: {told}; the other ranks were ended{f'. {verdict.why}' if verdict.why else ''}")
 
 
 def _stopped(fault: Fault, events: list[dict[str, Any]]) -> int:
@@ -154,7 +193,7 @@ def _stopped(fault: Fault, events: list[dict[str, Any]]) -> int:
     where nothing is lost: the step it stopped after is saved, or there was none yet."""
     saved = _steps(events, "save") & (_steps(events, "stop") | _steps(events, "end"))
     rest = f"step {max(saved)} is saved" if saved else "the newest checkpoint is what there is"
-    _tell(f"error: rank {fault.rank} {fault.how}{fault.where}, after a signal to stop; {rest}")
+    tell(f"error: {fault.who} {fault.how}{fault.where}, after a signal to stop; {rest}")
     if saved or (fault.step < 1 and fault.cause not in ("crash", "diverged")):
         return PREEMPTED
     return USER_ERROR if fault.refused else FAULT
@@ -176,13 +215,14 @@ def _wait(seconds: float, requests: Requests) -> None:
         time.sleep(0.05)
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """On stderr."""
     with contextlib.suppress(OSError):  # whoever reads it may be gone; the ranks are not
         print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
-def _asked(requests: Requests) -> Iterator[None]:
+def asked(requests: Requests) -> Iterator[None]:
     """Signals to stop are requests from here on; the handlers of before come back at the end."""
     before = {number: signal.signal(number, requests.ask) for number in heard()}
     try:

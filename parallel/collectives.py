@@ -49,6 +49,19 @@ class _Scatter(torch.autograd.Function):
         return _gathered(grads[0], ctx.dim, ctx.group), None, None
 
 
+class _OwnPart(_Scatter):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+        ctx.dim, ctx.group = dim, group
+        return x.chunk(group.size(), dim)[group.rank()].contiguous()
+
+
+class _Join(_Gather):
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return grads[0].chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()].contiguous(), None, None
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, got: Sequence[int], given: Sequence[int], group: ProcessGroup) -> Tensor:
@@ -68,6 +81,16 @@ def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """The sum of all ranks' `x`, of which each rank gets its part along `dim`. Backward: gather."""
     return cast(Tensor, _Scatter.apply(x, dim, group))  # type: ignore[no-untyped-call]
+
+
+def own_part(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """Of an `x` that all ranks hold alike, each rank's part along `dim`. Backward: gather, of gradients alike again."""
+    return cast(Tensor, _OwnPart.apply(x, dim, group))  # type: ignore[no-untyped-call]
+
+
+def join(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
+    """All ranks' `x` joined along `dim`, for all ranks to do the same with. Backward: of a gradient alike on all, its part."""
+    return cast(Tensor, _Join.apply(x, dim, group))  # type: ignore[no-untyped-call]
 
 
 def exchange(x: Tensor, got: Sequence[int], given: Sequence[int], group: ProcessGroup) -> Tensor:

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import re
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +20,6 @@ from parallel.errors import LayoutError
 
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_PR_SET_PDEATHSIG = 1  # from prctl.h
 
 
 @dataclass(frozen=True)
@@ -86,17 +84,21 @@ def join(world: World, device: torch.device, timeout: timedelta = timedelta(minu
     if device.type == "cpu":
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if world.master is None:
-        store: Store = HashStore()
-    else:
-        host, port = world.master
-        # Under torchrun its agent keeps the store; any other launcher leaves that to rank 0.
-        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        store = TCPStore(host, port, world.size, is_master=world.rank == 0 and not kept, timeout=timeout)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        # What the ranks tell each other there is found by who knows the run's id alone, which their launcher gave them.
-        store = PrefixStore(f"mikoshi/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
+    store = meet(world, timeout)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+
+
+def meet(world: World, timeout: timedelta) -> Store:
+    """The store by which the ranks find each other, which needs no connection between them."""
+    if world.master is None:
+        return HashStore()
+    host, port = world.master
+    # Under torchrun its agent keeps the store; any other launcher leaves that to rank 0.
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(host, port, world.size, is_master=world.rank == 0 and not kept, timeout=timeout)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # What the ranks tell each other there is found by who knows the run's id alone, which their launcher gave them.
+    return PrefixStore(f"mikoshi/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
 
 
 def keep_freed_memory() -> None:
@@ -109,13 +111,6 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most that glibc allows
         mallopt(_M_TRIM_THRESHOLD, 512 << 20)
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it dies, even by SIGKILL: no orphan keeps a GPU."""
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-    if prctl is not None:
-        prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 def wait_for_all(patience: timedelta = timedelta(minutes=1)) -> None:

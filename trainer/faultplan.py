@@ -78,7 +78,7 @@ class Plan:
 class Setting:
     """The run that a plan is for. every: steps between its checkpoints, 0: none on the way. compare: steps between
     comparisons of replicas, 0: never. replicas: whether several ranks hold the same weights. restarts: how many the run is
-    allowed for one cause before a newer checkpoint is there."""
+    allowed for one cause before a newer checkpoint is there. gradients: whether a rank has them where a NaN can be put into."""
 
     steps: int
     ranks: int
@@ -86,9 +86,12 @@ class Setting:
     compare: int = 0
     replicas: bool = False
     restarts: int = 8
+    gradients: bool = True
 
     def refusal(self, kind: str) -> str | None:
         """Why a kind of fault cannot be tried on this run, and what to do; None where it can."""
+        if kind == "nan" and not self.gradients:
+            return 'DeepSpeed keeps gradients to itself: use engine.kind="native", or other --kinds'
         if kind in ("fill", "corrupt") and not self.every:
             return "the run saves nothing on the way: set checkpoint.every"
         if kind == "slow" and self.ranks < 2:

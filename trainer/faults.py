@@ -12,10 +12,12 @@ import os
 import random
 import resource
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -33,6 +35,9 @@ SUPERVISOR = "MIKOSHI_SUPERVISOR"
 
 _ROOM = 4096
 """Bytes that a file may have while a disk counts as full."""
+
+_PASSED_ON = 5.0
+"""Seconds within which a supervisor passes a signal on; one that does not is left to the verdict."""
 
 
 class InjectedError(RuntimeError):
@@ -124,9 +129,35 @@ class Injector:
     def _strike_supervisor(self, fault: Fault) -> None:
         if self.supervisor is None:
             raise RuntimeError(f"a fault {fault.kind!r} needs ranks that `mikoshi` itself has started")
-        os.kill(self.supervisor, signal.Signals[fault.signal] if fault.kind == "preempt" else signal.SIGKILL)
+        if fault.kind == "preempt":
+            _ask(self.supervisor, signal.Signals[fault.signal])
+            return
+        os.kill(self.supervisor, signal.SIGKILL)
         if fault.kind == "node":
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _ask(supervisor: int, number: signal.Signals) -> None:
+    """Ask the supervisor to stop, and wait until it has passed that on to here: the fault's step is the one the request comes
+    in, however short a step is beside the time a signal takes through two processes on a busy machine."""
+    handler = signal.getsignal(number)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        os.kill(supervisor, number)
+        return
+    came: list[int] = []
+
+    def arrive(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        handler(number, frame)
+
+    signal.signal(number, arrive)
+    try:
+        os.kill(supervisor, number)
+        until = time.monotonic() + _PASSED_ON
+        while not came and time.monotonic() < until:
+            time.sleep(0.001)
+    finally:
+        signal.signal(number, handler)
 
 
 def spoil_gradient(parameters: Sequence[nn.Parameter]) -> None:

@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 _SLOW = 1.5
 """Times as long as the median of its peers: what is twice as slow stands out, what is a third slower by chance does not."""
+_IN_A_ROW = 3
+"""Windows: equal ranks of a busy machine differ for one of them now and then, a slow one does in each."""
 _SHARE = 0.002  # of the time of training that the product may take
 _SIDE = 4096
 
@@ -32,12 +34,15 @@ class Slow:
 
 
 class Stragglers:
-    """Watches the steps of this rank, and compares it with its peers every `window` steps."""
+    """Watches the steps of this rank, compares it with its peers every `window` steps, and names who is slow in three windows
+    in a row: of 5 steps each, within 20 steps of its first slow one."""
 
-    def __init__(self, device: torch.device, peers: Sequence[int], window: int = 10) -> None:
+    def __init__(self, device: torch.device, peers: Sequence[int], window: int = 5) -> None:
         """`peers`: for every rank the number of its group. The ranks of a group have equal work to do."""
         self.peers, self.window = tuple(peers), window
         self.known: deque[float] = deque(maxlen=window)
+        self.last = 0.0
+        self.ratios: list[list[float]] = [[] for _ in self.peers]
         self.probe = _Probe(device) if device.type == "cuda" else None
         self.begun: float | None = None
 
@@ -58,12 +63,26 @@ class Stragglers:
         return len(self.peers) > 1 and step % self.window == 0
 
     def named(self) -> list[Slow]:
-        """The ranks that were slow over the last `window` steps, the same list on each. Collective."""
-        told = torch.zeros(len(self.peers), dtype=torch.float64)
-        told[dist.get_rank()] = median(self.known) if self.known else 0.0
-        dist.all_reduce(told)
+        """The ranks that were slow in the last three windows, the same list on each; who stays slow is named again after as
+        many. A window in which a rank's time was not taken (on CUDA that is seldom done) is none of its own. Collective."""
+        fresh = bool(self.known)
+        self.last = median(self.known) if fresh else self.last
         self.known.clear()
-        return slow(told.tolist(), self.peers if self.probe is None else [0] * len(self.peers))
+        told = torch.zeros(2, len(self.peers), dtype=torch.float64)
+        told[:, dist.get_rank()] = torch.tensor([self.last, float(fresh)])
+        dist.all_reduce(told)
+        now = slow(told[0].tolist(), self.peers if self.probe is None else [0] * len(self.peers))
+        return self.lasting(now, [rank for rank, taken in enumerate(told[1].tolist()) if taken])
+
+    def lasting(self, now: Sequence[Slow], taken: Sequence[int]) -> list[Slow]:
+        """Of those slow in this window, in which the time of the ranks `taken` was: who has been in as many as it takes."""
+        ratios, found = {one.rank: one.ratio for one in now}, []
+        for rank in taken:
+            self.ratios[rank] = [*self.ratios[rank], ratios[rank]] if rank in ratios else []
+            if len(self.ratios[rank]) == _IN_A_ROW:
+                found.append(Slow(rank, median(self.ratios[rank])))
+                self.ratios[rank] = []
+        return found
 
 
 def slow(times: Sequence[float], peers: Sequence[int]) -> list[Slow]:

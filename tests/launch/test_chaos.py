@@ -147,6 +147,7 @@ def assert_as_promised(config, code, found, told):
     assert records == list(range(1, records[-1] + 1)), "every step is recorded once"
 
 
+@pytest.mark.slow
 def test_faults_of_eight_kinds_and_the_weights_of_a_quiet_run(config, tmp_path):
     faults = (
         Fault("nan", 4, "reduce", 2),

@@ -1,0 +1,235 @@
+"""The verbs that watch runs: how they stand and what they say, from their folders and a question to the scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trainer.cli_data import AsJson
+
+if TYPE_CHECKING:
+    from launch.board import Board, Row
+    from launch.runlogs import Voice
+
+Run = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart, or a run's name", show_default=False)]
+
+STATUS_EXAMPLES = "Examples: `mikoshi status runs/quickstart`, `mikoshi status quickstart --json`, `mikoshi status`"
+RUNS_EXAMPLES = "Examples: `mikoshi runs`, `mikoshi runs --folder /shared/runs --json`"
+LOGS_EXAMPLES = (
+    "Examples: `mikoshi logs runs/quickstart -f`, `mikoshi logs quickstart --rank 7 -n 50`, "
+    "`mikoshi logs quickstart --attempt 1 --head`, `mikoshi logs quickstart --node n2`"
+)
+
+
+def status(
+    run: Annotated[
+        Path | None, typer.Argument(help="a run folder or a run's name (default: all of runs/)", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell how a run stands: state, nodes, progress, speed, checkpoint, its last events, and what to do next.
+
+    From its folder and one question to the scheduler; where that does not answer, from the folder alone.
+    """
+    if run is None:
+        runs(Path("runs"), as_json)
+        return
+    from launch.board import folder_of, look_at
+    from launch.board_text import as_json as to_json
+    from launch.board_text import page
+    from launch.tails import last_records
+    from launch.typed import named
+
+    now = time.time()
+    path = folder_of(run)
+    row, notes = look_at(path, now)
+    events = last_records(path / "events.jsonl", 5)
+    if as_json:
+        typer.echo(json.dumps(to_json(row, notes, events), indent=2))
+        return
+    tell_notes(notes)
+    for name, text in [("run", named(path)), *page(row, events, now)]:
+        state = _colour(row.state, row.state)
+        typer.echo(f"{name:<18} {text.replace(row.state, state, 1) if name == 'state' else text}")
+
+
+def runs(
+    folder: Annotated[Path, typer.Option(help="folder that runs are kept in")] = Path("runs"),
+    as_json: AsJson = False,
+) -> None:
+    """Show all runs of a folder, newest first: state, nodes, step, loss, speed, last sign of life."""
+    from launch.board import all_runs, look
+    from launch.board_text import as_json as to_json
+    from launch.typed import named
+
+    now = time.time()
+    board = look(all_runs(folder), now)
+    if as_json:
+        typer.echo(json.dumps({"runs": [to_json(row, ()) for row in board.rows], "notes": list(board.notes)}, indent=2))
+        return
+    tell_notes(board.notes)
+    if not board.rows:
+        typer.echo(f"{named(folder)}: there is no run yet")
+        return
+    _print_board(board, now)
+
+
+def _print_board(board: Board, now: float) -> None:
+    from launch.board_text import aligned, table
+
+    head, *lines = aligned(table(board.rows, now))
+    if sys.stdout.isatty():
+        lines = [_painted(line, row) for line, row in zip(lines, board.rows, strict=True)]
+    typer.echo("\n".join([head, *lines]))
+
+
+def _painted(line: str, row: Row) -> str:
+    name, state, rest = line.partition(f"  {row.state} ") if f"  {row.state} " in line else (line, "", "")
+    return f"{name}{_colour(state, row.state)}{rest}" if state else line
+
+
+def _colour(text: str, state: str) -> str:
+    from launch.board_text import COLOURS
+
+    if not sys.stdout.isatty() or "NO_COLOR" in os.environ:
+        return text
+    *bold, colour = COLOURS[state].split()
+    return typer.style(text, fg=colour, bold=bool(bold))
+
+
+def tell_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def logs(
+    run: Run,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="go on until the run has ended, over all its attempts")
+    ] = False,
+    rank: Annotated[int, typer.Option(min=0, help="whose words")] = 0,
+    attempt: Annotated[
+        int | None, typer.Option(min=1, help="which attempt (default: the newest that has said something)", show_default=False)
+    ] = None,
+    node: Annotated[str, typer.Option(help="what starting this node said, instead", show_default=False)] = "",
+    head: Annotated[bool, typer.Option("--head", help="what the process that leads the run said, instead")] = False,
+    lines: Annotated[
+        int | None, typer.Option("-n", "--lines", min=0, help="only the last (default: all; with -f 20)", show_default=False)
+    ] = None,
+) -> None:
+    """Show what a rank of a run says, also while it runs and over its attempts."""
+    from launch.board import folder_of
+    from launch.names import host_name
+    from launch.runlogs import Voice
+    from launch.typed import named
+    from trainer.errors import LaunchError
+
+    path = folder_of(run)
+    if not (path / "spec.json").is_file():
+        raise LaunchError(f"{named(path)}: `mikoshi train` started this run: what it said is where it was started; its records "
+                          f"are {named(path / 'events.jsonl')} and {named(path / 'metrics.jsonl')}")  # fmt: skip
+    if head + bool(node) > 1 or (follow and attempt is not None):
+        raise LaunchError(
+            "--head, --node: give one" if head and node else "-f goes on to the newest attempt: leave out --attempt"
+        )
+    try:
+        voice = Voice(rank, host_name(node) if node else "", head)
+    except ValueError as error:
+        raise LaunchError(f"--node: {error}") from None
+    quietly(lambda: _logs(path, voice, attempt, follow, lines))
+
+
+def _logs(path: Path, voice: Voice, number: int | None, following: bool, lines: int | None) -> None:
+    from launch.record import open_submitted
+    from launch.runlogs import chosen, read
+    from launch.standing import FINAL
+    from launch.steer import standing
+
+    submitted = open_submitted(path)
+    if submitted.spec.cluster.kind == "kubernetes" and not any(path.glob("attempts/*/*.log")):
+        _pod_logs(path, voice, following, lines)
+    elif following:
+        follow_run(path, voice, 20 if lines is None else lines)
+    else:
+        found = chosen(submitted, voice, number, lambda: standing(path).state in FINAL)
+        newest = submitted.attempts[-1].number
+        if number is None and found.number != newest:
+            _tell(f"attempt {newest} has said nothing yet; attempt {found.number}:")
+        for piece in read(voice.said(found), lines):
+            sys.stdout.buffer.write(piece)
+
+
+def _pod_logs(path: Path, voice: Voice, following: bool, lines: int | None) -> None:
+    """Where the run folder is on a disk of the cluster's, its pods are asked: what they print is theirs, not a rank's."""
+    from itertools import islice
+
+    from launch.cluster import KubernetesCluster
+    from launch.kubernetes import log_lines
+    from launch.record import open_submitted
+    from launch.runlogs import never_handed
+    from trainer.errors import LaunchError
+
+    run = open_submitted(path)
+    cluster, job = run.spec.cluster, run.attempts[-1].job if run.attempts else {}
+    assert isinstance(cluster, KubernetesCluster)
+    if not job:
+        raise never_handed(path)
+    if voice.node and not voice.node.isdigit():
+        raise LaunchError(f"--node {voice.node}: pods have numbers: 0 is the one that leads")
+    if voice.rank:
+        raise LaunchError(f"--rank {voice.rank}: logs of ranks are files of the run folder, which is on the cluster's disk; "
+                          "without --rank what the leading pod prints is shown")  # fmt: skip
+    said = log_lines(cluster, job, int(voice.node or 0), following)
+    if lines is not None and not following:
+        from collections import deque
+
+        said = islice(deque(said, lines), None)
+    for line in said:
+        typer.echo(line.rstrip("\n"))
+
+
+def follow_run(path: Path, voice: Voice | None = None, lines: int | None = None) -> None:
+    from launch.record import open_submitted
+    from launch.runlogs import Voice, follow
+    from launch.standing import FINAL
+    from launch.steer import ASKS, standing
+    from launch.typed import named
+
+    asked, over = 0.0, False
+
+    def ended() -> bool:
+        nonlocal asked, over
+        if not over and time.monotonic() - asked >= ASKS:
+            asked = time.monotonic()
+            over = standing(path).state in FINAL
+        return over
+
+    run = open_submitted(path)
+    for piece in follow(run, voice or Voice(), lines, ended, _tell):
+        sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+    seen = standing(path)
+    _tell(f"{named(path)}: {seen.state}{f': {seen.why}' if seen.why else ''}")
+
+
+def _tell(text: str) -> None:
+    sys.stdout.flush()
+    print(f"-- {text}", file=sys.stderr, flush=True)
+
+
+def quietly(work: Callable[[], None]) -> None:
+    """A reader that has gone, or Ctrl-C while following, is no error."""
+    try:
+        work()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its flush at exit says so once more
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
