@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -137,12 +137,15 @@ class Layout:
         return [s for s in range(self.stages) if rank_of(s, self.pp, self.schedule) == pp_rank]
 
 
-def plan(asked: Asked, world: int, facts: ModelFacts, batch: Batch) -> Layout:
-    """The layout of `world` ranks that was asked for. Raises LayoutError with the reason and the nearest ones that can be."""
+def plan(
+    asked: Asked, world: int, facts: ModelFacts, batch: Batch, served: Callable[[Layout], bool] = lambda _: True
+) -> Layout:
+    """The layout of `world` ranks that was asked for. Raises LayoutError with the reason and the nearest ones that can be,
+    of those that are `served` by what is to carry them."""
     try:
         return _plan(asked, world, facts, batch)
     except LayoutError as error:
-        near = nearest(asked, world, facts, batch)
+        near = nearest(asked, world, facts, batch, served)
         hint = f"; nearest that work: {' | '.join(near)}" if near else ""
         raise LayoutError(f"{error}{hint}") from None
 
@@ -261,8 +264,10 @@ def _with_micro_batches(layout: Layout, batch: Batch) -> Layout:
     raise LayoutError(f"{refused} (train.global_batch {batch.rows}: {rows} row(s) on each of {layout.data_ranks} data ranks)")
 
 
-def nearest(asked: Asked, world: int, facts: ModelFacts, batch: Batch, count: int = 3) -> list[str]:
-    """The nearest layouts of the same world size that work, as overrides of the config, closest first."""
+def nearest(
+    asked: Asked, world: int, facts: ModelFacts, batch: Batch, served: Callable[[Layout], bool], count: int = 3
+) -> list[str]:
+    """The nearest layouts of the same world size that work and are `served`, as overrides of the config, closest first."""
     divisors = [n for n in range(1, min(world, 4096) + 1) if world % n == 0]
     schedules = dict.fromkeys((asked.schedule, "1f1b" if asked.virtual_stages in (None, 1) else "interleaved"))
     found: list[tuple[float, str]] = []
@@ -280,8 +285,10 @@ def nearest(asked: Asked, world: int, facts: ModelFacts, batch: Batch, count: in
                 if len(found) >= count and distance >= found[-1][0]:
                     continue
                 try:
-                    _plan(candidate, world, facts, batch)
+                    layout = _plan(candidate, world, facts, batch)
                 except LayoutError:
+                    continue
+                if not served(layout):
                     continue
                 found = sorted({*found, (distance, _difference(asked, candidate))})[:count]
     return [text for _, text in found]

@@ -80,7 +80,9 @@ def accepted(ranks, dataset, folder, world, model, layout, mask, recompute):
     return True
 
 
-@pytest.mark.parametrize("examples", [40, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "examples", [12, pytest.param(200, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.soak)]
+)
 def test_drawn_layouts(ranks, dataset, tmp_path, examples):
     ran = []
 

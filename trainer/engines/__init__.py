@@ -13,17 +13,46 @@ from parallel.mesh import make_groups
 from trainer.config import RunConfig
 from trainer.engines.base import Engine
 from trainer.engines.carry import build_parts
+from trainer.engines.limits import refuse
 from trainer.engines.native import NativeEngine, fill_initial
+from trainer.errors import ConfigError
 
 
 def leave_empty(*_: Any) -> None:
     """For `fill_weights`: they come from a checkpoint, or have no memory."""
 
 
+def _refuse_alike(config: RunConfig, layout: Layout, device: torch.device) -> None:
+    """What one rank knows of its node, a disk or a compiler that is not there, ends all of them."""
+    if config.engine.kind == "native":
+        return
+    told: list[str] = [""] * layout.world
+    mine = ""
+    try:
+        refuse(config, layout, device.type == "cuda")
+    except ConfigError as error:
+        mine = str(error)
+    dist.all_gather_object(told, mine)
+    if first := next(filter(None, told), ""):
+        raise ConfigError(first)
+
+
 def build_engine(
     config: RunConfig, layout: Layout, device: torch.device, fill_weights: Callable[..., None] = fill_initial
 ) -> Engine:
-    """The engine of the config, its weights initialised. Needs the process group of `layout.world` ranks; collective."""
+    """The engine of the config, its weights initialised. Needs the process group of `layout.world` ranks; collective. Raises
+    ConfigError on all ranks for what the engine cannot do: what only they know, their device, no submitting machine could."""
+    _refuse_alike(config, layout, device)
     groups = make_groups(layout, device.type, config.model.moe is not None, config.model.tied)
+    if config.engine.kind == "deepspeed":
+        from trainer.engines.deepspeed import DeepSpeedEngine  # an extra, and seconds to import
+        from trainer.engines.deepspeed_pipeline import DeepSpeedPipeline
+
+        carried = DeepSpeedPipeline if layout.pp > 1 else DeepSpeedEngine
+        return carried(config, layout, device, groups, fill_weights)
+    if config.engine.kind == "megatron":
+        from trainer.engines.megatron import megatron_engine
+
+        return megatron_engine(config, layout, device, groups, fill_weights)
     parts = build_parts(config, layout, groups, layout.coordinates(dist.get_rank()), device)
     return NativeEngine(config, layout, device, groups, parts, fill_weights)

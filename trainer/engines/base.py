@@ -72,3 +72,7 @@ class Engine(Protocol):
     def differing(self) -> list[Difference]:
         """What the ranks that hold the same piece of the state do not hold alike, to the bit; the same list on all."""
         ...
+
+    def close(self) -> None:
+        """Remove what this rank's engine keeps outside of memory; the last that is asked of it. Not collective."""
+        ...

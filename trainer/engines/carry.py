@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -25,6 +26,7 @@ from parallel.zero import shard_model
 from trainer.config import RunConfig
 from trainer.model.config import ModelConfig
 from trainer.model.gpt import GPT, Attention, Block, Part
+from trainer.model.moe import MoE
 
 _KEPT_OPS = {
     torch.ops.aten.mm.default,
@@ -64,7 +66,10 @@ def facts(model: ModelConfig) -> ModelFacts:
 
 
 def layout_of(config: RunConfig, world: int) -> Layout:
-    """The layout of a run on `world` ranks. Raises LayoutError with the reason and the nearest layouts that can be."""
+    """The layout of a run on `world` ranks. Raises LayoutError with the reason and the nearest layouts that can be, with the
+    config's engine."""
+    from trainer.engines.limits import serves  # which asks for layouts itself
+
     p = config.parallel
     asked = Asked(
         zero=p.zero,
@@ -80,7 +85,7 @@ def layout_of(config: RunConfig, world: int) -> Layout:
     )
     plain = not config.data.document_mask and config.model.position != "alibi" and not any(config.model.windows)
     batch = Batch(config.train.global_batch, config.train.micro_batch, config.train.context, plain)
-    return plan(asked, world, facts(config.model), batch)
+    return plan(asked, world, facts(config.model), batch, lambda layout: serves(config, layout))
 
 
 def compute_dtype(config: RunConfig) -> torch.dtype:
@@ -100,7 +105,24 @@ def build_parts(config: RunConfig, layout: Layout, groups: Groups, here: Coordin
     return parts
 
 
+def build_experts(
+    config: RunConfig, layout: Layout, groups: Groups, here: Coordinates, device: torch.device, part: Part
+) -> dict[int, MoE]:
+    """The mixtures of experts of a part, by layer, cut as the layout says and on the meta device: for the layers of others."""
+    with torch.device("meta"):
+        model = GPT(config.model, part)
+    _cut(model, config, layout, groups, here, device)
+    return {int(name): block.mlp for name, block in model.blocks.items() if isinstance(block.mlp, MoE)}
+
+
 def _carry(model: GPT, config: RunConfig, layout: Layout, groups: Groups, here: Coordinates, device: torch.device) -> None:
+    _cut(model, config, layout, groups, here, device)
+    blocks = [block for block in model.blocks.values() if isinstance(block, Block)]
+    wrap_forwards(blocks, config.engine.recompute, compiles(config, device))
+    shard_model(model, blocks, layout, groups, compute_dtype(config), config.parallel.offload == "optimizer")
+
+
+def _cut(model: GPT, config: RunConfig, layout: Layout, groups: Groups, here: Coordinates, device: torch.device) -> None:
     few = config.model.n_kv < layout.tp
     distribute(model, None if groups.tp is None else groups.dense["tp"], _expert_mesh(groups), few)
     for layer in experts_in(model):
@@ -114,23 +136,27 @@ def _carry(model: GPT, config: RunConfig, layout: Layout, groups: Groups, here: 
     if groups.cp is not None and layout.context_kind == "ulysses":
         first, own = model.heads.start, heads // layout.cp
         model.heads = slice(first + here.cp * own, first + (here.cp + 1) * own)
-        for attention in attentions:
-            attention.attend = exchanged_heads(attention.attend, groups.cp)  # type: ignore[arg-type]
-    elif groups.cp is not None and layout.context_kind == "ring":
-        for attention in attentions:
-            attention.attend = ring_attend(groups.cp)
-    elif groups.cp is not None:
-        for attention in attentions:
-            attention.attend = gathered_keys(attention.attend, groups.cp, config.train.context, device)  # type: ignore[arg-type]
+    for attention in attentions:
+        attention.attend = whole_row(attention.attend, config, layout, groups, device)
     if groups.tp is not None:
         tensor_parallel(model, groups.tp, config.model.n_kv)
         if config.parallel.async_tp:
             overlap_collectives(groups.tp)
         model.predict = vocabulary_parallel(model.predict, groups.tp)
         model.logits = whole_logits(groups.tp)
-    blocks = [block for block in model.blocks.values() if isinstance(block, Block)]
-    _wrap_forwards(blocks, config.engine.recompute, compiles(config, device))
-    shard_model(model, blocks, layout, groups, compute_dtype(config), config.parallel.offload == "optimizer")
+
+
+def whole_row(
+    attend: Callable[..., Tensor], config: RunConfig, layout: Layout, groups: Groups, device: torch.device
+) -> Callable[..., Tensor]:
+    """Attention that sees the whole row, of which context-parallel ranks hold parts."""
+    if groups.cp is None:
+        return attend
+    if layout.context_kind == "ulysses":
+        return exchanged_heads(attend, groups.cp)
+    if layout.context_kind == "ring":
+        return ring_attend(groups.cp)
+    return gathered_keys(attend, groups.cp, config.train.context, device)
 
 
 def _expert_mesh(groups: Groups) -> Any:
@@ -198,17 +224,22 @@ def _tell_compilations() -> None:
     on_compile_end(lambda _: pulse.beat(before[0]))
 
 
-def _wrap_forwards(blocks: list[Block], recompute: str, compiled: bool) -> None:
+def wrap_forwards(blocks: list[Block], recompute: str, compiled: bool) -> None:
     """Recompute and compile a block inside its `forward`: parameter names and FSDP's hooks, outside, see neither."""
     for block in blocks:
-        forward: Callable[..., Any] = block.forward
-        if recompute != "none":
-            context: dict[str, Any] = {} if recompute == "full" else {"context_fn": _keep_products}
-            forward = partial(checkpoint, forward, use_reentrant=False, **context)
+        forward = recomputed(block.forward, recompute)
         if compiled:
             _tell_compilations()
             forward = torch.compile(forward)
         block.forward = forward  # type: ignore[method-assign]
+
+
+def recomputed(forward: Callable[..., Any], recompute: str) -> Callable[..., Any]:
+    """A block's forward whose activations, or the cheap ones of them, are made again in the backward pass."""
+    if recompute == "none":
+        return forward
+    context: dict[str, Any] = {} if recompute == "full" else {"context_fn": _keep_products}
+    return partial(checkpoint, forward, use_reentrant=False, **context)
 
 
 def _keep_products() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from data.rows import Batch, ranges
-from parallel.context import tokens_of
+from data.rows import Batch
 from parallel.layout import Layout
 from parallel.mesh import Groups
 from parallel.pipeline import Inputs, Pipeline
@@ -23,6 +22,8 @@ from parallel.zero import reduction
 from trainer.config import RunConfig
 from trainer.engines.base import NO_LIMITS, Limits, StepResult
 from trainer.engines.carry import compute_dtype, cores_per_rank
+from trainer.engines.feeding import columns, micro_batches, one_row, own
+from trainer.engines.held import FillWeights, Held, Plain
 from trainer.model.gpt import GPT
 from trainer.model.init import Region, fill, initial
 from trainer.model.moe import MoE
@@ -43,23 +44,27 @@ class NativeEngine:
         device: torch.device,
         groups: Groups,
         parts: dict[int, GPT],
-        fill_weights: Callable[[str, Tensor, RunConfig, torch.device], None],
+        fill_weights: FillWeights,
         read: Callable[[Tensor], list[float]] = Tensor.tolist,
+        hold: Callable[[Sequence[nn.Module]], Held] = Plain,
+        sequence_cut: bool = True,
     ) -> None:
-        """`groups`: what make_groups makes of the layout; `parts`: what build_parts does, on the meta device.
+        """`groups`: what make_groups makes of the layout; `parts`: what build_parts does, or modules that are called alike,
+        on the meta device.
 
         `fill_weights` writes a parameter's initial values and `read` brings a step's figures to
-        the host: a dry run, whose tensors hold nothing, gives others.
+        the host: a dry run, whose tensors hold nothing, gives others. `hold`: how the parts hold their parameters.
+        `sequence_cut`: whether tensor-parallel ranks share out what passes between stages.
         """
         self.config, self.layout, self.device, self.read = config, layout, device, read
         self.here = layout.coordinates(dist.get_rank())
         self.groups = groups
         home = torch.device("cpu") if config.parallel.offload == "optimizer" else device
         self.parts = {stage: part.to_empty(device=home) for stage, part in parts.items()}
-        self.named = [pair for part in self.parts.values() for pair in part.named_parameters()]
+        self.held = hold(list(self.parts.values()))
+        self.named = self.held.named
         self.parameters = [p for _, p in self.named]
-        for name, p in self.named:
-            fill_weights(name, p, config, device)
+        self.held.fill(fill_weights, config, device)
         self.optimizers = Optimizers(self.named, config.optim)
         # A tied embedding is with the first and with the last stage; it counts once, as the first stage's.
         ends = [
@@ -70,14 +75,13 @@ class NativeEngine:
         self.tied = ends if config.model.tied else []
         copies = [part.embed for part in self.parts.values() if part.embed is not None and not part.part.first]
         self.counted = [p for p in self.parameters if all(p is not copy.weight for copy in copies)]
-        self.index = None
-        if layout.cp > 1:
-            self.index = tokens_of(self.here.cp, layout.cp, config.train.context, layout.context_kind)
+        self.index = columns(layout, self.here, config.train.context)
         self.experts = [
             (int(name), block.mlp)
             for part in self.parts.values() for name, block in part.blocks.items() if isinstance(block.mlp, MoE)
         ]  # fmt: skip
-        hidden = (config.train.context // (layout.cp * layout.tp), config.model.width)
+        sequence = config.train.context // (layout.cp * (layout.tp if sequence_cut else 1))
+        hidden = (sequence, config.model.width)
         self.pipeline = Pipeline(
             self.parts, layout, self.here.pp, groups.pp, reduction(layout), hidden, compute_dtype(config), device
         )
@@ -85,8 +89,9 @@ class NativeEngine:
     def step(self, rows: Batch, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
         loss = self.pipeline.step(self._micro_batches(rows))
         beat("reduce")
+        self.held.join_gradients()
         self._join_ends()
-        gradients = [p.grad for p in self.counted if p.grad is not None]
+        gradients = [self.held.cut(p, p.grad) for p in self.counted if p.grad is not None]
         squares = sum_of_squares(gradients, self.layout.stage_ranks)
         loss_sum, tokens, squares_sum, loads = self._sums(loss, rows, squares)
         norm = squares_sum**0.5 / max(tokens, 1)
@@ -117,9 +122,7 @@ class NativeEngine:
     def next_logits(self, ids: Sequence[int]) -> Tensor:
         context, here = self.config.train.context, self.here
         ids = ids[-context:]
-        tokens = np.zeros((1, context), dtype=np.int64)  # what follows the last token is not seen by it
-        tokens[0, : len(ids)] = ids
-        (micro,) = self._micro_batches(self.own(Batch(tokens, tokens, None, None)))
+        (micro,) = self._micro_batches(self.own(one_row(ids, context)))
         outputs = self.pipeline.forward([{key: value for key, value in micro.items() if key != "labels_BT"}])
         told = torch.zeros(self.config.model.vocab, device=self.device)
         held = np.arange(context) if self.index is None else self.index
@@ -130,38 +133,31 @@ class NativeEngine:
         return told
 
     def state(self) -> dict[str, Tensor]:
-        weights = {f"model.{name}": p.detach() for name, p in reversed(self.named)}  # of a tied pair, the first stage's
-        return weights | dict(reversed(list(self.optimizers.state())))
+        return self.held.told(self._own_state())
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        for name, tensor in self.state().items():
-            if name in state and local(tensor).data_ptr() != local(state[name]).data_ptr():
-                tensor.copy_(state[name])
+        self.held.take(state, self._own_state())
         if len(self.tied) == 2:  # both ends are on this rank, and the state names one
             first, last = self.tied
             for source, target in [(first.detach(), last.detach()), *self.optimizers.pairs(first, last)]:
                 local(target).copy_(local(source))
 
     def differing(self) -> list[Difference]:
-        return check(self.state().items(), self.groups)
+        return check(self.held.compared(self._own_state()).items(), self.groups)
+
+    def close(self) -> None:
+        """It keeps nothing outside of memory."""
+
+    def _own_state(self) -> dict[str, Tensor]:
+        weights = {f"model.{name}": p.detach() for name, p in reversed(self.named)}  # of a tied pair, the first stage's
+        return weights | dict(reversed(list(self.optimizers.state())))
 
     def own(self, rows: Batch) -> Batch:
         """The columns of whole rows that this rank holds."""
-        return rows if self.index is None else rows.columns(ranges(self.index))
+        return own(rows, self.index)
 
     def _micro_batches(self, rows: Batch) -> list[Inputs]:
-        """Every micro-batch of this rank's rows, as arguments of the model's forward."""
-        index, context = self.index, self.config.train.context
-        rest: dict[str, Any] = {"length": context}
-        if index is not None and self.layout.context_kind == "all-gather":
-            rest["queries_T"] = _to(index, self.device)
-        size = min(self.layout.micro_rows, len(rows.tokens))
-        out: list[Inputs] = []
-        for start in range(0, len(rows.tokens), size):
-            micro = rows.rows(start, start + size)
-            arrays = {"x": micro.tokens, "labels_BT": micro.labels, "docs_BS": micro.docs, "positions_BT": micro.positions}
-            out.append({key: None if a is None else _to(a, self.device) for key, a in arrays.items()} | rest)
-        return out
+        return micro_batches(rows, self.layout, self.index, self.config.train.context, self.device)
 
     def _join_ends(self) -> None:
         """A tied embedding's gradient is the sum of the first stage's and the last's."""
@@ -201,9 +197,9 @@ class NativeEngine:
                 local(bias).add_(torch.from_numpy(way).to(local(bias)), alpha=rate)
 
 
-def fill_initial(name: str, p: Tensor, config: RunConfig, device: torch.device) -> None:
-    """Write the initial values of this rank's piece of a parameter."""
-    region = Region(*place(p), tuple(p.shape))
+def fill_initial(name: str, p: Tensor, config: RunConfig, device: torch.device, region: Region | None = None) -> None:
+    """Write the initial values of this rank's piece of a parameter, or of `region` of it."""
+    region = Region(*place(p), tuple(p.shape)) if region is None else region
     fill(local(p), name, region, initial(name, config.model), config.run.seed, cores_per_rank(device))
 
 
@@ -216,8 +212,3 @@ def expert_metrics(loads: Loads) -> dict[str, float]:
     busiest = used.max(1) / used.mean(1)
     idle = float((used == 0).sum())
     return {"expert_load_worst": float(busiest.max()), "expert_load_mean": float(busiest.mean()), "experts_idle": idle}
-
-
-def _to(array: Any, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
