@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 RANKS ?= $(shell $(PYTHON) -c 'import glob, os; n = len(glob.glob("/dev/nvidia[0-9]*")) or os.cpu_count(); print(max(r for r in (1, 2, 4, 8, 16) if r <= n))')
 RUN := configs/runs/quickstart.toml
 
-.PHONY: help train test test-slow test-soak test-all bench bench-train bench-data bench-save bench-gpu clean
+.PHONY: help train test test-slow test-soak test-all bench bench-train bench-data bench-save bench-launch bench-gpu clean
 
 help:
 	@echo "make train      prepare real text, train a GPT on every rank of this machine, report, and let it write"
@@ -17,7 +17,8 @@ help:
 	@echo "make bench      bench-train: speed and memory beside Hugging Face, plain PyTorch and DeepSpeed, on this CPU;"
 	@echo "                bench-data: reading beside litdata, mosaicml-streaming, Megatron and datasets, and tokenizing"
 	@echo "                bench-save: saving and loading checkpoints beside torch's own"
-	@echo "make bench-gpu  the same on a CUDA device, with GPT-2 124M and 1.5B"
+	@echo "                bench-launch: submitting to a real Slurm, losing a node, the state of 1,000 runs"
+	@echo "make bench-gpu  the same on a CUDA device, with GPT-2 124M and 1.5B; and the engines beside each other"
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -45,7 +46,7 @@ test-soak: $(VENV)/.dev
 
 test-all: test test-slow test-soak
 
-bench: bench-train bench-data bench-save
+bench: bench-train bench-data bench-save bench-launch
 
 bench-train: $(VENV)/.dev
 	$(BIN)/python -P tests/bench/run.py
@@ -60,6 +61,10 @@ bench-data: $(VENV)/.dev
 
 bench-save: $(VENV)/.dev
 	$(BIN)/python -P tests/bench/saving.py
+
+bench-launch: $(VENV)/.dev
+	$(BIN)/python -P tests/bench/board.py
+	$(BIN)/python -P tests/bench/launching.py
 
 # Runs with the Python at hand, where torch sees the GPU.
 bench-gpu:

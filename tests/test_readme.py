@@ -8,6 +8,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from runs import VOCAB, text_folder
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +21,7 @@ def commands():
     return [line for block in blocks for line in block.splitlines() if line]
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_run_as_written(tmp_path):
     runs, models = tmp_path / "configs/runs", tmp_path / "configs/models"
     runs.mkdir(parents=True)
@@ -39,7 +42,7 @@ def test_the_readmes_commands_run_as_written(tmp_path):
     text_folder(tmp_path / "my" / "texts")
 
     found = commands()
-    assert len(found) >= 19
+    assert len(found) >= 23
 
     def run(line):
         done = subprocess.run(
@@ -50,11 +53,24 @@ def test_the_readmes_commands_run_as_written(tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         # What only looks comes two at a time, between the commands that make something.
-        for making, lines in itertools.groupby(found, lambda line: line.split()[1] in ("prepare", "train")):
+        for making, lines in itertools.groupby(found, lambda line: line.split()[1] in ("prepare", "train", "submit")):
             together = list(lines)
             list(map(run, together) if making else pool.map(run, together))
     assert all(line.startswith("mikoshi ") for line in found)
     assert (tmp_path / "runs/quickstart/report.html").exists()
+
+
+def test_the_quick_start_itself_takes_their_settings():
+    """Where it is trained in the test above it is a small one, with other steps."""
+    from trainer.config import load_config
+
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    lines = [line.strip() for page in pages for line in page.read_text().splitlines()]
+    found = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("mikoshi ") and " configs/runs/" in line]
+    assert len(found) >= 20
+    for place, *words in found:
+        settings = [word for word in words if re.fullmatch(r"[a-z_]+\.[\w.]+=.*", word)]
+        assert load_config(ROOT / (place if place.startswith("configs/") else words[0]), settings).run.name
 
 
 def test_the_readmes_settings_are_settings(tmp_path):

@@ -44,6 +44,7 @@ def test_compiled_blocks_under_any_dimension(ranks, dataset, tmp_path, layout):
         assert_same_figures(found, expected)
 
 
+@pytest.mark.soak
 def test_a_run_killed_again_and_again_ends_like_a_quiet_one(dataset, tmp_path):
     config = run_config(
         dataset, tmp_path / "runs", model={**GPT2_MODEL, "width": 64}, train={"steps": 60, "global_batch": 16},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from trainer import cli_chaos, cli_checkpoint, cli_data
+from trainer import cli_chaos, cli_checkpoint, cli_cluster, cli_compare, cli_data, cli_interop, cli_megatron, cli_watch
 from trainer.cli_data import Config, Overrides
 from trainer.rank import generate_rank, outage, say, told, train_rank, train_supervised
 from trainer.stop import stopping_is_no_crash
@@ -36,7 +36,21 @@ app.command(epilog=cli_data.PREPARE_EXAMPLES)(cli_data.prepare)
 app.add_typer(cli_data.data_app, name="data")
 app.add_typer(cli_data.tokenizer_app, name="tokenizer")
 app.command(epilog=cli_chaos.EXAMPLES)(cli_chaos.chaos)
+app.command(epilog=cli_compare.EXAMPLES)(cli_compare.compare)
+cli_checkpoint.checkpoint_app.command(name="export", epilog=cli_interop.EXPORT_EXAMPLES)(cli_interop.export_weights)
+cli_checkpoint.checkpoint_app.command(name="import", epilog=cli_interop.IMPORT_EXAMPLES)(cli_interop.import_weights)
+for name, verb, examples in cli_megatron.VERBS:
+    cli_checkpoint.checkpoint_app.command(name=name, epilog=examples)(verb)
 app.add_typer(cli_checkpoint.checkpoint_app, name="checkpoint")
+app.command(name="fit-batch", epilog=cli_interop.FIT_BATCH_EXAMPLES)(cli_interop.fit_batch)
+app.command(epilog=cli_cluster.SUBMIT_EXAMPLES)(cli_cluster.submit)
+app.command(epilog=cli_watch.STATUS_EXAMPLES)(cli_watch.status)
+app.command(epilog=cli_watch.LOGS_EXAMPLES)(cli_watch.logs)
+app.command(epilog=cli_cluster.CANCEL_EXAMPLES)(cli_cluster.cancel)
+app.command(epilog=cli_cluster.RESUME_EXAMPLES)(cli_cluster.resume)
+app.command(epilog=cli_watch.RUNS_EXAMPLES)(cli_watch.runs)
+app.command(epilog=cli_cluster.DOCTOR_EXAMPLES)(cli_cluster.doctor)
+app.command(epilog=cli_cluster.EXPORT_EXAMPLES)(cli_cluster.export)
 
 
 @app.command(
@@ -65,11 +79,15 @@ def _train(config: Path, overrides: list[str], ranks: int | None) -> int:
 
     run = load_config(config, overrides)
     from parallel.world import World, world_from
+    from trainer.errors import ConfigError
+    from trainer.interop.accelerate_start import lone_of_several
     from trainer.preflight import preflight
 
     place = world_from(os.environ)
     if place is not None:
         return train_rank(run, place)
+    if why := lone_of_several(os.environ):
+        raise ConfigError(why)
     count = ranks or _local_gpus(run)
     if count == 1 and not run.recovery.restarts:  # nothing to be started again: no second process is needed
         preflight(run, 1)
@@ -251,11 +269,17 @@ def report(
     typer.echo(f"report: {target}")
 
 
-@app.command(epilog="Examples: `mikoshi config configs/runs/quickstart.toml optim.lr=1e-3`, `mikoshi config --schema`")
+@app.command(
+    epilog="Examples: `mikoshi config configs/runs/quickstart.toml optim.lr=1e-3`, `mikoshi config --schema`, "
+    '`mikoshi config --from-accelerate default_config.yaml > layout.toml`, then base = ["layout.toml"] in a run'
+)
 def config(
     run: Annotated[Path | None, typer.Argument(help="a run's TOML file or its run folder", show_default=False)] = None,
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON Schema of a run's config instead")] = False,
+    from_accelerate: Annotated[
+        Path | None, typer.Option(help="print what a config file of accelerate says, as a base of runs", show_default=False)
+    ] = None,
 ) -> None:
     """Print a run's resolved config: its base files, its own settings and every default, as TOML."""
     from trainer.config import RunConfig, load_config, to_toml
@@ -264,8 +288,15 @@ def config(
     if schema:
         typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
         return
+    if from_accelerate is not None:
+        from trainer.interop.accelerate_config import convert
+
+        if run is not None:
+            raise ConfigError(f"config: {run} and --from-accelerate {from_accelerate}: give one of them")
+        typer.echo(convert(from_accelerate), nl=False)
+        return
     if run is None:
-        raise ConfigError("config: give a run's TOML file or folder, or --schema")
+        raise ConfigError("config: give a run's TOML file or folder, --schema, or --from-accelerate with a YAML file")
     typer.echo(to_toml(load_config(run, overrides or [])), nl=False)
 
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 Run = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart", show_default=False)]
 
 checkpoint_app = typer.Typer(
-    no_args_is_help=True, help="Look at a run's checkpoints: what is there, whether it is whole, what may go."
+    no_args_is_help=True,
+    help="A run's checkpoints: what is there, whether it is whole, what may go; and weights from and for other programs.",
+    epilog="Examples: `mikoshi checkpoint list runs/quickstart`, `mikoshi checkpoint export runs/quickstart weights`",
 )
 
 

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
-import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from trainer.engine_section import EngineSection
 from trainer.errors import ConfigError
 from trainer.model.config import ModelConfig
 from trainer.sections import CheckpointSection, Count, DataSection, GuardSection, Natural, RecoverySection, Section
+from trainer.tomlfile import override, read, validate
+
+LONGEST_NAME = 100
+"""Signs of a run's name: file systems take 255 bytes, of which a job's and a file's own names need some."""
 
 
 class RunSection(Section):
-    name: str = Field("", pattern=r"^[A-Za-z0-9][\w.-]*$|^$", description="folder of the run (default: the file's name)")
+    name: str = Field(
+        "",
+        max_length=LONGEST_NAME,
+        pattern=r"^[A-Za-z0-9][\w.-]*$|^$",
+        description="folder of the run (default: the file's name)",
+    )
     folder: Path = Field(Path("runs"), description="where run folders are kept")
     seed: Natural = 1
 
@@ -88,16 +95,6 @@ class ParallelSection(Section):
     async_tp: bool = Field(False, description="overlap tensor-parallel collectives with products (CUDA, compiled)")
 
 
-class EngineSection(Section):
-    kind: Literal["native"] = "native"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: compute in bf16, master weights in fp32")
-    recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="activations made again in backward: none, all but matrix products, all of a block"
-    )
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of each block; auto: on CUDA")
-
-
 class LogSection(Section):
     every: Count = Field(1, description="steps between console lines where it is no terminal; metrics have every step")
     tensorboard: bool = True
@@ -151,38 +148,27 @@ class RunConfig(Section):
             raise ValueError('optim.schedule.kind = "wsd" needs optim.schedule.decay, the steps of its final decay')
         if self.train.steps and schedule.warmup + schedule.decay > self.train.steps:
             raise ValueError(
-                f"optim.schedule.warmup {schedule.warmup} + decay {schedule.decay} exceeds train.steps {self.train.steps}"
+                f"optim.schedule.warmup {schedule.warmup} + decay {schedule.decay} exceeds train.steps {self.train.steps}: "
+                "a run as short needs a shorter optim.schedule.warmup or .decay, or more train.steps"
             )
         return self
-
-
-_NAMED = re.compile(r"(data\.mixture\.)([^.]+)\.")
-"""Tables that the user names."""
-
-Origin = dict[str, tuple[str, int]]
-"""Dotted key -> the file and line where it was last set."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's TOML, its `base` files beneath it and `a.b=c` overrides above it. Raises ConfigError."""
     path = path / "config.toml" if path.is_dir() else path  # a run folder keeps its own
-    values, origin = _read(path, seen=())
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"{text!r}: an override is written section.key=value")
-        _set(values, key.strip(), _override_value(value), text)
-        origin[key.strip()] = ("command line", 0)
+    values, origin = read(path)
+    override(values, origin, overrides)
     run = values.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
         run["name"] = path.stem
-    return _validate(values, origin)
+    return validate(RunConfig, values, origin)
 
 
 def parse_config(text: str, name: str) -> RunConfig:
     """A resolved config as a run folder keeps it. Raises ConfigError."""
     try:
-        return _validate(tomllib.loads(text), {})
+        return validate(RunConfig, tomllib.loads(text), {})
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"{name}: {error}") from None
 
@@ -205,139 +191,3 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], Origin]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: base files go round in a circle")
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: the config is not UTF-8 text: byte {error.start} cannot be read") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not TOML: {error}") from None
-    base = values.pop("base", [])
-    bases = [base] if isinstance(base, str) else base
-    if not isinstance(bases, list) or not all(isinstance(b, str) for b in bases):
-        raise ConfigError(f"{path}: base = {base!r}: give a file name or a list of them")
-    merged: dict[str, Any] = {}
-    origin: Origin = {}
-    for name in bases:
-        below, below_origin = _read(Path(os.path.normpath(path.parent / name)), (*seen, path.resolve()))
-        _merge(merged, below)
-        origin |= below_origin
-    _merge(merged, values)
-    return merged, origin | {key: (str(path), line) for key, line in _lines(text).items()}
-
-
-def _lines(text: str) -> dict[str, int]:
-    """The line of every `[table]` and `key =` of a TOML text: tomllib keeps no positions, and tables of plain keys,
-    which is what a config is, can be read off line by line."""
-    lines: dict[str, int] = {}
-    table = ""
-    for number, line in enumerate(text.splitlines(), 1):
-        if head := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
-            table = head.group(1) + "."
-            lines[head.group(1)] = number
-        elif key := re.match(r"\s*([\w.-]+)\s*=", line):
-            lines[table + key.group(1)] = number
-    return lines
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _override_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # a bare word: a string
-
-
-def _set(tree: dict[str, Any], key: str, value: Any, text: str) -> None:
-    *path, leaf = key.split(".")
-    for part in path:
-        below = tree.setdefault(part, {})
-        if not isinstance(below, dict):
-            raise ConfigError(f"{text!r}: {part} is a value, not a section")
-        tree = below
-    tree[leaf] = value
-
-
-def _validate(values: Mapping[str, Any], origin: Origin) -> RunConfig:
-    try:
-        # As JSON and strictly: "8" is not 8, while a list may still become a tuple and a string a path.
-        return RunConfig.model_validate_json(json.dumps(values, default=str), strict=True)
-    except ValidationError as errors:
-        lines = dict.fromkeys(_line(dict(error), origin) for error in errors.errors())
-        raise ConfigError("\n".join(lines)) from None
-
-
-def _line(error: dict[str, Any], origin: Origin) -> str:
-    parts = [str(p) for p in error["loc"]]
-    key, kind, message = ".".join(parts), error["type"], error["msg"].removeprefix("Value error, ")
-    place = _place(parts, origin)
-    if kind == "extra_forbidden":
-        return f"{place}{key}: unknown key{_nearest(key)}"
-    if kind == "missing":
-        return f"{place}{key}: missing; {_description(parts) or 'it must be given'}"
-    if not parts or isinstance(error.get("input"), dict):
-        return f"{place}{key + ': ' if key else ''}{message}"
-    if kind == "string_pattern_mismatch":
-        message = "letters, digits, dots, dashes and underscores only, a letter or digit first"
-    return f"{place}{key} = {json.dumps(error['input'])}: {message[0].lower()}{message[1:]}{_choices(error)}"
-
-
-def _choices(error: Mapping[str, Any]) -> str:
-    if error["type"] != "literal_error" or not isinstance(error["input"], str):
-        return ""
-    names = re.findall(r"'([^']+)'", error["ctx"]["expected"])
-    near = difflib.get_close_matches(error["input"], names, 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _place(parts: Sequence[str], origin: Origin) -> str:
-    """`file:line: ` of the key, or of the nearest table above it that a file sets."""
-    for depth in range(len(parts), 0, -1):
-        key = ".".join(parts[:depth])
-        if any(not line for k, (_, line) in origin.items() if k.startswith(key + ".")):
-            return "command line: "
-        if found := origin.get(key) or next((at for k, at in origin.items() if k.startswith(key + ".")), None):
-            file, line = found
-            return f"{file}:{line}: " if line else f"{file}: "
-    return ""
-
-
-def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, field in model.model_fields.items():
-        yield prefix + name, field
-        below = field.annotation
-        if get_origin(below) is dict:
-            yield from _fields(get_args(below)[1], f"{prefix}{name}.*.")
-        elif isinstance(below, type) and issubclass(below, BaseModel):
-            yield from _fields(below, f"{prefix}{name}.")
-
-
-def _nearest(key: str) -> str:
-    named = _NAMED.match(key)
-    names = [name.replace("*", named.group(2)) if named else name for name, _ in _fields(RunConfig)]
-    table, _, leaf = key.rpartition(".")
-    beside = [n for n in names if n.rpartition(".")[0] == table]
-    near = difflib.get_close_matches(leaf, [n.rpartition(".")[2] for n in beside], 1, 0.6)
-    elsewhere = [n for n in names if n.rpartition(".")[2] == leaf]
-    if near or elsewhere:
-        return f"; did you mean {f'{table}.{near[0]}'.lstrip('.') if near else elsewhere[0]}?"
-    return f"; {table or 'the config'} has {', '.join(n.rpartition('.')[2] for n in beside)}"
-
-
-def _description(parts: Sequence[str]) -> str:
-    field = dict(_fields(RunConfig)).get(_NAMED.sub(r"\1*.", ".".join(parts)))
-    return str(field.description or "") if field else ""

@@ -27,6 +27,7 @@ from trainer.config import RunConfig
 from trainer.engines import leave_empty
 from trainer.engines.carry import build_parts, layout_of, stage_layers
 from trainer.engines.native import NativeEngine
+from trainer.errors import ConfigError
 from trainer.ledger import Ledger
 from trainer.model import attention
 from trainer.model.loss import CHUNK_ELEMENTS
@@ -77,8 +78,11 @@ def dry_run(config: RunConfig, world: int, rank: int) -> DryRun:
 
     Unless engine.device is "cpu" the figures are a GPU's: the loss is made in a GPU's chunks, attention keeps what a
     GPU's kernels keep, and has no dense mask, as there FlexAttention needs none (the rows are read as one document each).
-    Blocks are not compiled; compiled ones need a little less. Raises LayoutError if the layout cannot be.
+    Blocks are not compiled; compiled ones need a little less. Raises LayoutError if the layout cannot be, and ConfigError for
+    another engine than the native one.
     """
+    if config.engine.kind != "native":
+        raise ConfigError(f'engine.kind = "{config.engine.kind}": only the native engine runs dry: add engine.kind=native')
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"compile": "off"})})
     started = time.perf_counter()
     layout = layout_of(config, world)

@@ -16,6 +16,10 @@ class RunError(ValueError):
     """A run folder that cannot be used; the message says why and what to do."""
 
 
+class LaunchError(ValueError):
+    """A cluster that cannot be used, or that refuses or does not answer; the message is one line with the way out."""
+
+
 class SpoiledError(RuntimeError):
     """The state of this process is not worth going on with; an earlier checkpoint may be."""
 
@@ -24,4 +28,4 @@ class DivergedError(SpoiledError):
     """Ranks that hold the same piece of the state hold different bits; the message names them."""
 
 
-USER_ERRORS = (ConfigError, CheckpointError, RunError, DataError, LayoutError)
+USER_ERRORS = (ConfigError, CheckpointError, RunError, DataError, LayoutError, LaunchError)

@@ -120,12 +120,14 @@ def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, devi
 
 
 def spread(config: RunConfig, overrides: dict[str, int], world: int) -> RunConfig:
-    """The config of a run for forward passes: parameters shared out, `overrides` of [parallel] and no other dimension."""
+    """The config of a run for forward passes: parameters shared out, `overrides` of [parallel] and no other dimension, on the
+    native engine, whichever has trained it."""
     plain: dict[str, object] = {"schedule": "1f1b", "virtual_stages": None, "replicas": None, "offload": "none"}
     plain |= {"cp": 1, "ep": 1, "expert_tp": None, "zero": 3}
     parallel = config.parallel.model_copy(update=plain | overrides)
     train = config.train.model_copy(update={"global_batch": world, "micro_batch": None})
-    return config.model_copy(update={"parallel": parallel, "train": train})
+    engine = config.engine.model_copy(update={"kind": "native"})
+    return config.model_copy(update={"parallel": parallel, "train": train, "engine": engine})
 
 
 def text_stream(tokenizer: Tokenizer, prompt: list[int], ids: Iterator[int]) -> Iterator[str]:

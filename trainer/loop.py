@@ -42,7 +42,7 @@ def fit(config: RunConfig, world: World, device: torch.device, plan: Plan | None
     """
     with contextlib.ExitStack() as held:
         on_first_rank(lambda: held.enter_context(RunFolder(config.run.path).lock()) and None)
-        run = _begin(config, world, device, plan)
+        run = _begin(config, world, device, plan, held)
         with run.log.console, StopRequest() as stop:
             for number in itertools.count():
                 going = resume(config, run.engine, run.layout, world.rank, run.store, device, fresh=not number)
@@ -67,10 +67,12 @@ class _Run:
     stragglers: Stragglers
 
 
-def _begin(config: RunConfig, world: World, device: torch.device, plan: Plan | None) -> _Run:
+def _begin(config: RunConfig, world: World, device: torch.device, plan: Plan | None, held: contextlib.ExitStack) -> _Run:
+    """`held`: what the engine keeps outside of memory goes with it."""
     beat("start")
     folder, layout = RunFolder(config.run.path), layout_of(config, world.size)
     engine = build_engine(config, layout, device)
+    held.callback(engine.close)
     if plan is not None:
         inject(plan, world.rank, folder, lambda: engine.parameters)
     log = RunLog(config, folder, layout, device, silent=world.rank > 0)

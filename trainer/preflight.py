@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
+
 from parallel.world import check_device
 from trainer.checkpoint.of_run import checkpoints_of
 from trainer.config import RunConfig
 from trainer.engines.carry import layout_of
+from trainer.engines.limits import refuse
 from trainer.errors import ConfigError
 from trainer.feed import check_cache, open_feed, places, recipes
 from trainer.runfolder import RunFolder
@@ -16,7 +19,22 @@ from trainer.streamed import set_apart
 
 def preflight(config: RunConfig, ranks: int) -> None:
     """Check a run of `ranks` ranks. Raises ConfigError, DataError, LayoutError or RunError, one line each."""
-    layout_of(config, ranks)
+    _foresee(config, ranks, config.engine.device != "cpu" and torch.cuda.is_available(), here=True)
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')
+    check_device("cuda" if config.parallel.async_tp else config.engine.device)
+    RunFolder(config.run.path).make()
+
+
+def foresee(config: RunConfig, ranks: int) -> None:
+    """The part of it that any machine with the data can check, also one that will carry no rank. Makes nothing."""
+    _foresee(config, ranks, False if config.engine.device == "cpu" else None, here=False)
+
+
+def _foresee(config: RunConfig, ranks: int, cuda: bool | None, here: bool) -> None:
+    """`cuda`, `here`: as an engine's Case has them, all that is known at once: what a run that lacks its GPUs could not do on
+    them either is no reason to give it."""
+    refuse(config, layout_of(config, ranks), cuda, here)
     if config.data.stream:
         set_apart(config, recipes(config.data), places(config.data))
     feed = open_feed(config)
@@ -31,7 +49,3 @@ def preflight(config: RunConfig, ranks: int) -> None:
         RunFolder(config.run.path), config
     ).steps():  # else what it has consumed counts, which its ranks will read
         feed.continued(None)
-    if config.log.wandb and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')
-    check_device("cuda" if config.parallel.async_tp else config.engine.device)
-    RunFolder(config.run.path).make()

@@ -36,7 +36,8 @@ _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 def train_rank(run: RunConfig, place: World) -> int:
     """This process's part of a run, as one rank that no supervisor of ours started; its exit code."""
-    from parallel.world import die_with_parent, join, leave, pick_device
+    from parallel.lifeline import die_with_parent
+    from parallel.world import join, leave, pick_device
 
     if place.master is None:
         device = pick_device(run.engine.device, place)
@@ -130,7 +131,7 @@ def _end(code: int) -> NoReturn:
 def say(error: Exception, rank: int) -> int:
     """Tell what ended this rank; its exit code."""
     text = told(error)
-    if text is None and _lost_peer(error):
+    if text is None and lost_peer(error):
         # Not a word on stderr but one line: the traceback that matters is that of the rank that was lost.
         print(f"rank {rank}: another rank is gone: {str(error).splitlines()[0][:200]}", file=sys.stderr)
         return LOST_PEER
@@ -172,7 +173,7 @@ def outage(error: Exception) -> bool:
     return distant or isinstance(error, StorageError)
 
 
-def _lost_peer(error: Exception) -> bool:
+def lost_peer(error: Exception) -> bool:
     """Whether an error says that the other end of a collective is gone: then the fault is not this rank's."""
     from torch.distributed import DistBackendError, DistNetworkError
 

@@ -104,6 +104,10 @@ class RunFolder:
                     file.close()
                     raise RunError(f"{self.path}: another process is training this run: wait for it, or stop it") from None
                 time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise
+                return file  # a file system without locks: two trainings of one run are then the user's to avoid
 
 
 @contextlib.contextmanager

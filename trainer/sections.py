@@ -187,6 +187,7 @@ class RecoverySection(Section):
     """How ranks are watched and started again; a restart goes on from the newest checkpoint."""
 
     restarts: Natural = Field(8, description="restarts for one cause without progress in between; 0: none")
+    min_nodes: Natural = Field(0, description="nodes with which a submitted run goes on when others are lost; 0: it needs all")
     backoff: float = Field(
         1.0, ge=0, description="seconds before the second restart in a row, doubled from one to the next up to 60"
     )

@@ -1,6 +1,6 @@
 """The benchmark: our step beside others' on the same work, alternating, medians; then start-up and the loop's overhead.
 
-    python tests/bench/run.py [--gpu] [--rounds N] [--only step|startup|overhead] [--ranks 1|2]
+    python tests/bench/run.py [--gpu] [--rounds N] [--only step|engines|startup|overhead] [--ranks 1|2]
 
 Prints Markdown tables with the device, the versions and the commit. Every contender is a fresh process each time, with
 the same number of threads a rank. On CPU they wait side by side and take one step each in turn, so that whatever else
@@ -169,6 +169,43 @@ def prepared(folder, steps):
     return folder / "bench.toml"
 
 
+ENGINES = """
+base = "{base}"
+[engine]
+precision = "bf16"
+[data]
+source = "python-stdlib"
+path = "{data}"
+tokenizer_vocab = 8192
+on_invalid = "skip"
+[train]
+steps = 1000
+global_batch = 16
+context = 1024
+[run]
+folder = "{folder}"
+"""
+
+
+def engines_table(rounds, ranks, gpu):
+    """`mikoshi compare` of the engines, each with its own defaults: on a GPU with GPT-2 124M in bf16."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if gpu:
+            base, data = ROOT / "configs/models/gpt2-124m.toml", ROOT / "build/data/python-stdlib-bench"
+            config = folder / "engines.toml"
+            config.write_text(ENGINES.format(base=base, data=data, folder=folder))
+            subprocess.run(mikoshi("prepare", config), check=True, capture_output=True)
+        else:
+            config = prepared(folder, 1000)
+        command = mikoshi("compare", config, "--engines", "native,deepspeed,megatron", "--rounds", rounds)
+        done = subprocess.run([*command, "--ranks", str(ranks), "--out", str(folder / "out"), "--json"], stdout=subprocess.PIPE)
+        told = folder / "out" / "compare.md"
+        if not told.exists():
+            raise SystemExit(f"mikoshi compare ended with exit code {done.returncode}")
+        print(f"\nengines, {'gpt2-124m, bf16' if gpu else 'cpu, fp32'}, {ranks} rank(s):\n\n{told.read_text()}")
+
+
 def mikoshi(*arguments):
     return [sys.executable, "-P", "-m", "trainer.cli", *map(str, arguments)]
 
@@ -228,7 +265,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["step", "startup", "overhead"])
+    parser.add_argument("--only", choices=["step", "engines", "startup", "overhead"])
     parser.add_argument("--ranks", type=int, choices=[1, 2], help="of the steps; default: both")
     args = parser.parse_args()
     sys.path.insert(0, str(HERE))
@@ -239,8 +276,11 @@ def main():
     if args.gpu:
         if not torch.cuda.is_available():
             raise SystemExit("error: torch sees no CUDA device here")
-        for case in ("gpt2-124m", "gpt2-1.5b"):
-            step_table(case, 1, min(args.rounds, 2), 20, "bf16", ["mikoshi", "hugging_face", "plain"])
+        if args.only in (None, "step"):
+            for case in ("gpt2-124m", "gpt2-1.5b"):
+                step_table(case, 1, min(args.rounds, 2), 20, "bf16", ["mikoshi", "hugging_face", "plain"])
+        if args.only in (None, "engines"):
+            engines_table(args.rounds, 1, gpu=True)
         return
     if args.only in (None, "step"):
         for ranks in (args.ranks,) if args.ranks else (1, 2):
@@ -248,8 +288,10 @@ def main():
             if ranks > 1 and importlib.util.find_spec("deepspeed"):
                 contenders.append("deepspeed")
             elif ranks > 1:
-                print("\ndeepspeed: not installed, skipped (pip install -c constraints.txt -e '.[bench]')")
+                print("\ndeepspeed: not installed, skipped (pip install -c constraints.txt -e '.[deepspeed]')")
             step_table("cpu", ranks, args.rounds, 16, "fp32", contenders)
+    if args.only in (None, "engines"):
+        engines_table(args.rounds, args.ranks or 2, gpu=False)
     if args.only in (None, "startup"):
         startup(min(args.rounds, 3), 2)
     if args.only in (None, "overhead"):

@@ -443,7 +443,7 @@ def killed_and_resumed(mixed, folder, kills, seed):
     return json.loads((folder / "record.json").read_text())["samples"] // 24
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.soak)])
 def test_killed_anywhere_and_resumed_on_other_ranks_the_tokens_are_those_of_one_rank(mixed, tmp_path, kills):
     steps = killed_and_resumed(mixed, tmp_path / "log", kills, seed=kills)
     one = mixed_loader(mixed)

@@ -271,7 +271,7 @@ def test_a_run_without_a_place_to_cut_is_the_same_by_both_backends(gpt2, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", ["a", " ", "ab", "日"])
+@pytest.mark.parametrize("unit", ["日", *(pytest.param(unit, marks=pytest.mark.soak) for unit in ("a", " ", "ab"))])
 def test_a_hundred_megabytes_without_a_break(gpt2, unit):
     text = unit * (100_000_000 // len(unit.encode()))
     (ids,) = gpt2.encode_arrays([text])

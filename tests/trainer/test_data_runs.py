@@ -93,7 +93,7 @@ def test_a_mixture_goes_on_by_any_ranks_as_if_nothing_had_been(fitted, journey):
     assert_same_run(fitted, name, "quiet")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("journey", JOURNEYS)
 def test_a_mixture_of_cut_rows_goes_on_by_any_ranks(cut, journey):
     name = f"journey-{list(JOURNEYS).index(journey)}"
@@ -168,6 +168,7 @@ def far(s3, config_file, *overrides, cache=24_000, **how):
     return run(config_file, "train", *where, *overrides, env=env, **how)
 
 
+@pytest.mark.slow
 def test_a_distant_dataset_through_faults_gives_the_same_run(s3, prepared):
     faults = [Fault(status=500), Fault(send=300, cut=True), None, Fault(delay=0.2), Fault(status=503), None]
     flipped = [None, Fault(flip=700), None, Fault(send=1500, cut=True), None]  # what has no digest is told, not healed

@@ -144,6 +144,7 @@ def test_a_record_that_lies_is_refused_by_name(trained, tmp_path, name, mikoshi)
     assert "SECRET" not in out + errors[0]
 
 
+@pytest.mark.slow
 def test_records_that_lie_run_nothing_and_open_nothing_outside(trained, tmp_path, trap):
     for name in ("config-is-code", "config-names-a-base", "state-is-code"):
         rewrite(trained, RECORDS[name])

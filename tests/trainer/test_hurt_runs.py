@@ -55,6 +55,7 @@ def config_file(dataset, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_save_slower_than_the_steps_between_saves_is_waited_for_and_no_hang(config_file):
     out = ended(begin(config_file, "on_a_slow_disk", 2.5, "run.name=slow", ranks=2))
     assert not events(config_file, "slow", "fault"), out

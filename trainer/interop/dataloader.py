@@ -29,6 +29,7 @@ run that it resumes it goes past what was consumed by itself.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -192,6 +193,12 @@ class TrainingBatches(DataLoader[Any]):
     def micro_batches(self) -> int:
         """Batches of a step."""
         return self._parts.count
+
+    @property
+    def largest(self) -> int:
+        """Rows of data in the largest batch."""
+        rows = math.ceil(self._parts.feed.config.train.global_batch / self._parts.ranks.world)
+        return math.ceil(rows / self._parts.count)
 
     def state_dict(self) -> dict[str, Any]:
         """The record of the data that a checkpoint of `mikoshi train` holds, the same on every rank: plain values, for JSON

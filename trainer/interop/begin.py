@@ -1,0 +1,121 @@
+"""A run that begins with weights from elsewhere: a committed checkpoint of step 0, which `mikoshi train` goes on from.
+
+One tensor is in memory at a time, so that a model larger than the host's memory can be brought in; one process does it, and
+any layout and engine goes on from it, at the beginning of the run's data.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from data.atomic import write_file
+from data.record import make_record
+from trainer.checkpoint import Manifest, Store
+from trainer.checkpoint.manifest import FileEntry, encode, provenance
+from trainer.checkpoint.of_run import checkpoints_of
+from trainer.checkpoint.pieces import bytes_of, write
+from trainer.checkpoint.plan import plan_save
+from trainer.config import RunConfig, to_toml
+from trainer.engines.carry import layout_of
+from trainer.errors import CheckpointError
+from trainer.feed import Feed, open_feed
+from trainer.generate import spread
+from trainer.guard import LossGuard
+from trainer.model.gpt import GPT
+from trainer.optim import Optimizers
+from trainer.runfolder import RunFolder
+
+Weights = Callable[[str], Tensor] | Mapping[str, Tensor]
+"""Whole tensors by canonical name, of any floating type, each asked for once."""
+
+
+def begin_run(config: RunConfig, weights: Weights, optimizer: Weights | None = None, *, source: str) -> str:
+    """Write the checkpoint of step 0 of the run that `config` describes; returns where it is.
+
+    weights: `blocks.0.attn.q.weight`. optimizer: `blocks.0.attn.q.weight.exp_avg`; by default the moments of a run's
+    beginning, zeros. source: where they come from, for messages and the run's events. Raises CheckpointError where the run
+    has checkpoints already or a tensor is missing or of another shape, and then nothing is left; DataError where the run's
+    data is not there; RunError while the run trains.
+    """
+    feed, folder = open_feed(config), RunFolder(config.run.path)
+    folder.make()
+    store = checkpoints_of(folder, config)
+    with folder.lock(patience=0):
+        if steps := store.steps():
+            raise CheckpointError(
+                f"{store.place}: the run has checkpoints already, the newest of step {steps[0]}: give another run.name"
+            )
+        state = expected_state(config)
+        record = {"step": 0, "config": to_toml(config), "data": data_record(config, feed)}
+        record["guard"] = LossGuard(config.guard, None).state()
+        _write(store, state, _reader(weights, optimizer, source), record)
+        write_file(folder.config, to_toml(config).encode())
+        feed.tokenizer.save(folder.tokenizer)
+        folder.event("import", step=0, source=source, optimizer=optimizer is not None)
+    return store.describe(0)
+
+
+def expected_state(config: RunConfig) -> dict[str, Tensor]:
+    """Every tensor of a run's checkpoint under its canonical name, whole and without memory: what an engine itself makes."""
+    with FakeTensorMode():
+        model = GPT(config.model)
+        named = list(model.named_parameters())
+        state = {**{f"model.{name}": p for name, p in named}, **dict(Optimizers(named, config.optim).state())}
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
+
+
+def data_record(config: RunConfig, feed: Feed) -> dict[str, Any]:
+    """How the data of a run go on from its beginning."""
+    layout = layout_of(spread(config, {"tp": 1, "pp": 1}, 1), 1)  # the record is the same in any
+    continued = feed.continued(None)
+    loader = feed.loader(layout, layout.coordinates(0), continued)
+    return make_record(loader, 0, feed.identity, continued.history, lambda numbers: numbers)
+
+
+def _reader(weights: Weights, optimizer: Weights | None, source: str) -> Callable[[str, Tensor], Tensor]:
+    """Gives the tensor of a name of the state. Raises CheckpointError if it cannot be that."""
+
+    def ask(place: Weights, name: str) -> Tensor:
+        try:
+            return place(name) if callable(place) else place[name]
+        except KeyError:
+            raise CheckpointError(f"{source}: it has no {name}: import into the config it was made by") from None
+
+    def read(name: str, like: Tensor) -> Tensor:
+        kind, _, rest = name.partition(".")
+        if kind == "optim" and optimizer is None:
+            return torch.zeros(like.shape, dtype=like.dtype)
+        tensor = ask(weights if kind == "model" or optimizer is None else optimizer, rest)
+        if tensor.shape != like.shape:
+            raise CheckpointError(
+                f"{source}: {rest} is of shape {list(tensor.shape)}, the config's model has {list(like.shape)}: import into "
+                "the config it was made by"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{source}: {rest} is {str(tensor.dtype).removeprefix('torch.')}, not floating point")
+        return tensor.to(like.dtype)
+
+    return read
+
+
+def _write(store: Store, state: dict[str, Tensor], read: Callable[[str, Tensor], Tensor], record: dict[str, Any]) -> None:
+    """Step 0, committed or not there."""
+    share = plan_save(state)
+    store.begin(0)
+    try:
+        files: dict[str, FileEntry] = {}
+        for file in share.files:
+            parts = (bytes_of(read(box.name, state[box.name])) for box in file.boxes)
+            with store.create(0, file.contents.name) as out:
+                digests = write(out, file.contents.header, parts, threading.Event())
+            files[file.contents.name] = {"size": len(file.contents.header) + file.contents.bytes, **digests}
+        store.commit(0, encode(Manifest(record, files, share.tensors, provenance(record, 1))))
+    except BaseException:
+        store.abandon(0)
+        raise

@@ -1,0 +1,56 @@
+"""The weights of a committed checkpoint, a tensor at a time: every byte is verified first, no process group is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer import checkpoint
+from trainer.checkpoint.of_run import checkpoints_of
+from trainer.checkpoint.pieces import dtype_named
+from trainer.checkpoint.restore import Saved, at
+from trainer.checkpoint.store import step_of
+from trainer.config import RunConfig, load_config, parse_config
+from trainer.errors import CheckpointError
+from trainer.runfolder import open_run
+
+
+@dataclass(frozen=True)
+class Committed:
+    """A checkpoint whose every byte is as it was written. read: a parameter by its canonical name, whole, on the CPU. passed:
+    why newer ones of the run were not taken."""
+
+    saved: Saved
+    manifest: checkpoint.Manifest
+    config: RunConfig
+    read: Callable[[str], Tensor]
+    passed: tuple[str, ...] = ()
+
+
+def open_committed(place: Path) -> Committed:
+    """The checkpoint at a step's folder, or the newest valid one of a run. Raises CheckpointError or RunError."""
+    passed: list[str] = []
+    if step_of(place.name) is not None:
+        saved = at(place)
+        manifest = checkpoint.verify(saved)
+    else:
+        folder = open_run(place)
+        found = checkpoint.newest_valid(checkpoints_of(folder, load_config(folder.path), reader=True), set_aside=False)
+        if found is None:
+            raise CheckpointError(f"{place}: there is no checkpoint yet: train first, or wait for one")
+        saved, manifest, passed = found
+
+    def read(name: str) -> Tensor:
+        entry = manifest.tensors.get(f"model.{name}")
+        if entry is None:
+            raise CheckpointError(f"{saved}: it has no model.{name}, which its config's model needs")
+        tensor = torch.empty(entry["shape"], dtype=dtype_named(entry["dtype"]))
+        checkpoint.load(saved, manifest, {f"model.{name}": tensor})
+        return tensor
+
+    config = parse_config(manifest.record.get("config", ""), str(saved))
+    return Committed(saved, manifest, config, read, tuple(passed))
