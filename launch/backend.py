@@ -22,7 +22,7 @@ class JobState:
 class Backend(Protocol):
     """Of the machine from which a run is submitted. All raise LaunchError: one line, with what to do."""
 
-    def check(self, request: Request) -> None:
+    def check(self, run: Submitted, request: Request) -> None:
         """Refuse what the cluster could never run: not reachable, no such partition, more nodes than it has."""
         ...
 

@@ -88,7 +88,15 @@ def all_runs(folder: Path) -> list[Path]:
         raise LaunchError(
             f"--folder {named(folder)}: cannot be read: {error.strerror}; give the folder that runs are kept in"
         ) from None
-    return [path for path in found if (path / "spec.json").is_file() or (path / "config.toml").is_file()]
+    return [path for path in found if _may_be_run(path)]
+
+
+def _may_be_run(path: Path) -> bool:
+    """Also where somebody else's rights keep this from being known: look() then says so."""
+    try:
+        return (path / "spec.json").is_file() or (path / "config.toml").is_file()
+    except OSError:
+        return path.is_dir()
 
 
 def look(paths: Sequence[Path], now: float) -> Board:
@@ -100,6 +108,8 @@ def look(paths: Sequence[Path], now: float) -> Board:
             known.append(_known(path))
         except LaunchError as error:
             notes.append(str(error))
+        except OSError as error:  # somebody else's, or removed meanwhile
+            notes.append(f"{named(path)}: cannot be read: {error.strerror}")
     notes += [one.note for one in known if one.note]
     jobs = _ask([one for one in known if one.open], notes)
     rows = []
@@ -108,6 +118,8 @@ def look(paths: Sequence[Path], now: float) -> Board:
             rows.append(_plain_row(one, now) if one.spec is None else _row(one, one.spec, jobs.get(one.path), now))
         except LaunchError as error:
             notes.append(str(error))
+        except OSError as error:  # somebody else's, or removed meanwhile
+            notes.append(f"{named(one.path)}: cannot be read: {error.strerror}")
     return Board(tuple(sorted(rows, key=lambda row: (-row.created, row.name))), tuple(dict.fromkeys(notes)))
 
 
@@ -162,7 +174,8 @@ def newest_attempt(path: Path) -> Attempt | None:
         numbers = [int(name.name) for name in (path / "attempts").iterdir() if name.name.isdigit()]
     except OSError:
         return None
-    return Attempt(path / "attempts" / str(max(numbers))) if numbers else None
+    newest = (Attempt(path / "attempts" / str(number)) for number in sorted(numbers, reverse=True))
+    return next((attempt for attempt in newest if attempt.asked_for), None)
 
 
 def _ask(known: Sequence[_Known], notes: list[str]) -> dict[Path, JobState]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,11 @@ from trainer.sections import Count, Natural, Section
 from trainer.tomlfile import override, read, validate
 
 OWN = Path("configs/clusters")
-SHIPPED = Path(__file__).parent.parent / OWN
+SHIPPED = next(
+    (place for place in (Path(__file__).parent.parent / OWN, Path(sysconfig.get_path("data"), "share/mikoshi/clusters"))
+     if place.is_dir()), OWN,
+)  # fmt: skip
+"""In a checkout, or where an installation without one has put them."""
 
 
 class NetworkSection(Section):

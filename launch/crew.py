@@ -17,7 +17,7 @@ from launch.backend import Site
 from launch.cluster import Base
 from launch.link import Link
 from launch.requests import Requests
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, OutageError
 from trainer.sections import RecoverySection
 
 LOOK = 0.05
@@ -42,8 +42,10 @@ class Crew:
 
     def __init__(
         self, site: Site, cluster: Base, policy: RecoverySection, requests: Requests, log: Callable[[str], Path],
-        workdir: Path, env: dict[str, str],
+        workdir: Path, env: dict[str, str], witness: Path | None = None,
     ) -> None:  # fmt: skip
+        """witness: a file that every node must see, for what is written beside it to be the same on all."""
+        self.witness = str(witness) if witness else ""
         self.site, self.cluster, self.policy, self.requests = site, cluster, policy, requests
         self.log, self.workdir, self.env = log, workdir, env
         self.names = site.nodes()
@@ -79,8 +81,9 @@ class Crew:
 
     def gather(self, wanted: int, least: int, patience: float, rejoin: float, first: bool) -> list[str]:
         """Reach for nodes until `wanted` are up, or `rejoin` seconds are over and `least` of them are; those that are up, or as
-        many as there are when a signal asks to stop. first: those that are still coming up are waited for. Raises LaunchError
-        when there are fewer than `least` after `patience` seconds."""
+        many as there are when a signal asks to stop. first: those that are still coming up are waited for. When there are fewer
+        than `least` after `patience` seconds, raises OutageError where some are up, else LaunchError: no node can do what the
+        cluster file says."""
         began = time.monotonic()
         while True:
             if self.avoided and len(self.up) < least:  # better one that has failed than none
@@ -91,14 +94,13 @@ class Crew:
             passed, up = time.monotonic() - began, self.up
             if len(up) >= wanted or self.requests.asked:
                 return up
-            coming = first and len(self.links) >= wanted and passed < patience
+            coming = first and passed < patience and any(n not in self.hello and n not in self.why for n in self.links)
             if len(up) >= least and passed >= rejoin and not coming:
                 return up
             if passed > patience:
                 lines = "; ".join(f"{name}: {why}" for name, why in self.why.items()) or "no node answers"
-                raise LaunchError(
-                    f"{len(up)} of {wanted} nodes are up after {patience:g} s ({lines}); {least} are needed at least"
-                )
+                told = f"{len(up)} of {wanted} nodes are up after {patience:g} s ({lines}); {least} are needed at least"
+                raise (OutageError if up else LaunchError)(told)
 
     def reach(self) -> None:
         """Start the agents of nodes that have none, unless they have just failed."""
@@ -109,7 +111,8 @@ class Crew:
             link = Link(name, self.site.command(name), self.log(name))
             link.send(
                 {
-                    "do": "greet", "workdir": str(self.workdir), "env": self.env, "ranks": self.cluster.ranks,
+                    "do": "greet", "workdir": str(self.workdir), "witness": self.witness, "env": self.env,
+                    "ranks": self.cluster.ranks,
                     "policy": self.policy.model_dump(mode="json"), "interface": self.cluster.network.interface,
                     "fence": _FENCE * self.cluster.patience.lost, "opens": name == self.names[0],
                 }
@@ -186,6 +189,8 @@ class Crew:
         until = time.monotonic() + patience
         while time.monotonic() < until and any((name, number) not in self._probed and name in self.links for name in names):
             self.listen(LOOK)
+            if self.requests.asked:
+                break
         silence = {"error": f"no answer within {patience:g} s"}
         return {name: self._probed.pop((name, number), silence) for name in names}
 

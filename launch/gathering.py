@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.backend import Site, open_site
-from launch.cluster import Cluster, KubernetesCluster, SlurmCluster, SshCluster
+from launch.cluster import Cluster, KubernetesCluster, LocalCluster, SlurmCluster, SshCluster
 from launch.course import Course, Errand
 from launch.crew import Crew
+from launch.local import LocalSite
 from launch.private_env import chosen
 from launch.record import Attempt, Request, Submitted, new_spec
 from launch.requests import Requests
+from launch.setup import write_setup
 from launch.supervisor import asked
 from trainer.config import RunConfig
 from trainer.errors import LaunchError
@@ -50,7 +52,13 @@ class Gathered:
     def probe(self, question: dict[str, Any], patience: float) -> dict[str, dict[str, Any]]:
         """The answer of every node, asked at the same time; {"error": why} of one that gave none."""
         told = self.crew.probe(question, patience)
+        self.go_on()
         return {name: told.get(name, {"error": self.crew.why.get(name, "lost")}) for name in self.names}
+
+    def go_on(self) -> None:
+        """Raises KeyboardInterrupt where a signal has asked to stop: nodes that were cut short are not ill."""
+        if self.crew.requests.asked:
+            raise KeyboardInterrupt
 
     def ranks(
         self, nodes: list[str], per_node: int, work: str, arguments: dict[str, Any], patience: float
@@ -59,6 +67,7 @@ class Gathered:
         errand = Errand(work, arguments, ranks=per_node, patience=patience)
         ended = Course(self.crew, self.number, nodes, errand).run()
         self.number += 1
+        self.go_on()
         wrong = {rank: code for rank, code in ended.codes.items() if code}
         if ended.lost or wrong or len(ended.codes) < ended.ranks:
             where = [f"{node}: {why}" for node, why in ended.lost.items()]
@@ -72,15 +81,21 @@ def gathered(cluster: Cluster, count: int, workdir: Path) -> Iterator[Gathered]:
     """Agents on `count` nodes of the cluster, or on all hosts of an ssh cluster; gone at the end. Raises LaunchError."""
     if isinstance(cluster, KubernetesCluster):
         raise LaunchError(
-            "doctor: pods cannot be looked at from outside: run `mikoshi doctor --on local` in one, or --dry-run a submission, "
-            "which the server checks"
+            "doctor: pods cannot be looked at from outside: run `mikoshi doctor --on local` in one; "
+            "`mikoshi submit --dry-run` has the server check what would be submitted"
         )
     wanted = len(cluster.hosts) if isinstance(cluster, SshCluster) else count
-    folder = Path(tempfile.mkdtemp(prefix=".mikoshi-doctor-", dir=workdir))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=".mikoshi-doctor-", dir=workdir))
+    except OSError as error:
+        raise LaunchError(
+            f"workdir = {str(workdir)!r}: cannot be written to: {error.strerror}: mend it in the cluster file"
+        ) from None
     try:
         run = Submitted(RunFolder(folder), new_spec(RunConfig.model_validate(_NOTHING), cluster, workdir))
         attempt = Attempt(folder / "attempts" / "1")
         attempt.path.mkdir(parents=True)
+        write_setup(run)
         attempt.write(Request(nodes=wanted, min_nodes=1, time=time.time()))
         with _allocated(cluster, run, attempt) as site:
             requests = Requests(5.0)
@@ -96,13 +111,19 @@ def gathered(cluster: Cluster, count: int, workdir: Path) -> Iterator[Gathered]:
 
 def _up(crew: Crew, cluster: Cluster, wanted: int) -> Gathered:
     """The nodes that have answered when all have, or the others have failed."""
-    crew.gather(wanted, 0, cluster.patience.start, _FIRST, first=True)
-    return Gathered(crew, crew.up, {name: why for name, why in crew.why.items() if name not in crew.hello})
+    up = crew.gather(wanted, 0, cluster.patience.start, _FIRST, first=True)
+    missing = {name: crew.why.get(name, "it has not come up yet") for name in crew.names if name not in up}
+    nodes = Gathered(crew, up, missing)
+    nodes.go_on()
+    return nodes
 
 
 @contextlib.contextmanager
 def _allocated(cluster: Cluster, run: Submitted, attempt: Attempt) -> Iterator[Site]:
     """The site; of Slurm, nodes of a job that lasts as long as they are looked at."""
+    if isinstance(cluster, LocalCluster):
+        yield LocalSite(cluster, run, attempt, led=False)
+        return
     if not isinstance(cluster, SlurmCluster):
         yield open_site(cluster, run, attempt)
         return

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -23,17 +24,19 @@ import psutil
 
 from data.atomic import write_file
 from launch.backend import open_site
+from launch.cluster import KubernetesCluster
 from launch.course import Course, Errand
-from launch.crew import Crew
+from launch.crew import LOOK, Crew
 from launch.ended import Ended
-from launch.policy import BLAMED, Fault, Verdict, bad_node
-from launch.private_env import PRIVATE, read_private
+from launch.entitled import given, job_here, next_attempt
+from launch.policy import BLAMED, Fault, Verdict, bad_node, pause_before
+from launch.private_env import PRIVATE, applied, read_private
 from launch.record import Attempt, Request, Result, Started, Status, Submitted, open_submitted
 from launch.rendezvous import loopback_interface
 from launch.requests import Requests
-from launch.supervisor import asked, persist, tell
+from launch.supervisor import asked, pause, persist, tell
 from parallel.errors import LayoutError
-from trainer.errors import USER_ERRORS, LaunchError
+from trainer.errors import USER_ERRORS, LaunchError, OutageError
 from trainer.exit_codes import DONE, FAULT, PREEMPTED, USER_ERROR
 from trainer.runfolder import read_jsonl
 
@@ -52,12 +55,8 @@ def main() -> None:
     """Entry point; exits with the attempt's code."""
     requests = Requests(float("inf"))  # from the first moment on, a signal is a request
     with asked(requests):
-        arguments = sys.argv[1:]
-        if arguments[:1] == ["--list"]:
-            folders = json.loads(Path(arguments[1]).read_text(encoding="utf-8"))
-            arguments = [folders[int(os.environ["SLURM_ARRAY_TASK_ID"])]]
         try:
-            code = lead(Path(arguments[0]), requests)
+            code = lead(given(sys.argv[1:]), requests)
         except USER_ERRORS as error:
             tell(f"error: {error}")
             code = USER_ERROR
@@ -71,7 +70,7 @@ def lead(folder: Path, requests: Requests) -> int:
     exit code. Raises LaunchError where there is no such run, or nothing of it was asked for."""
     run = open_submitted(folder)
     requests.start(run.spec.config.recovery.grace)
-    attempt = next_attempt(run)
+    attempt = next_attempt(run, job_here(run))
     _print_to(attempt.head_log)
     _many_files()
     site: Site | None = None
@@ -88,35 +87,34 @@ def lead(folder: Path, requests: Requests) -> int:
         result = Result(state="failed", code=FAULT, why=why, time=time.time())
     if site is not None:
         result = site.after(run, attempt, result)
-    with contextlib.suppress(FileNotFoundError):  # the folder was removed, and the run with it
+    try:
         attempt.write(result)
+    except FileNotFoundError:  # the folder was removed, and the run with it
+        pass
+    except OSError as error:
+        tell(f"error: {attempt.path / 'result.json'}: cannot be written: {error.strerror}")
     tell(f"{result.state}: {result.why}{f'; {result.next}' if result.next else ''}")
     return result.code
 
 
-def next_attempt(run: Submitted) -> Attempt:
-    """The newest attempt if it has not been started, else another like it, without the nodes that were bad."""
-    if not run.attempts:
-        raise LaunchError(f"{run.folder.path}: nothing of this run was asked for: `mikoshi resume` does so")
-    newest = run.attempts[-1]
-    if newest.started is None:
-        return newest
-    before, ended = newest.request, newest.result
-    avoid = [*before.exclude, *(node for node in (ended.bad_nodes if ended else []) if node not in before.exclude)]
-    again = run.add(before.model_copy(update={"cause": "requeue", "exclude": avoid, "time": time.time()}))
-    again.write_job(newest.job)
-    return again
+def _witness(run: Submitted) -> Path | None:
+    """What all nodes must see of the run's folder; nothing where pods have a disk each, and a bucket for what they save."""
+    cluster = run.spec.cluster
+    apart = isinstance(cluster, KubernetesCluster) and not cluster.claim
+    return None if apart else run.folder.path.absolute() / "spec.json"
 
 
 @dataclass
 class Lead:
-    """What the head knows of its attempt. names: nodes of the ranks that run; faults: since the last save."""
+    """What the head knows of its attempt. names: nodes of the ranks that run; set: those that settings were written down for;
+    faults: since the last save."""
 
     run: Submitted
     attempt: Attempt
     crew: Crew
     request: Request
     names: list[str] = field(default_factory=list)
+    set: list[str] = field(default_factory=list)
     struck: float = 0.0
     gone: int = 0
     faults: list[Fault] = field(default_factory=list)
@@ -202,10 +200,28 @@ class Lead:
             tell(f"{node}: {BLAMED} faults in a row there: the run goes on without it")
 
     def unsound(self) -> list[str]:
-        """Nodes that another attempt had better avoid, by the scheduler's names for them."""
+        """Nodes that another attempt had better avoid, by the scheduler's names for them; none where that would be all."""
         since = [e for e in read_jsonl(self.run.folder.events) if e.get("event") == "save" and e.get("time", 0) > self.struck]
         bad = [name for name in self.bad if name not in self.names or not since]
+        if not set(self.crew.names) - set(bad):
+            return []
         return [self.crew.known.get(name, {}).get("node") or name for name in bad]
+
+    def give_up(self, error: ValueError) -> int:
+        """The exit code where `error` keeps the ranks from starting. It is the user's mistake only at the very first start:
+        what was in order then is an outage now, of nodes which are bad."""
+        if isinstance(error, OutageError):
+            up = self.crew.up
+            self.bad += [name for name in self.crew.why if name not in (*up, *self.bad)]
+        elif self.request.cause != "submit" and not self.names and self.run.spec.cluster.kind == "slurm":
+            self.bad.append(self.crew.names[0])  # this one: others may have what it lacks
+        outage = self.names or self.request.cause != "submit" or isinstance(error, OutageError)
+        return FAULT if outage else USER_ERROR
+
+    def idle(self) -> None:
+        """A moment in which there is nothing to do but to hear from nodes and to give a sign of life."""
+        self.crew.listen(LOOK)
+        self.tick()
 
     @property
     def _device(self) -> str:
@@ -223,7 +239,8 @@ class Lead:
             for name, hello in self.crew.hello.items()
             if name in names
         }
-        if not self.attempt.settings.exists():
+        if names != self.set:
+            self.set = names
             write_file(self.attempt.settings, json.dumps(records(chosen[names[0]]), indent=2).encode())
             for line in check_order(spec.config.parallel, ranks, len(names)):
                 tell(f"warning: {line}")
@@ -242,11 +259,17 @@ class Lead:
             )
 
     def _there(self) -> None:
-        """A run whose folder was removed is ended: nobody could ask it to stop any more, nor find what it makes."""
-        there = (self.run.folder.path / "spec.json").exists()
-        self.gone = 0 if there else self.gone + 1
+        """A run whose folder was removed is ended: nobody could ask it to stop any more, nor find what it makes. So is this
+        attempt where somebody, who took it for dead, has begun another."""
+        follower = self.attempt.path.with_name(str(self.attempt.number + 1)) / "request.json"
+        try:
+            there, followed = (self.run.folder.path / "spec.json").exists(), follower.exists()
+        except OSError:  # a network's file system that does not answer tells nothing
+            return
+        self.gone = self.gone + 1 if followed or not there else 0
         if self.gone == _GONE:
-            tell(f"error: {self.run.folder.path} was removed: the run is ended")
+            told = f"{follower.parent} is another attempt" if followed else f"{self.run.folder.path} was removed"
+            tell(f"error: {told}: this one is ended")
             for _ in range(2):  # as the second Ctrl-C does: at once
                 self.crew.requests.ask(signal.SIGINT)
 
@@ -271,25 +294,47 @@ def _carried(run: Submitted, attempt: Attempt, site: Site, requests: Requests) -
         )
         run.folder.event("attempt", number=attempt.number, cause=request.cause, nodes=site.nodes())
         env = read_private(run.folder.path / PRIVATE)
-        crew = Crew(site, spec.cluster, spec.config.recovery, requests, attempt.node_log, Path(spec.workdir), env)
+        crew = Crew(
+            site, spec.cluster, spec.config.recovery, requests, attempt.node_log, Path(spec.workdir), env, _witness(run)
+        )  # fmt: skip
         lead = Lead(run, attempt, crew, request)
         crew.tick = lead.tick
         crew.reach()  # they import, while this process looks at the data
-        from trainer.preflight import foresee
-
-        foresee(spec.config, request.nodes * spec.cluster.ranks)  # what this machine has is not what the nodes have
+        with applied(env | spec.cluster.env):
+            _foreseen(lead)
         run.folder.make()
         again = request.cause != "submit"
-        code = persist(lead.carry, requests, run.folder, spec.config.recovery, lead.note, again)
+        code = persist(lead.carry, requests, run.folder, spec.config.recovery, lead.note, again, lead.idle)
     except USER_ERRORS as error:
-        code, why = USER_ERROR, str(error)
-        if lead is not None and lead.names:  # it ran: what is missing now is nodes, which is nobody's mistake
-            code = FAULT
+        code, why = (lead.give_up(error) if lead is not None else USER_ERROR), str(error)
         tell("\n".join(f"error: {line}" for line in why.splitlines()))
     finally:
         if crew is not None:
             crew.close()
     return _result(attempt, code, why or (lead.why if lead else ""), lead)
+
+
+def _foreseen(lead: Lead) -> None:
+    """Look at layout, data and tokenizer before any rank does. Storage that does not answer is asked again, as often and after
+    as long as ranks that fail are started again. Raises OutageError where it never does, else what foresee() raises."""
+    from trainer.preflight import foresee
+    from trainer.rank import outage
+
+    spec, policy = lead.run.spec, lead.run.spec.config.recovery
+    for number in itertools.count(1):
+        try:
+            foresee(spec.config, lead.request.nodes * spec.cluster.ranks)  # what this machine has is not what the nodes have
+            return
+        except Exception as error:
+            if not outage(error):
+                raise
+            if lead.crew.requests.asked:
+                return
+            if number > policy.restarts:
+                raise OutageError(str(error)) from None
+            seconds = pause_before(number + 1, policy.backoff)
+            tell(f"{error}; asked again in {seconds:g} s")
+            pause(seconds, lead.crew.requests, lead.idle)
 
 
 def _result(attempt: Attempt, code: int, why: str, lead: Lead | None) -> Result:

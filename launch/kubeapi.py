@@ -133,11 +133,12 @@ class Api:
         return made
 
     def delete(self, namespace: str, name: str) -> dict[str, str]:
-        """Delete a JobSet with all that it owns; its labels, or none if it was gone."""
+        """Delete a JobSet after all that it owns: as long as it is there, a pod of it may still save. Its labels, or none if it
+        was gone."""
         path = f"/apis/{_GROUP}/{_VERSION}/namespaces/{namespace}/{_PLURAL}/{name}"
         try:
             labels: dict[str, str] = self._call("GET", path)["metadata"].get("labels", {})
-            self._call("DELETE", path, {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Background"})
+            self._call("DELETE", path, {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"})
         except Refused as error:
             if error.status == 404:
                 return {}
@@ -149,9 +150,10 @@ class Api:
         options = {"apiVersion": "v1", "kind": "DeleteOptions", "gracePeriodSeconds": 0}
         self._call("DELETE", f"/api/v1/namespaces/{namespace}/pods", options, {"labelSelector": selector})
 
-    def log(self, namespace: str, pod: str, follow: bool) -> Iterator[str]:
-        """The lines that a pod's container has printed; with follow, also those that it goes on to print."""
+    def log(self, namespace: str, pod: str, follow: bool, last: int | None) -> Iterator[str]:
+        """The (last) lines that a pod's container has printed; with follow, also those that it goes on to print."""
         path, query = f"/api/v1/namespaces/{namespace}/pods/{pod}/log", {"container": "mikoshi", "follow": str(follow).lower()}
+        query |= {} if last is None else {"tailLines": str(last)}
         with self._asked("GET", path, None, query, (_TIMEOUT[0], None if follow else _TIMEOUT[1])) as answer:
             rest = b""
             for piece in answer.stream(1 << 16):

@@ -44,7 +44,8 @@ class KubernetesBackend:
 
     cluster: KubernetesCluster
 
-    def check(self, request: Request) -> None:
+    def check(self, run: Submitted, request: Request) -> None:
+        refuse_mistakes(run)
         cluster, api = self.cluster, connect(self.cluster)
         api.namespace(cluster.namespace)
         api.jobsets(cluster.namespace, _OURS, limit=1)
@@ -52,16 +53,20 @@ class KubernetesBackend:
             api.claim(cluster.namespace, cluster.claim)
         for name in cluster.secret_refs:
             api.secret(cluster.namespace, name)
+        self.rehearse(run, request)
+
+    def rehearse(self, run: Submitted, request: Request) -> None:
+        """Have the server check in full what would be submitted; it keeps nothing. Raises LaunchError."""
+        api = connect(self.cluster)
+        for thing in jobset(run, request, _next(run, request), self._private()):
+            api.create(thing, rehearsal=True)
 
     def preview(self, run: Submitted, request: Request) -> str:
         return to_yaml(jobset(run, request, _next(run, request)))
 
     def submit(self, run: Submitted, attempt: Attempt) -> dict[str, str]:
-        refuse_mistakes(run)
         api, name = connect(self.cluster), job_name(run, attempt.number)
         leader, *others = jobset(run, attempt.request, attempt.number, self._private())
-        for thing in (leader, *others):
-            api.create(thing, rehearsal=True)
         made = api.create(leader)
         try:
             # What the JobSet owns goes when it goes. Its pods wait until both are there.
@@ -108,19 +113,26 @@ class KubernetesBackend:
             api.kill_pods(job["namespace"], ",".join(f"{key}={labels[key]}" for key in (RUN_LABEL, ATTEMPT_LABEL)))
 
 
-def log_lines(cluster: KubernetesCluster, job: dict[str, str], node: int = 0, follow: bool = False) -> Iterator[str]:
-    """What the container of a node has printed (0: the one that leads), line by line; with follow, until it ends. Logs of
-    ranks are files of the run folder. Raises LaunchError where there is no such pod (any more)."""
+class NoPodError(LaunchError):
+    """There is no such pod, yet or any more."""
+
+
+def log_lines(
+    cluster: KubernetesCluster, job: dict[str, str], node: int = 0, follow: bool = False, lines: int | None = None
+) -> Iterator[str]:
+    """What the container of a node has printed (0: the one that leads), line by line; with follow, until it ends; `lines`: of
+    what is there already the last ones. Logs of ranks are files of the run folder. Raises LaunchError where there is no such
+    pod (any more)."""
     api = connect(cluster)
     name, index = ("head", 0) if node == 0 else ("nodes", node - 1)
     selector = f"jobset.sigs.k8s.io/jobset-name={job['jobset']},{_HEAD}={name},{_INDEX}={index}"
-    pods = api.pods(job["namespace"], selector)
+    pods = [pod for pod in api.pods(job["namespace"], selector) if pod.get("status", {}).get("phase") != "Pending"]
     if not pods:
-        raise LaunchError(
+        raise NoPodError(
             f"{job['jobset']}: no pod of node {node}: it has not come up, or is deleted; see the run folder's logs"
         )
     newest = max(pods, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")))
-    return api.log(job["namespace"], newest["metadata"]["name"], follow)
+    return api.log(job["namespace"], newest["metadata"]["name"], follow, lines)
 
 
 def _next(run: Submitted, request: Request) -> int:

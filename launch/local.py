@@ -17,13 +17,12 @@ from pathlib import Path
 
 import psutil
 
-from data.atomic import write_file
 from launch.backend import JobState
 from launch.cluster import LocalCluster, SshCluster
 from launch.private_env import PRIVATE, chosen, write_private
 from launch.record import Attempt, Request, Result, Submitted
-from launch.setup import SETUP
-from launch.ssh import check_hosts, hosts, node_command, setup_file
+from launch.setup import SETUP, setup_file, write_setup
+from launch.ssh import check_hosts, hosts, node_command
 from trainer.errors import LaunchError
 
 _SAME = 2.0  # seconds that a time of start may be read differently by
@@ -37,12 +36,12 @@ class LocalBackend:
 
     cluster: LocalCluster | SshCluster
 
-    def check(self, request: Request) -> None:
+    def check(self, run: Submitted, request: Request) -> None:
         """Refuse more nodes than there are, hosts that cannot be reached, and interpreters without this Mikoshi."""
         if isinstance(self.cluster, SshCluster):
-            check_hosts(self.cluster, request)
+            check_hosts(self.cluster, run, request)
         else:
-            _check_here(self.cluster, request)
+            _check_here(self.cluster, run, request)
 
     def preview(self, run: Submitted, request: Request) -> str:
         """The commands, as a shell would have them."""
@@ -55,8 +54,7 @@ class LocalBackend:
 
     def submit(self, run: Submitted, attempt: Attempt) -> dict[str, str]:
         """Start the head, detached. Its process is found again by its id and its start, however the clock is set meanwhile."""
-        if self.cluster.setup:
-            write_file(setup_file(run), self.cluster.setup.encode("utf-8", "surrogateescape") + b"\n")
+        write_setup(run)
         write_private(run.folder.path / PRIVATE, chosen(self.cluster, os.environ))
         head = self._head(run)
         try:
@@ -108,31 +106,33 @@ class LocalSite:
     cluster: LocalCluster
     run: Submitted
     attempt: Attempt
+    led: bool = True
 
     def nodes(self) -> list[str]:
         """This machine, unless it is to be avoided."""
-        return [name for name in [socket.gethostname()] if name not in self.attempt.request.exclude]
+        return [name for name in [socket.gethostname()] if name not in self.attempt.request.avoided]
 
     def command(self, node: str) -> list[str]:
-        """launch.node, with the setup that the head has had already."""
-        return [self.cluster.python or sys.executable, "-P", "-m", "launch.node"]
+        """launch.node, after the setup lines, which a head has had already."""
+        argv = [self.cluster.python or sys.executable, "-P", "-m", "launch.node"]
+        return ["bash", "-c", SETUP, str(setup_file(self.run)), *argv] if self.cluster.setup and not self.led else argv
 
     def after(self, run: Submitted, attempt: Attempt, result: Result) -> Result:
         """Nothing follows by itself: there is no queue."""
         return result
 
 
-def _check_here(cluster: LocalCluster, request: Request) -> None:
+def _check_here(cluster: LocalCluster, run: Submitted, request: Request) -> None:
     name = socket.gethostname()
     if request.nodes > 1:
         raise LaunchError(
             f"{request.nodes} nodes asked for, and this machine is one: --nodes 1, or a cluster of kind ssh or slurm"
         )
-    if name in request.exclude:
-        raise LaunchError(f"{name} is to be avoided, and there is no other machine: take a cluster of another kind")
-    workdir = Path(cluster.workdir or ".")
+    if name in request.avoided:
+        raise LaunchError(f"{name} is to be avoided, and there is no other machine: `--include-node {name}` takes it back")
+    workdir = Path(run.spec.workdir)
     if not workdir.is_dir():
-        raise LaunchError(f"workdir = {cluster.workdir!r}: no such folder: mend it in the cluster file")
+        raise LaunchError(f"workdir = {run.spec.workdir!r}: no such folder: mend it in the cluster file")
     if not cluster.python or cluster.setup:  # what the setup lines bring is not there yet
         return
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -195,15 +195,25 @@ def _container(run: Submitted, name: str, command: list[str]) -> Object:
 
 
 def _placed(run: Submitted, request: Request | None, labels: Mapping[str, str]) -> Object:
-    """Where pods may go and as whom: one a node, never on one that is excluded, never as root."""
+    """Where pods may go and as whom: one a node, never on one that is excluded, on a bad one only where
+    there is no other, never as root."""
     cluster = _kubernetes(run)
     apart = [{"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": "kubernetes.io/hostname"}]
     affinity: Object = {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": apart}}
-    if request is not None and (avoided := _avoided(run, request)):
+    if request is not None:
         # By its name a node is known for sure, by no label; the server takes one name in each of these.
-        never = [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in avoided]
-        required = {"nodeSelectorTerms": [{"matchFields": never}]}
-        affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": required}
+        never, rather_not = (
+            [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in _names(run, given)]
+            for given in (request.exclude, request.bad)
+        )
+        nodes: Object = {}
+        if never:
+            nodes["requiredDuringSchedulingIgnoredDuringExecution"] = {"nodeSelectorTerms": [{"matchFields": never}]}
+        if rather_not:
+            preferred = [{"weight": 100, "preference": {"matchFields": rather_not}}]
+            nodes["preferredDuringSchedulingIgnoredDuringExecution"] = preferred
+        if nodes:
+            affinity["nodeAffinity"] = nodes
     placed: Object = {
         "affinity": affinity,
         "automountServiceAccountToken": False,
@@ -224,9 +234,9 @@ def _placed(run: Submitted, request: Request | None, labels: Mapping[str, str]) 
     return placed
 
 
-def _avoided(run: Submitted, request: Request) -> list[str]:
-    """The nodes to avoid. What no node can be called, and pods of this run whose node was never heard of, is left out."""
-    names = [name for name in dict.fromkeys(request.exclude) if run.spec.id[:12] not in name]
+def _names(run: Submitted, given: Sequence[str]) -> list[str]:
+    """Of nodes to avoid. What no node can be called, and pods of this run whose node was never heard of, is left out."""
+    names = [name for name in dict.fromkeys(given) if run.spec.id[:12] not in name]
     return [name for name in names if len(name) <= 253 and all(map(_DNS.fullmatch, name.split(".")))]
 
 

@@ -24,6 +24,7 @@ from launch.requests import Requests
 from trainer.stop import ASKING
 
 _BEAT = 0.5
+_SHOWN = 10.0
 _LAST = 20.0
 """Seconds for the ranks' end once the leader is gone; then this process ends all the same, and they with it."""
 
@@ -167,6 +168,7 @@ class Agent:
     def _greet(self, message: dict[str, Any]) -> None:
         self.greeting = message
         os.chdir(message["workdir"])
+        _see(message["witness"])
         from launch.network import RESOLVER
 
         os.environ.update(message["env"])
@@ -222,6 +224,17 @@ class Agent:
         ended = ranks.run()
         self.ranks = None
         self.channel.send(ended=ended.model_dump(mode="json"), attempt=task["attempt"])
+
+
+def _see(witness: str) -> None:
+    """End where a file of the leader's is not on this node: ranks here would save where nobody looks. A network's file system
+    may take a moment."""
+    until = time.monotonic() + _SHOWN
+    while witness and not Path(witness).exists():
+        if time.monotonic() > until:
+            print(f"{witness} is not there: its folder is not shared with this node", file=sys.stderr, flush=True)
+            os._exit(1)
+        time.sleep(0.2)
 
 
 def main() -> None:

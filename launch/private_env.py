@@ -6,9 +6,10 @@ seen by every user of the machine, or be kept by the scheduler.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from data.atomic import flush, partial_path
@@ -26,6 +27,22 @@ def chosen(cluster: Base, environ: Mapping[str, str]) -> dict[str, str]:
     if absent:
         raise LaunchError(f"secrets: {', '.join(absent)}: not set where you submit: export {absent[0]}=… first")
     return {**{name: environ[name] for name in cluster.secrets}, **cluster.env}
+
+
+@contextlib.contextmanager
+def applied(values: Mapping[str, str]) -> Iterator[None]:
+    """Have this process see variables, for as long as it looks at what its ranks will look at: what it starts later on is not
+    to inherit them."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def write_private(path: Path, values: Mapping[str, str]) -> None:

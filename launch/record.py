@@ -54,13 +54,20 @@ class Spec(Section):
 
 
 class Request(Section):
-    """request.json. nodes: how many; min_nodes: with how few the run goes on when some are lost."""
+    """request.json. nodes: how many; min_nodes: with how few the run goes on when some are lost. exclude: nodes that people
+    have named; bad: those that were found bad, which are used all the same where there are too few others."""
 
     nodes: Count
     min_nodes: Count
     exclude: list[Host] = Field([])
+    bad: list[Host] = Field([])
     cause: Literal["submit", "resume", "requeue"] = "submit"
     time: float
+
+    @property
+    def avoided(self) -> list[str]:
+        """Nodes to do without, each once."""
+        return list(dict.fromkeys([*self.exclude, *self.bad]))
 
 
 class Started(Section):
@@ -128,6 +135,11 @@ class Attempt:
         return self.path / f"rank-{rank}.log"
 
     @property
+    def asked_for(self) -> bool:
+        """Whether its request is there: its folder is made a moment before."""
+        return (self.path / "request.json").exists()
+
+    @property
     def request(self) -> Request:
         found = read(self.path / "request.json", Request)
         if found is None:
@@ -176,6 +188,12 @@ class Attempt:
     def result(self) -> Result | None:
         return read(self.path / "result.json", Result)
 
+    @property
+    def found_bad(self) -> list[str]:
+        """Nodes that another attempt had better do without: not those of before that have carried this one."""
+        used, result = self.started.nodes if self.started else [], self.result
+        return list(dict.fromkeys([*(n for n in self.request.bad if n not in used), *(result.bad_nodes if result else [])]))
+
     def write(self, record: Request | Started | Status | Stop | Result) -> None:
         """Put a record in its file, whole or not at all."""
         write_file(self.path / f"{type(record).__name__.lower()}.json", record.model_dump_json(indent=2).encode())
@@ -194,7 +212,7 @@ class Submitted:
     @property
     def attempts(self) -> list[Attempt]:
         """From the first to the newest; a folder that was never asked for, its maker having been killed, is none."""
-        return [attempt for attempt in self._folders() if (attempt.path / "request.json").exists()]
+        return [attempt for attempt in self._folders() if attempt.asked_for]
 
     def _folders(self) -> list[Attempt]:
         with contextlib.suppress(FileNotFoundError):
@@ -211,7 +229,12 @@ class Submitted:
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 attempt = Attempt(path)
-                attempt.write(request)
+                try:
+                    attempt.write(request)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        path.rmdir()
+                    raise
                 return attempt
 
 

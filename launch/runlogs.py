@@ -44,12 +44,12 @@ class Voice:
 
 
 def job_log(attempt: Attempt) -> Path | None:
-    """The output file of an attempt's Slurm job: by its number, in the run's folder or, of an array, in that of its first
-    run; or the newest. None where there is none."""
+    """The output file of an attempt's Slurm job: by its number, in the run's folder or in that of its sweep; or the newest.
+    None where there is none."""
     folder, ident = attempt.path.parent.parent, attempt.job.get("id", "")
-    first = folder.with_name(re.sub(r"-\d+$", "-000", folder.name))
-    for place in (folder, first):
-        if ident and (found := place / f"slurm-{ident}.out").is_file():
+    places = (folder, *folder.parent.glob(".sweep-*")) if re.fullmatch(r"[0-9_]+", ident) else ()
+    for place in places:
+        if (found := place / f"slurm-{ident}.out").is_file():
             return found
     files = [path for path in folder.glob("slurm-*.out") if path.is_file()]
     return max(files, key=lambda path: path.stat().st_mtime, default=None)

@@ -44,7 +44,7 @@ exec "${mikoshi_command[@]}"
 
 
 def _avoided(cluster: SlurmCluster, request: Request) -> set[str]:
-    return {*cluster.exclude, *request.exclude}
+    return {*cluster.exclude, *request.avoided}
 
 
 class SlurmBackend:
@@ -53,21 +53,20 @@ class SlurmBackend:
     def __init__(self, cluster: SlurmCluster) -> None:
         self.cluster = cluster
 
-    def check(self, request: Request) -> None:
+    def check(self, run: Submitted, request: Request) -> None:
         cluster = self.cluster
         if cluster.image:
             raise LaunchError("image: not for kind = slurm: give python the path of a wrapper that starts it in the container")
         partition = self._partition()
         name = partition["PartitionName"]
-        usable = int(partition.get("TotalNodes", "0")) - len(
-            _avoided(cluster, request) & set(slurm_text.expand(partition.get("Nodes", "")))
-        )
+        avoided = _avoided(cluster, request) & set(slurm_text.expand(partition.get("Nodes", "")))
+        usable = int(partition.get("TotalNodes", "0")) - len(avoided)
+        back = sorted(avoided - {*cluster.exclude})
+        more = f"; avoided are {', '.join(back)}, which --include-node takes back" if back else ""
         most = partition.get("MaxNodes", "UNLIMITED")
         usable = min(usable, int(most)) if most.isdigit() else usable
         if request.min_nodes > usable:
-            raise LaunchError(f"--nodes {request.nodes}: partition {name} has {usable} nodes for this run: ask for fewer")
-        if request.nodes > usable and request.min_nodes == request.nodes:
-            raise LaunchError(f"--nodes {request.nodes}: partition {name} has {usable} nodes for this run: ask for fewer")
+            raise LaunchError(f"--nodes {request.nodes}: partition {name} has {usable} nodes for this run: ask for fewer{more}")
         if partition.get("State", "UP") not in ("UP", "DOWN"):
             raise LaunchError(f"partition {name} is {partition['State']}: it takes no jobs; choose another partition")
         longest = slurm_text.seconds(partition.get("MaxTime", "UNLIMITED"))
@@ -87,7 +86,8 @@ class SlurmBackend:
 
     def submit(self, run: Submitted, attempt: Attempt) -> dict[str, str]:
         folder, mark = run.folder.path.absolute(), _mark(run, attempt)
-        self.write(folder)
+        self.write_variables(run)
+        self.write_script(folder)
         return {"id": queue([*self.options(run, attempt.request, _output(folder, "%j"), mark), *self.tail(folder)], mark)}
 
     def look(self, jobs: Sequence[dict[str, str]]) -> list[JobState]:
@@ -137,9 +137,12 @@ class SlurmBackend:
                 return part
         raise LaunchError(f"partition: Slurm has no default one: name one of {', '.join(found) or 'none'}")
 
-    def write(self, folder: Path) -> None:
-        """What the job reads when it starts."""
-        write_private(folder / PRIVATE, chosen(self.cluster, os.environ))
+    def write_variables(self, run: Submitted) -> None:
+        """Those of the run's ranks, where its head finds them."""
+        write_private(run.folder.path / PRIVATE, chosen(self.cluster, os.environ))
+
+    def write_script(self, folder: Path) -> None:
+        """What tail() names in this folder."""
         try:
             write_file(folder / "slurm-batch.sh", SCRIPT.encode())
             if self.cluster.setup:
@@ -176,6 +179,11 @@ class SlurmBackend:
         return ["sbatch", *options, *cluster.options]
 
 
+def array_folder(first: Submitted) -> Path:
+    """What all tasks of a sweep read and where they write, beside its runs: any of these may be removed while others go on."""
+    return first.folder.path.absolute().with_name(f".sweep-{first.spec.id}")
+
+
 def submit_array(runs: Sequence[tuple[Submitted, Attempt]], at_once: int = 0) -> list[dict[str, str]]:
     """One job array for the runs of a sweep, which ask for the same nodes of one cluster; at_once: how many may run at a time,
     0 for as many as there is room for. What finds each again, in the order of `runs`. After an error nothing is queued."""
@@ -186,14 +194,20 @@ def submit_array(runs: Sequence[tuple[Submitted, Attempt]], at_once: int = 0) ->
     for run, other in runs:
         if (other.request.nodes, other.request.min_nodes) != (request.nodes, request.min_nodes):
             raise LaunchError(f"{run.folder.path}: all runs of a sweep must ask for as many nodes as its first")
-        backend.write(run.folder.path.absolute())
-    folder = first.folder.path.absolute()
-    listed = folder / "slurm-array.json"
-    write_file(listed, json.dumps([str(run.folder.path.absolute()) for run, _ in runs]).encode())
-    array = f"--array=0-{len(runs) - 1}{f'%{at_once}' if at_once else ''}"
-    mark = _mark(first, attempt)
+        backend.write_variables(run)
+    folder, mark = array_folder(first), _mark(first, attempt)
+    listed, array = folder / "slurm-array.json", f"--array=0-{len(runs) - 1}{f'%{at_once}' if at_once else ''}"
     options = backend.options(first, request, _output(folder, "%A_%a"), mark)
-    job = queue([*options, array, *backend.tail(folder, "--list", str(listed))], mark)
+    try:
+        folder.mkdir(exist_ok=True)
+        write_file(listed, json.dumps([str(run.folder.path.absolute()) for run, _ in runs]).encode())
+        backend.write_script(folder)
+        job = queue([*options, array, *backend.tail(folder, "--list", str(listed))], mark)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise LaunchError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise
     return [{"id": f"{job}_{number}"} for number in range(len(runs))]
 
 

@@ -40,13 +40,18 @@ def ask(argv: Sequence[str], gone: str | None = None, both: bool = False) -> str
 
 def queue(argv: Sequence[str], mark: str) -> str:
     """Submit by sbatch; the job's id. mark: the --comment among the options, by which a job is found and taken back whose
-    submission did not end well: after an error nothing is queued. Raises LaunchError."""
+    submission did not end well. Raises LaunchError: then nothing is queued, or the error says that this cannot be told."""
     try:
         ident = ask(argv).strip().partition(";")[0]
         if not ident.isdigit():
             raise LaunchError(f"sbatch: no job id in its answer: {ident[:200]!r}")
     except BaseException as error:
-        take_back(mark)
+        sure = take_back(mark)
+        if isinstance(error, LaunchError) and not sure:
+            look = 'squeue --me --format="%A %k"'
+            raise LaunchError(
+                f"{error}; whether it was queued cannot be told: once Slurm answers, scancel what {look} shows for {mark}"
+            ) from None
         if isinstance(error, LaunchError) and "--" not in str(error):
             raise LaunchError(f"{error}; nothing is queued") from None
         raise
@@ -65,8 +70,8 @@ def own_job(job: str) -> str:
     return f"{array}_{task}" if array and task and job == os.environ.get("SLURM_JOB_ID") else job
 
 
-def take_back(mark: str) -> None:
-    """Cancel the caller's jobs that have this comment, as far as Slurm answers."""
+def take_back(mark: str) -> bool:
+    """Cancel the caller's jobs that have this comment; whether Slurm has answered, so that none is left."""
     try:
         listing = ask(["squeue", "-h", f"--user={os.getuid()}", "--format=%A|%k"])
         for line in listing.splitlines():
@@ -74,7 +79,8 @@ def take_back(mark: str) -> None:
             if comment == mark:
                 ask(["scancel", ident], gone="")
     except LaunchError:
-        return
+        return False
+    return True
 
 
 def gpu_request(cluster: SlurmCluster) -> list[str]:

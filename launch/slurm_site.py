@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from launch import slurm_text
 from launch.cluster import SlurmCluster
 from launch.record import Attempt, Request, Result, Submitted
+from launch.setup import LOGIN, setup_file
 from launch.slurm import SlurmBackend
 from launch.slurm_call import ask, gpu_request, left, own_job, take_back
 from trainer.errors import LaunchError
@@ -34,6 +35,11 @@ class SlurmSite:
         self.cluster, self.run = cluster, run
         self.job, self.names = job or os.environ.get("SLURM_JOB_ID", ""), names or os.environ.get("SLURM_JOB_NODELIST", "")
         self.own = job or own_job(self.job)
+        # The batch script, which has had the setup lines, runs where `python` is; whoever has a job of its own need not.
+        self.python = [sys.executable]
+        if job:
+            self.python = ["bash", "-c", LOGIN, str(setup_file(run))] if cluster.setup else []
+            self.python.append(cluster.python or sys.executable)
         stays = not job and attempt.request.min_nodes < attempt.request.nodes
         self.agent = "launch.slurm_step" if stays else "launch.node"
         if not self.job:
@@ -50,7 +56,7 @@ class SlurmSite:
             *gpu_request(self.cluster), "--cpu-bind=none", "--mpi=none", "--export=ALL", "--no-kill", "--kill-on-bad-exit=0",
             "--wait=0", "--unbuffered", f"--chdir={self.run.spec.workdir}",
         ]  # fmt: skip
-        return [*step, sys.executable, "-P", "-m", self.agent]
+        return [*step, *self.python, "-P", "-m", self.agent]
 
     def after(self, run: Submitted, attempt: Attempt, result: Result) -> Result:
         """Queue the job again when its time was up, it was preempted, or a node of it is bad. Never one that was cancelled,
@@ -79,20 +85,20 @@ class SlurmSite:
         return preempted or left(job) < self.cluster.warning + _SAVING
 
     def _again(self, attempt: Attempt, result: Result, job: dict[str, str]) -> Result:
-        avoided, bad = set(slurm_text.expand(job.get("ExcNodeList", ""))), result.bad_nodes
-        always = {*self.cluster.exclude, *self._asked_to_exclude()}
-        wanted = self._wanted(attempt, {*avoided, *always, *bad})
+        avoided, always = set(slurm_text.expand(job.get("ExcNodeList", ""))), {*self.cluster.exclude, *attempt.request.exclude}
+        bad = {*avoided, *attempt.request.bad, *result.bad_nodes} - always
+        wanted = self._wanted(attempt, bad)
         again = result.model_copy(update={"next": "requeued"})
-        backend, others = SlurmBackend(self.cluster), sorted({*avoided, *bad} - always)
+        backend = SlurmBackend(self.cluster)
         try:
             try:
-                backend.check(wanted)
+                backend.check(self.run, wanted)
             except LaunchError:
                 # A node may have been lost for a moment alone, and one that is not there gets no job.
-                wanted = self._wanted(attempt, always)
-                backend.check(wanted)
-                if others:
-                    why = f"{result.why}; queued again with {', '.join(others)}: too few nodes without"
+                wanted = self._wanted(attempt, set())
+                backend.check(self.run, wanted)
+                if bad:
+                    why = f"{result.why}; queued again with {', '.join(sorted(bad))}: too few nodes without"
                     again = again.model_copy(update={"why": why})
         except LaunchError as error:
             return _ended(result, f"not queued again: {error}")
@@ -102,20 +108,16 @@ class SlurmSite:
                 ask(["scontrol", "requeue", self.own])
             except LaunchError as refused:
                 return self._anew(wanted, again, refused)
-            if set(wanted.exclude) != avoided:
+            never = {*always, *wanted.bad}
+            if never != avoided:
                 # In the seconds before it may start again. It is not held for this: were this process ended meanwhile, nobody
                 # would let it go.
                 with contextlib.suppress(LaunchError):
-                    ask(["scontrol", "update", f"JobId={self.own}", f"ExcNodeList={','.join(wanted.exclude)}"])
+                    ask(["scontrol", "update", f"JobId={self.own}", f"ExcNodeList={','.join(sorted(never))}"])
         return again
 
-    def _wanted(self, attempt: Attempt, avoid: set[str]) -> Request:
-        return attempt.request.model_copy(update={"exclude": sorted(avoid), "cause": "requeue", "time": time.time()})
-
-    def _asked_to_exclude(self) -> list[str]:
-        """Nodes that people have named, not those that were bad."""
-        asked = [attempt.request for attempt in self.run.attempts]
-        return next((request.exclude for request in reversed(asked) if request.cause != "requeue"), [])
+    def _wanted(self, attempt: Attempt, bad: set[str]) -> Request:
+        return attempt.request.model_copy(update={"bad": sorted(bad), "cause": "requeue", "time": time.time()})
 
     def _anew(self, wanted: Request, again: Result, refused: LaunchError) -> Result:
         """Another job, where Slurm does not let this one be queued again."""

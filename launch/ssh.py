@@ -6,9 +6,12 @@ fish all read alike. Nothing of the user's ssh settings can give it a terminal, 
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,14 +19,20 @@ from pathlib import Path
 
 from launch.cluster import SshCluster
 from launch.record import Attempt, Request, Result, Spec, Submitted
-from launch.setup import SETUP
+from launch.setup import LOGIN, setup_file
 from trainer.errors import LaunchError
 
-# What a login brings, such as the command `module`, is there only where /etc/profile has been read.
-_THERE = SETUP.replace("{ ", "{ [ -r /etc/profile ] && . /etc/profile; ", 1)
-_ASK = "mikoshi_lines=$(cat); " + _THERE.replace('. "$0"', 'eval "$mikoshi_lines"')
-_VERSION = "import importlib.metadata as m; print('mikoshi', m.version('mikoshi'))"
-_NO_WORKDIR, _NOT_FOUND, _NOT_EXECUTABLE, _SSH = 97, 127, 126, 255
+_ASK = "mikoshi_lines=$(cat); " + LOGIN.replace('. "$0"', 'eval "$mikoshi_lines"')
+_LOOK = """\
+import importlib.metadata as m, os, sys, time
+print('mikoshi', m.version('mikoshi'))
+until = time.monotonic() + 5
+while not os.path.exists(sys.argv[1]) and os.listdir(os.path.dirname(sys.argv[1])) and time.monotonic() < until: time.sleep(0.2)
+if not os.path.exists(sys.argv[1]): sys.exit(98)
+"""
+"""Its version, and whether it sees a file just made where it was submitted: a network's file system may take a moment."""
+
+_NO_WORKDIR, _NOT_SHARED, _NOT_FOUND, _NOT_EXECUTABLE, _SSH = 97, 98, 127, 126, 255
 _SETTLE = 60.0
 _AT_ONCE = 64
 _WORD = 1000  # signs of one argument that every shell takes
@@ -52,19 +61,14 @@ class SshSite:
 
 def hosts(cluster: SshCluster, request: Request) -> list[str]:
     """The hosts that a request may use, in the cluster file's order."""
-    return [host for host in cluster.hosts if host not in request.exclude]
-
-
-def setup_file(run: Submitted) -> Path:
-    """Where the setup lines of the cluster file lie for those that start something for this run."""
-    return run.folder.path.absolute() / "setup.sh"
+    return [host for host in cluster.hosts if host not in request.avoided]
 
 
 def node_command(cluster: SshCluster, run: Submitted, host: str) -> list[str]:
     """What is started on the leading machine for launch.node to run on a host."""
     argv = [cluster.python or sys.executable, "-P", "-m", "launch.node"]
     if cluster.setup:
-        argv = ["bash", "-c", _THERE, str(setup_file(run)), *argv]
+        argv = ["bash", "-c", LOGIN, str(setup_file(run)), *argv]
     return [*ssh(cluster, host, run.spec), remote_line(argv, run.spec.workdir)]
 
 
@@ -82,10 +86,10 @@ def remote_line(argv: list[str], workdir: str) -> str:
     return f"""exec /bin/sh -c 'eval "$(printf %b "$@")"' sh '{"' '".join(words)}'"""
 
 
-def ssh(cluster: SshCluster, host: str, spec: Spec | None = None) -> list[str]:
+def ssh(cluster: SshCluster, host: str, spec: Spec) -> list[str]:
     """ssh up to the host: it never asks, knows the host by its key or refuses, and gives up on a dead link. A port of 22 and
     an empty user leave it to ssh's own settings. Raises LaunchError for paths that ssh cannot take as they are."""
-    base = Path(spec.workdir) if spec is not None else Path.cwd()
+    base = Path(spec.workdir)
     beat = max(1, round(cluster.patience.lost))
     options = {
         "BatchMode": "yes", "StrictHostKeyChecking": "yes", "UpdateHostKeys": "no", "ConnectTimeout": cluster.connect_timeout,
@@ -118,28 +122,44 @@ def _path(key: str, value: str, base: Path) -> str:
     return path.replace("%", "%%")
 
 
-def check_hosts(cluster: SshCluster, request: Request) -> None:
-    """Ask all hosts at once whether a run could start there. Raises LaunchError, a line for each that could not, where too few
-    are left."""
+def check_hosts(cluster: SshCluster, run: Submitted, request: Request) -> None:
+    """Ask all hosts at once whether a run could start there, and whether they see the folder that it will write to. Raises
+    LaunchError, a line for each that could not, where too few are left."""
     names = hosts(cluster, request)
     if len(names) < request.nodes:
-        less = f" ({len(cluster.hosts) - len(names)} of them to be avoided)" if len(names) < len(cluster.hosts) else ""
+        avoided = sorted({*cluster.hosts} - {*names})
+        back = f"; avoided are {', '.join(avoided)}, which --include-node takes back" if avoided else ""
         raise LaunchError(
-            f"{request.nodes} nodes asked for, and {len(cluster.hosts)} hosts{less}: add hosts, or take fewer --nodes"
+            f"{request.nodes} nodes asked for, and {len(cluster.hosts)} hosts: add hosts, or take fewer --nodes{back}"
         )
-    with ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
-        wrong = [line for line in pool.map(lambda host: _wrong(cluster, host), names) if line]
+    with _token(run.folder.path.absolute()) as token, ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
+        wrong = [line for line in pool.map(lambda host: _wrong(cluster, run.spec, host, token), names) if line]
     if len(names) - len(wrong) < request.nodes:
         raise LaunchError("\n".join(wrong))
 
 
-def _wrong(cluster: SshCluster, host: str) -> str:
+@contextlib.contextmanager
+def _token(folder: Path) -> Iterator[Path]:
+    """A file where a run's folder is to be, or in the nearest folder above, that hosts which share it see."""
+    there = next(path for path in (folder, *folder.parents) if path.is_dir())
+    token = there / f".mikoshi-shared-{secrets.token_hex(8)}"
+    try:
+        token.touch(exist_ok=False)
+    except OSError as error:
+        raise LaunchError(f"run.folder: cannot write to {there}: {error.strerror}; choose another run.folder") from None
+    try:
+        yield token
+    finally:
+        token.unlink(missing_ok=True)
+
+
+def _wrong(cluster: SshCluster, spec: Spec, host: str, token: Path) -> str:
     """What is wrong with a host, in one line with the way out, or nothing."""
-    python, workdir = cluster.python or sys.executable, cluster.workdir or str(Path.cwd())
-    ask = [python, "-P", "-c", _VERSION]
+    python, workdir = cluster.python or sys.executable, spec.workdir
+    ask = [python, "-P", "-c", _LOOK, str(token)]
     if cluster.setup:
         ask = ["bash", "-c", _ASK, "bash", *ask]
-    argv = [*ssh(cluster, host), remote_line(ask, workdir)]
+    argv = [*ssh(cluster, host, spec), remote_line(ask, workdir)]
     patience = cluster.connect_timeout + _SETTLE
     try:
         done = subprocess.run(
@@ -152,6 +172,11 @@ def _wrong(cluster: SshCluster, host: str) -> str:
     said = done.stderr.decode("utf-8", "replace").strip().splitlines()
     if done.returncode == _SSH:
         return _refused(cluster, host, said)
+    if done.returncode == _NOT_SHARED:
+        return (
+            f"{host}: {token.parent} there is not the folder of this name here: share it with all hosts, or set workdir in the "
+            "cluster file to one that is shared"
+        )
     return _unfit(cluster, host, done.returncode, done.stdout.decode("utf-8", "replace"), said, python, workdir)
 
 

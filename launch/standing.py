@@ -59,6 +59,8 @@ def state_of(records: Records | None, job: JobState | None, now: float) -> tuple
     why = job.why if job is not None else ""
     if said == "queued":
         return ("requeued" if records.started else "queued"), why
+    if said == "running" and _apart(records) and records.stop is None:
+        return "running", why or "its progress is in the run folder on the cluster's disk"
     if said == "running":
         return _alive(records), why
     if said == "ended":
@@ -77,6 +79,11 @@ def _ended(records: Records, result: Result, job: JobState | None) -> tuple[Stat
     return state, f"{result.why}; it was queued again, and left the queue without a start"
 
 
+def _apart(records: Records) -> bool:
+    """Whether the run's folder is on a disk of the cluster's: what the JobSet says is then all there is."""
+    return records.job.get("kind") == "kubernetes" and records.started is None
+
+
 def _alive(records: Records) -> State:
     if records.stop is not None:
         return "stopping"
@@ -86,9 +93,9 @@ def _alive(records: Records) -> State:
 def _vanished(records: Records, why: str) -> tuple[State, str]:
     """The scheduler knows of no such job any more, and there is no result."""
     more = f" ({why})" if why else ""
-    if records.job.get("kind") == "kubernetes" and records.started is None and why == "Completed":
-        return "done", ""  # its folder is on a disk of the cluster's, and the JobSet's word is all there is
-    if records.job.get("kind") == "kubernetes" and records.started is None and records.stop is None and "deleted" not in why:
+    if _apart(records) and why == "Completed":
+        return "done", ""
+    if _apart(records) and records.stop is None and "deleted" not in why:
         return "failed", why
     if records.stop is not None:
         how = "at once" if records.stop.now else "before it had saved"

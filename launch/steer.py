@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import shutil
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from trainer.errors import LaunchError
 LOOKS = 0.3
 ASKS = 3.0
 """Seconds between looks at the folder, and between questions to the scheduler."""
+
+_SIGNS = 6.0
+"""Seconds in which whoever leads a run gives a sign of life, three times over."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,8 @@ def resume(
     request = next_request(run, nodes, min_nodes, exclude, include)
     told, _ = layouts(run.spec.config, run.spec.cluster, request)
     look_ahead(run.spec, request.nodes)
-    backend.check(request)
+    _only_one(run)
+    request = _checked(run, backend, request)
     with contextlib.ExitStack() as undo:
         attempt = run.add(request)
         undo.callback(shutil.rmtree, attempt.path, ignore_errors=True)
@@ -104,13 +109,42 @@ def resume(
     return attempt, told
 
 
+def _checked(run: Submitted, backend: Backend, request: Request) -> Request:
+    """The request, without nodes that were found bad; with them where there are too few others: one may have been lost for a
+    moment alone. Raises LaunchError."""
+    try:
+        backend.check(run, request)
+    except LaunchError:
+        if not request.bad:
+            raise
+        request = request.model_copy(update={"bad": []})
+        backend.check(run, request)
+    return request
+
+
+def _only_one(run: Submitted) -> None:
+    """Raises LaunchError where the newest attempt is led from another machine, whose word nobody can ask for, and gives a sign
+    of life: its clock may differ from this one's, so what counts is whether there is another sign."""
+    newest = run.attempts[-1] if run.attempts else None
+    if newest is None or newest.result is not None or run.spec.cluster.kind not in ("local", "ssh"):
+        return
+    head = newest.started
+    if head is None or head.host == socket.gethostname():
+        return
+    before, until = newest.status, time.monotonic() + _SIGNS
+    while time.monotonic() < until:
+        time.sleep(LOOKS)
+        if newest.status != before:
+            path = typed(run.folder.path)
+            raise LaunchError(f"{named(run.folder.path)}: it runs, led from {head.host}: `mikoshi cancel {path}` there first")
+
+
 def next_request(
     run: Submitted, nodes: int | None, min_nodes: int | None, exclude: Sequence[str], include: Sequence[str]
 ) -> Request:  # fmt: skip
     """What the next attempt asks for: as the one before, without the nodes that were found bad. Raises LaunchError."""
     last = run.attempts[-1] if run.attempts else None
     was = last.request if last is not None else None
-    result = last.result if last is not None else None
     try:
         named = [*map(host_name, exclude)]
         back = {*map(host_name, include)}
@@ -118,12 +152,13 @@ def next_request(
         raise LaunchError(f"--exclude-node, --include-node: {error}") from None
     if both := sorted(back & set(named)):
         raise LaunchError(f"--exclude-node {both[0]} and --include-node {both[0]}: leave one out")
-    avoided = [*(was.exclude if was else []), *(result.bad_nodes if result else []), *named]
+    never = dict.fromkeys([*(was.exclude if was else []), *named])
+    bad = [name for name in (last.found_bad if last is not None else []) if name not in (*never, *back)]
     count = nodes or (was.nodes if was else run.spec.cluster.nodes)
     fewest = min_nodes or (was.min_nodes if was is not None and was.min_nodes < was.nodes else None)
     smallest = least(run.spec.config, count, min(fewest, count) if fewest and not min_nodes else fewest)
     return Request(
-        nodes=count, min_nodes=smallest, exclude=[name for name in dict.fromkeys(avoided) if name not in back],
+        nodes=count, min_nodes=smallest, exclude=[name for name in never if name not in back], bad=bad,
         cause="resume" if was else "submit", time=time.time(),
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from data.atomic import write_file
 from launch.backend import Backend
 from launch.cluster import Base, Cluster, KubernetesCluster
-from launch.private_env import chosen
+from launch.private_env import applied, chosen
 from launch.record import Attempt, Request, Spec, Submitted, create, new_spec
 from launch.typed import named, typed
 from parallel.errors import LayoutError
@@ -125,7 +125,7 @@ def look_ahead(spec: Spec, nodes: int) -> str:
         if not isinstance(spec.cluster, KubernetesCluster):
             raise LaunchError(f"workdir = {spec.workdir!r}: no such folder: mend it in the cluster file, or make the folder")
         return f"{workdir} is not on this machine: the data is checked when the run starts"
-    with contextlib.chdir(workdir):
+    with contextlib.chdir(workdir), applied(spec.cluster.env):
         foresee(spec.config, nodes * spec.cluster.ranks)
     return ""
 
@@ -145,9 +145,10 @@ def submit_all(plans: Sequence[Plan], backend: Backend) -> list[tuple[Submitted,
                 write_file(run.folder.path / "sweep.json", json.dumps(plan.swept, indent=2).encode())
             made.append((run, run.add(plan.request)))
         if len(made) > 1 and plans[0].spec.cluster.kind == "slurm":
-            from launch.slurm import submit_array
+            from launch.slurm import array_folder, submit_array
 
             jobs = submit_array(made)
+            undo.callback(shutil.rmtree, array_folder(made[0][0]), ignore_errors=True)
             for (_, attempt), job in zip(made, jobs, strict=True):
                 undo.callback(_call_back, backend, job)
                 attempt.write_job(job)
@@ -213,7 +214,7 @@ def check(plan: Plan, backend: Backend) -> None:
             "with it, run.name=... makes another"
         )
     chosen(plan.spec.cluster, os.environ)
-    backend.check(plan.request)
+    backend.check(plan.run, plan.request)
 
 
 def sweep_plans(

@@ -65,11 +65,13 @@ def persist(
     policy: RecoverySection,
     note: Callable[[Fault, bool, Verdict], None] = lambda *_: None,
     again: bool = False,
+    idle: Callable[[], None] = lambda: time.sleep(0.05),
 ) -> int:
     """Carry a run to its end, attempt after attempt as the policy has it, wherever its ranks are; the run's exit code.
 
     carry: one attempt, by its number. Its faults and restarts go into the run's events and onto stderr. note: called with each
-    fault, whether a checkpoint was saved since the one before, and what follows. again: its like has started before.
+    fault, whether a checkpoint was saved since the one before, and what follows. again: its like has started before. idle: what
+    is done in a pause, again and again, a moment each.
     """
     streak = Streak()
     for number in itertools.count():
@@ -95,7 +97,7 @@ def persist(
             return verdict.code
         if folder is not None:
             folder.event("restart", number=number + 1, pause=verdict.pause)
-        _wait(verdict.pause, requests)
+        pause(verdict.pause, requests, idle)
     raise AssertionError("an endless count has ended")
 
 
@@ -208,11 +210,11 @@ def _steps(events: list[dict[str, Any]], kind: str) -> set[int]:
     return {event["step"] for event in events if event.get("event") == kind and "step" in event}
 
 
-def _wait(seconds: float, requests: Requests) -> None:
-    """A pause, which a signal to stop ends."""
+def pause(seconds: float, requests: Requests, idle: Callable[[], None]) -> None:
+    """Do nothing but `idle`, until a signal asks to stop at the latest."""
     until = time.monotonic() + seconds
     while time.monotonic() < until and not requests.asked:
-        time.sleep(0.05)
+        idle()
 
 
 def tell(text: str) -> None:

@@ -210,8 +210,10 @@ def cancel(
     except KeyboardInterrupt:
         typer.echo(f"{told}: asked to end; not waited for")
         raise typer.Exit(130) from None
-    saved = newest_save(end.run.folder)
+    saved, apart = newest_save(end.run.folder), end.run.attempts[-1].started is None
     step = "no step is saved" if saved is None else f"step {saved} is saved"
+    if end.run.spec.cluster.kind == "kubernetes" and apart:
+        step = "what it saved is in the run folder on the cluster's disk"
     typer.echo(f"{told}: {end.state}{f': {end.why}' if end.why else ''}; {step}")
     if end.state != "done":
         typer.echo(f"  mikoshi resume {typed(path)}")
@@ -246,7 +248,7 @@ def resume(
         return
     attempt, layout = go_on(seen, open_backend(seen.run.spec.cluster), nodes, min_nodes, exclude or [], include or [])
     request, job = attempt.request, job_name(attempt.job)
-    avoided = f", avoiding {' '.join(request.exclude)}" if request.exclude else ""
+    avoided = f", avoiding {' '.join(request.avoided)}" if request.avoided else ""
     size = f"{request.nodes} node(s), {layout}{avoided}"
     typer.echo(f"resumed: {named(path)}, attempt {attempt.number} ({size}){f', {job}' if job else ''}")
     again = typed(path)
@@ -314,8 +316,11 @@ def doctor(
     workdir = Path(cluster.workdir).expanduser().absolute() if cluster.workdir else Path.cwd()
     degrees = None if run is None else load_config(run).parallel
     console = Console(highlight=False, soft_wrap=True, stderr=as_json)
-    with console.status("bringing up nodes") as spinner, gathered(cluster, nodes or cluster.nodes, workdir) as found:
-        report = examine(found, cluster, Inputs(workdir, degrees), spinner.update)
+    try:
+        with console.status("bringing up nodes") as spinner, gathered(cluster, nodes or cluster.nodes, workdir) as found:
+            report = examine(found, cluster, Inputs(workdir, degrees), spinner.update)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
     if as_json:
         typer.echo(json.dumps(report.record(), indent=2))
     else:

@@ -16,6 +16,7 @@ from trainer.cli_data import AsJson
 
 if TYPE_CHECKING:
     from launch.board import Board, Row
+    from launch.record import Submitted
     from launch.runlogs import Voice
 
 Run = Annotated[Path, typer.Argument(help="a run folder, such as runs/quickstart, or a run's name", show_default=False)]
@@ -153,10 +154,10 @@ def _logs(path: Path, voice: Voice, number: int | None, following: bool, lines: 
     from launch.steer import standing
 
     submitted = open_submitted(path)
-    if submitted.spec.cluster.kind == "kubernetes" and not any(path.glob("attempts/*/*.log")):
-        _pod_logs(path, voice, following, lines)
-    elif following:
+    if following:
         follow_run(path, voice, 20 if lines is None else lines)
+    elif _apart(submitted):
+        _pod_logs(submitted, voice, number, False, lines)
     else:
         found = chosen(submitted, voice, number, lambda: standing(path).state in FINAL)
         newest = submitted.attempts[-1].number
@@ -166,33 +167,50 @@ def _logs(path: Path, voice: Voice, number: int | None, following: bool, lines: 
             sys.stdout.buffer.write(piece)
 
 
-def _pod_logs(path: Path, voice: Voice, following: bool, lines: int | None) -> None:
-    """Where the run folder is on a disk of the cluster's, its pods are asked: what they print is theirs, not a rank's."""
-    from itertools import islice
+def _apart(run: Submitted) -> bool:
+    """Whether the run folder with the logs is on a disk of the cluster's."""
+    return run.spec.cluster.kind == "kubernetes" and not any(run.folder.path.glob("attempts/*/*.log"))
 
+
+def _pod_logs(run: Submitted, voice: Voice, number: int | None, following: bool, lines: int | None) -> None:
+    """The pods are asked: what they print is theirs, not a rank's."""
     from launch.cluster import KubernetesCluster
     from launch.kubernetes import log_lines
-    from launch.record import open_submitted
     from launch.runlogs import never_handed
     from trainer.errors import LaunchError
 
-    run = open_submitted(path)
-    cluster, job = run.spec.cluster, run.attempts[-1].job if run.attempts else {}
+    cluster, attempts = run.spec.cluster, run.attempts
     assert isinstance(cluster, KubernetesCluster)
-    if not job:
-        raise never_handed(path)
+    attempt = next((one for one in reversed(attempts) if number in (None, one.number)), None)
+    if attempts and attempt is None:
+        raise LaunchError(f"--attempt {number}: the attempts are {', '.join(str(one.number) for one in attempts)}")
+    if attempt is None or not (job := attempt.job):
+        raise never_handed(run.folder.path)
     if voice.node and not voice.node.isdigit():
         raise LaunchError(f"--node {voice.node}: pods have numbers: 0 is the one that leads")
     if voice.rank:
         raise LaunchError(f"--rank {voice.rank}: logs of ranks are files of the run folder, which is on the cluster's disk; "
                           "without --rank what the leading pod prints is shown")  # fmt: skip
-    said = log_lines(cluster, job, int(voice.node or 0), following)
-    if lines is not None and not following:
-        from collections import deque
-
-        said = islice(deque(said, lines), None)
-    for line in said:
+    for line in log_lines(cluster, job, int(voice.node or 0), following, lines):
         typer.echo(line.rstrip("\n"))
+
+
+def _follow_pod(run: Submitted, voice: Voice, lines: int | None, ended: Callable[[], bool]) -> None:
+    """A pod that has not come up yet is waited for."""
+    from launch.kubernetes import NoPodError
+    from launch.steer import ASKS
+
+    waiting = False
+    while True:
+        try:
+            return _pod_logs(run, voice, None, True, lines)
+        except NoPodError:
+            if ended():
+                return None
+        if not waiting:
+            _tell(f"waiting for the pod of node {voice.node or 0} to start")
+        waiting = True
+        time.sleep(ASKS)
 
 
 def follow_run(path: Path, voice: Voice | None = None, lines: int | None = None) -> None:
@@ -212,9 +230,12 @@ def follow_run(path: Path, voice: Voice | None = None, lines: int | None = None)
         return over
 
     run = open_submitted(path)
-    for piece in follow(run, voice or Voice(), lines, ended, _tell):
-        sys.stdout.buffer.write(piece)
-        sys.stdout.buffer.flush()
+    if _apart(run):
+        _follow_pod(run, voice or Voice(), lines, ended)
+    else:
+        for piece in follow(run, voice or Voice(), lines, ended, _tell):
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
     seen = standing(path)
     _tell(f"{named(path)}: {seen.state}{f': {seen.why}' if seen.why else ''}")
 

@@ -20,6 +20,10 @@ class LaunchError(ValueError):
     """A cluster that cannot be used, or that refuses or does not answer; the message is one line with the way out."""
 
 
+class OutageError(LaunchError):
+    """Nobody's mistake: nodes that did not come up, or storage that does not answer. Later, or elsewhere, it may work."""
+
+
 class SpoiledError(RuntimeError):
     """The state of this process is not worth going on with; an earlier checkpoint may be."""
 

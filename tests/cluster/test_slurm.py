@@ -301,5 +301,7 @@ def test_a_controller_that_is_gone_is_one_line(slurm, tmp_path, monkeypatch):
     conf.write_text(slurm.conf.read_text().replace(f"SlurmctldPort={slurm.port}", "SlurmctldPort=1"))
     monkeypatch.setenv("SLURM_CONF", str(conf))
     with pytest.raises(LaunchError, match="the controller does not answer") as told:
-        SlurmBackend(load_cluster(str(write_cluster(tmp_path, kind="slurm")))).check(Request(nodes=1, min_nodes=1, time=1.0))
+        made = load_cluster(str(write_cluster(tmp_path, kind="slurm")))
+        run = create(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), made, tmp_path))
+        SlurmBackend(made).check(run, Request(nodes=1, min_nodes=1, time=1.0))
     assert "\n" not in str(told.value)

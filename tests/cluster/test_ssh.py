@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import pytest
 from hosts import cut, lan, mend, on, power_off, power_on, until, why_not
 from launch.cluster import SshCluster, load_cluster
 from launch.local import LocalBackend
-from launch.record import Request, create, new_spec
+from launch.record import Request, Submitted, create, new_spec
 from launch.ssh import SshSite
 from runs import run_config
 from standin import noted, standin
 from trainer.errors import LaunchError
+from trainer.runfolder import RunFolder
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "none")
 
@@ -48,16 +50,24 @@ def cluster(net, *names, **fields):
     return SshCluster(kind="ssh", hosts=addresses, **{**known, **fields})
 
 
+def check(cluster, **asked):
+    """As for a run that is not there yet, in the cluster's workdir or else on a disk that the hosts share."""
+    workdir = Path(cluster.workdir or tempfile.gettempdir())
+    config = run_config(workdir / "data", Path("runs"))
+    run = Submitted(RunFolder(workdir / config.run.path), new_spec(config, cluster, workdir))
+    LocalBackend(cluster).check(run, request(**asked))
+
+
 def refusal(cluster, **asked):
     with pytest.raises(LaunchError) as refused:
-        LocalBackend(cluster).check(request(**asked))
+        check(cluster, **asked)
     return str(refused.value).splitlines()
 
 
 def test_hosts_that_serve_are_let_pass_whatever_their_login_shell(net, tmp_path):
-    LocalBackend(cluster(net, workdir=str(tmp_path))).check(request(nodes=3))
+    check(cluster(net, workdir=str(tmp_path)), nodes=3)
     # The setup lines of a check: read once, by bash, in no other's input.
-    LocalBackend(cluster(net, setup="[[ 1 == 1 ]]\nread -r line || true\necho noise")).check(request(nodes=3))
+    check(cluster(net, setup="[[ 1 == 1 ]]\nread -r line || true\necho noise"), nodes=3)
 
 
 def test_each_host_that_does_not_serve_is_a_line_of_its_own(net, tmp_path):
@@ -80,6 +90,18 @@ def test_each_host_that_does_not_serve_is_a_line_of_its_own(net, tmp_path):
 def test_what_is_wrong_is_told_with_the_way_out(net, fields, told):
     lines = refusal(cluster(net, "n1", **fields), nodes=1)
     assert len(lines) == 1 and lines[0].startswith(net["n1"].address) and told in lines[0]
+
+
+def test_a_folder_of_the_same_name_that_is_not_shared_is_told(net, tmp_path):
+    mine = cluster(net, workdir=str(tmp_path))
+    assert net["n2"].run("mount", "-t", "tmpfs", "none", str(tmp_path)).returncode == 0
+    try:
+        (line,) = refusal(mine, nodes=3)
+    finally:
+        net["n2"].run("umount", str(tmp_path))
+    assert line.startswith(f"{net['n2'].address}: {tmp_path} there is not the folder of this name here: share it")
+    check(mine, nodes=3)
+    assert not list(tmp_path.glob(".mikoshi-shared-*"))
 
 
 def test_another_version_there_is_told(net, tmp_path):
@@ -112,7 +134,7 @@ def test_an_unknown_name_is_told(net):
 def test_a_dead_host_is_told_unless_a_spare_stands_in(net):
     power_off(net, "n2")
     try:
-        LocalBackend(cluster(net)).check(request(nodes=2))
+        check(cluster(net), nodes=2)
         (line,) = refusal(cluster(net), nodes=3)
         assert line.startswith(f"{net['n2'].address}: not reachable")
     finally:
@@ -126,7 +148,7 @@ def test_a_hostfile_names_the_hosts_and_their_ranks(net, tmp_path):
     )
     read = load_cluster(str(tmp_path / "mine.toml"))
     assert read.hosts == [host.address for host in net.hosts.values()] and read.ranks == 2
-    LocalBackend(read).check(request(nodes=3))
+    check(read, nodes=3)
 
 
 @contextlib.contextmanager

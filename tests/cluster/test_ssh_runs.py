@@ -24,7 +24,7 @@ from launch.backend import open_backend
 from launch.record import open_submitted
 run = open_submitted(Path(sys.argv[1]))
 attempt, backend = run.attempts[-1], open_backend(run.spec.cluster)
-backend.check(attempt.request)
+backend.check(run, attempt.request)
 attempt.write_job(backend.submit(run, attempt))
 """
 ASK = """

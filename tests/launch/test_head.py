@@ -4,14 +4,22 @@ import contextlib
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 import severalnodes
+from data.errors import StorageError
+from launch import head as leading
+from launch import node
 from launch.chaos import same_weights
 from launch.record import open_submitted
-from trainer.exit_codes import DONE, PREEMPTED, USER_ERROR
+from launch.requests import Requests
+from runs import run_config
+from trainer import preflight
+from trainer.errors import OutageError
+from trainer.exit_codes import DONE, FAULT, PREEMPTED, USER_ERROR
 from trainer.runfolder import read_jsonl
 
 QUICK = {"lost": 2.0, "start": 60.0}
@@ -33,12 +41,12 @@ def lead(dataset, tmp_path):
 
     begin.again = lambda run, names: started.append(severalnodes.start(run, names)) or started[-1]
     yield begin
-    for head in started:
+    for one in started:
         with contextlib.suppress(psutil.NoSuchProcess):
-            family = psutil.Process(head.pid).children(recursive=True)
-            head.kill()
+            family = psutil.Process(one.pid).children(recursive=True)
+            one.kill()
             psutil.wait_procs(family, 10)
-        head.wait()
+        one.wait()
 
 
 def until(condition, seconds=120):
@@ -206,9 +214,67 @@ def test_a_run_whose_folder_is_removed_ends(lead):
 
 
 def test_nodes_that_never_come_up_are_named(dataset, tmp_path):
-    run = severalnodes.submitted(dataset, tmp_path, 2, patience={"start": 3.0}, run={"name": "run", "folder": "runs"})
+    run = severalnodes.submitted(dataset, tmp_path, 2, patience={"start": 8.0}, run={"name": "run", "folder": "runs"})
     severalnodes.down(run, "n1")
     head = severalnodes.start(run, ["n0", "n1"])
-    assert head.wait(60) == USER_ERROR
-    why = open_submitted(run.folder.path).attempts[0].result.why
-    assert why.startswith("1 of 2 nodes are up after 3 s (n1: its agent ended: no route to this host)")
+    assert head.wait(60) == FAULT, "nobody's mistake: elsewhere it may work"
+    attempt = open_submitted(run.folder.path).attempts[0]
+    assert attempt.result.why.startswith("1 of 2 nodes are up after 8 s (n1: its agent ended: no route to this host)")
+    assert (attempt.result.state, attempt.result.bad_nodes, attempt.found_bad) == ("failed", ["n1"], ["n1"])
+
+
+def test_where_no_node_can_do_what_the_cluster_file_says_it_is_a_mistake(dataset, tmp_path):
+    run = severalnodes.submitted(dataset, tmp_path, 1, patience={"start": 1.0}, run={"name": "run", "folder": "runs"})
+    severalnodes.down(run, "n0")
+    assert severalnodes.start(run, ["n0"]).wait(60) == USER_ERROR
+    result = open_submitted(run.folder.path).attempts[0].result
+    assert (result.state, result.bad_nodes) == ("refused", [])
+
+
+def test_storage_that_does_not_answer_is_asked_again(monkeypatch, tmp_path):
+    asked, config = [], run_config(tmp_path / "data", tmp_path, recovery={"restarts": 3, "backoff": 0.0})
+    spec = SimpleNamespace(config=config, cluster=SimpleNamespace(ranks=1))
+    crew = SimpleNamespace(requests=Requests(1.0))
+    lead = SimpleNamespace(run=SimpleNamespace(spec=spec), request=SimpleNamespace(nodes=1), crew=crew, idle=lambda: None)
+
+    def foresee(*_):
+        asked.append(1)
+        if len(asked) < answers:
+            raise StorageError("s3://b: 503")
+
+    monkeypatch.setattr(preflight, "foresee", foresee)
+    answers = 4
+    leading._foreseen(lead)
+    assert len(asked) == 4
+    answers = 100
+    with pytest.raises(OutageError, match="503"):
+        leading._foreseen(lead)
+    assert len(asked) == 8, "as often as ranks are started again"
+    crew.requests.ask(signal.SIGTERM)
+    leading._foreseen(lead)
+    assert len(asked) == 9, "and not at all by one that is to stop"
+
+
+def test_a_node_that_does_not_see_the_runs_folder_ends(monkeypatch, tmp_path, capfd):
+    def end(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(node, "_SHOWN", 0.1)
+    monkeypatch.setattr(node.os, "_exit", end)
+    node._see("")
+    node._see(str(tmp_path))
+    with pytest.raises(SystemExit):
+        node._see(str(tmp_path / "spec.json"))
+    assert "spec.json is not there: its folder is not shared with this node" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_attempt_that_another_follows_ends(lead):
+    run, head = lead(1, steps=10**5)
+    until(lambda: steps(run) > 5)
+    family = psutil.Process(head.pid).children(recursive=True)
+    run.add(run.attempts[-1].request)
+    assert head.wait(60) != DONE
+    assert "another attempt: this one is ended" in run.attempts[0].head_log.read_text()
+    _, alive = psutil.wait_procs(family, 5)
+    assert not alive

@@ -41,10 +41,13 @@ def cluster(**more):
     return KubernetesCluster(kind="kubernetes", image="example.com/m:1", claim="runs", **more)
 
 
-def new_run(folder, name="quickstart", kind=None):
+def new_run_spec(name, kind):
     config = load_config(ROOT / "configs/runs/quickstart.toml", [f"run.name={name}"])
-    spec = new_spec(config, kind or cluster(), Path("/workspace"))
-    return create(spec, folder / name)
+    return new_spec(config, kind, Path("/workspace"))
+
+
+def new_run(folder, name="quickstart", kind=None):
+    return create(new_run_spec(name, kind or cluster()), folder / name)
 
 
 def request(nodes=2, **more):
@@ -54,6 +57,7 @@ def request(nodes=2, **more):
 def submit(folder, backend, name="quickstart", nodes=2, kind=None):
     run = new_run(folder, name, kind)
     attempt = run.add(request(nodes))
+    backend.rehearse(run, attempt.request)
     attempt.write_job(backend.submit(run, attempt))
     return run, attempt
 
@@ -107,9 +111,10 @@ def test_two_jobs_of_one_name_are_not_one(tmp_path, server):
     assert server.kinds() == ["configmaps", "jobsets", "secrets"], "the first one is left alone"
 
 
-def test_a_cluster_is_checked_before_anything_is_made(server):
+def test_a_cluster_is_checked_before_anything_is_made(server, tmp_path):
     def checked(**more):
-        open_backend(cluster(**more)).check(request())
+        run = Submitted(RunFolder(tmp_path), new_run_spec("quickstart", cluster(**more)))
+        open_backend(cluster(**more)).check(run, request())
 
     with pytest.raises(LaunchError, match="claim = 'runs': not there"):
         checked()
@@ -143,7 +148,7 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path, server, monkeypatch):
     assert "\n" not in str(error.value) and "object at 0x" not in str(error.value)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(LaunchError, match="no way to Kubernetes"):
-        open_backend(cluster()).check(request())
+        open_backend(cluster()).check(Submitted(RunFolder(tmp_path), new_run_spec("r", cluster())), request())
 
 
 def test_a_secret_that_is_not_set_is_named_before_anything_is_made(tmp_path, server, monkeypatch):

@@ -15,10 +15,11 @@ from hosts import until
 from launch.cluster import LocalCluster, SshCluster
 from launch.local import LocalBackend, LocalSite
 from launch.private_env import PRIVATE, read_private
-from launch.record import Request, Started, create, new_spec
+from launch.record import Request, Started, Submitted, create, new_spec
 from runs import run_config
 from standin import noted, standin
 from trainer.errors import LaunchError
+from trainer.runfolder import RunFolder
 
 WAIT = "time.sleep(60)"
 PARENT = """
@@ -205,6 +206,13 @@ def test_a_secret_that_the_submitter_lacks_is_named_and_nothing_is_started(start
     assert noted(tmp_path / "python") is None
 
 
+def check(folder, request, **fields):
+    cluster = LocalCluster(kind="local", **fields)
+    config = run_config(folder / "data", folder / "runs")
+    spec = new_spec(config, cluster, Path(cluster.workdir or folder))
+    LocalBackend(cluster).check(Submitted(RunFolder(config.run.path), spec), request)
+
+
 @pytest.mark.parametrize(
     ("fields", "asked", "told"),
     [
@@ -215,14 +223,14 @@ def test_a_secret_that_the_submitter_lacks_is_named_and_nothing_is_started(start
         ({"python": "/bin/false"}, {}, "no Mikoshi there"),
     ],
 )
-def test_what_this_machine_cannot_run_is_refused_in_one_line(fields, asked, told):
+def test_what_this_machine_cannot_run_is_refused_in_one_line(tmp_path, fields, asked, told):
     with pytest.raises(LaunchError) as refused:
-        LocalBackend(LocalCluster(kind="local", **fields)).check(request(**asked))
+        check(tmp_path, request(**asked), **fields)
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
-def test_this_machine_as_it_is_serves():
-    LocalBackend(LocalCluster(kind="local", python=sys.executable)).check(request())
+def test_this_machine_as_it_is_serves(tmp_path):
+    check(tmp_path, request(), python=sys.executable)
 
 
 def test_the_head_for_hosts_is_run_by_the_interpreter_that_submits(tmp_path):

@@ -164,11 +164,11 @@ def test_for_a_head_that_never_spoke_its_job_is_shown(run):
     assert last_words(attempt) == "here"
 
 
-def test_the_jobs_of_an_array_speak_in_the_folder_of_its_first_run(tmp_path):
+def test_the_jobs_of_an_array_speak_in_the_folder_of_its_sweep(tmp_path):
     folder = tmp_path / "name-002" / "attempts" / "1"
     folder.mkdir(parents=True)
-    (tmp_path / "name-000").mkdir()
-    (tmp_path / "name-000" / "slurm-5_2.out").write_text("x")
+    (tmp_path / ".sweep-abc").mkdir()
+    (tmp_path / ".sweep-abc" / "slurm-5_2.out").write_text("x")
     attempt = Attempt(folder)
     attempt.write_job({"id": "5_2"})
-    assert job_log(attempt) == tmp_path / "name-000" / "slurm-5_2.out"
+    assert job_log(attempt) == tmp_path / ".sweep-abc" / "slurm-5_2.out"

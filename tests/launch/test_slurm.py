@@ -17,12 +17,13 @@ from launch import slurm_text
 from launch.backend import JobState
 from launch.cluster import LocalCluster, SlurmCluster
 from launch.private_env import PRIVATE, chosen, read_private, write_private
-from launch.record import Request, Result, Started, create, new_spec
-from launch.slurm import SCRIPT, SlurmBackend, submit_array
+from launch.record import Request, Result, Started, Submitted, create, new_spec
+from launch.slurm import SCRIPT, SlurmBackend, array_folder, submit_array
 from launch.slurm_call import environment
 from launch.slurm_site import SlurmSite, allocated, barren
 from runs import run_config
 from trainer.errors import LaunchError
+from trainer.runfolder import RunFolder
 
 SBATCH = """#!{python}
 import json, os, sys
@@ -77,6 +78,13 @@ def asked(nodes=2, min_nodes=None, **fields):
 def run_of(folder, made, name="run", runs="runs"):
     config = run_config(folder / "data", folder / runs, run={"name": name})
     return create(new_spec(config, made, folder))
+
+
+def check(folder, request, **fields):
+    """Whether a run could be queued that is not there yet."""
+    made = cluster(**fields)
+    config = run_config(folder / "data", folder / "runs")
+    SlurmBackend(made).check(Submitted(RunFolder(config.run.path), new_spec(config, made, folder)), request)
 
 
 @pytest.mark.parametrize(
@@ -221,6 +229,7 @@ def test_the_cluster_files_variables_win_over_secrets_of_the_same_name():
         ({"partition": "small"}, asked(3), "partition small has 2 nodes"),
         ({"partition": "small", "exclude": ["n1"]}, asked(2), "partition small has 1 nodes"),
         ({}, asked(4), "partition main has 3 nodes"),
+        ({"partition": "small"}, asked(2, bad=["n1"]), "ask for fewer; avoided are n1, which --include-node takes back"),
         ({"partition": "small", "time": "2:00:00"}, asked(1), "time = 2:00:00: partition small allows 01:00:00"),
         ({"time": "1", "warning": 60}, asked(1), "warning = 60: no less than the time limit, 60 s"),
         ({"time": "soon"}, asked(1), "time = 'soon'"),
@@ -228,17 +237,17 @@ def test_the_cluster_files_variables_win_over_secrets_of_the_same_name():
     ],
 )
 @pytest.mark.usefixtures("tools")
-def test_what_a_partition_could_never_run_is_refused_before_it_is_queued(fields, request_, told):
+def test_what_a_partition_could_never_run_is_refused_before_it_is_queued(tmp_path, fields, request_, told):
     with pytest.raises(LaunchError) as refused:
-        SlurmBackend(cluster(**fields)).check(request_)
+        check(tmp_path, request_, **fields)
     assert told in str(refused.value) and "\n" not in str(refused.value)
 
 
 @pytest.mark.usefixtures("tools")
-def test_what_it_can_run_is_let_pass():
-    SlurmBackend(cluster()).check(asked(3))
-    SlurmBackend(cluster()).check(asked(4, 2))
-    SlurmBackend(cluster(partition="small,main", time="1:00:00")).check(asked(1))
+def test_what_it_can_run_is_let_pass(tmp_path):
+    check(tmp_path, asked(3))
+    check(tmp_path, asked(4, 2))
+    check(tmp_path, asked(1), partition="small,main", time="1:00:00")
 
 
 def test_a_refusal_is_told_in_slurms_words_and_nothing_is_left_queued(tools, tmp_path):
@@ -265,7 +274,7 @@ def test_a_controller_that_does_not_answer_is_told_in_one_line(tools):
 def test_commands_that_are_not_there_are_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="scontrol: not found: submit from where Slurm's commands are"):
-        SlurmBackend(cluster()).check(asked(1))
+        check(tmp_path, asked(1))
 
 
 def test_all_jobs_are_looked_at_with_one_question(tools):
@@ -299,7 +308,8 @@ def test_a_sweep_is_one_array_and_a_list_of_its_runs(tools, tmp_path):
     jobs = submit_array([(run, run.add(asked(2))) for run in runs], at_once=2)
     assert jobs == [{"id": "17_0"}, {"id": "17_1"}, {"id": "17_2"}]
     (call,) = tools.calls
-    listed = runs[0].folder.path / "slurm-array.json"
+    listed = array_folder(runs[0]) / "slurm-array.json"
+    assert not any(listed.is_relative_to(run.folder.path) for run in runs), "each of them may be removed"
     assert "--array=0-2%2" in call and call[-2:] == ["--list", str(listed)]
     assert json.loads(listed.read_text()) == [str(run.folder.path) for run in runs]
 
@@ -392,7 +402,7 @@ def test_a_bad_node_is_taken_all_the_same_where_there_are_too_few_without(
     made = cluster(**fields)
     run = run_of(tmp_path, made)
     run.add(asked(nodes, exclude=["n1"]))
-    attempt = run.add(asked(nodes, exclude=["n1", "n9"], cause="requeue"))
+    attempt = run.add(asked(nodes, exclude=["n1"], bad=["n9"], cause="requeue"))
     result = Result(state="failed", code=1, why="n2 was lost", time=1.0, bad_nodes=["n2"])
     partition = PARTITIONS.replace("MaxNodes=3", "MaxNodes=UNLIMITED").replace("n[1-3],x", "n[1-3],n9,x")
     partition = partition.replace("TotalNodes=4", "TotalNodes=5" if nodes == 2 else "TotalNodes=4")

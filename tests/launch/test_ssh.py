@@ -49,6 +49,10 @@ def made_of(argv, config):
     return dict(line.partition(" ")[::2] for line in done.stdout.splitlines())
 
 
+def spec_of(folder):
+    return new_spec(run_config(folder / "data", folder / "runs"), cluster(), folder)
+
+
 needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="needs OpenSSH's client")
 
 
@@ -56,7 +60,7 @@ needs_ssh = pytest.mark.skipif(shutil.which("ssh") is None, reason="needs OpenSS
 def test_nothing_of_the_users_settings_gives_it_a_terminal_an_agent_or_a_shared_connection(tmp_path):
     config = tmp_path / "config"
     config.write_text(HOSTILE_CONFIG)
-    plain = made_of(ssh(cluster(connect_timeout=7), "n1"), config)
+    plain = made_of(ssh(cluster(connect_timeout=7), "n1", spec_of(tmp_path)), config)
     wanted = {
         "batchmode": "yes", "stricthostkeychecking": "true", "controlmaster": "false", "forwardagent": "no", "forwardx11": "no",
         "requesttty": "false", "permitlocalcommand": "no", "clearallforwardings": "yes", "updatehostkeys": "false",
@@ -70,21 +74,21 @@ def test_nothing_of_the_users_settings_gives_it_a_terminal_an_agent_or_a_shared_
 def test_what_ssh_itself_knows_of_a_host_still_counts(tmp_path):
     config = tmp_path / "config"
     config.write_text("Host n1\n  HostName n1.example.org\n  Port 2222\n  User someone\n  ProxyJump gate\n")
-    plain = made_of(ssh(cluster(), "n1"), config)
+    plain = made_of(ssh(cluster(), "n1", spec_of(tmp_path)), config)
     assert (plain["hostname"], plain["port"], plain["user"], plain["proxyjump"]) == (
         "n1.example.org",
         "2222",
         "someone",
         "gate",
     )
-    own = made_of(ssh(cluster(port=22022, user="me"), "n1"), config)
+    own = made_of(ssh(cluster(port=22022, user="me"), "n1", spec_of(tmp_path)), config)
     assert (own["port"], own["user"]) == ("22022", "me")
 
 
 @needs_ssh
 def test_paths_with_blanks_and_percent_signs_are_taken_as_they_are(tmp_path):
     (tmp_path / "config").write_text("")
-    argv = ssh(cluster(known_hosts="/keys of/100%h", identity="/keys of/%u id"), "n1")
+    argv = ssh(cluster(known_hosts="/keys of/100%h", identity="/keys of/%u id"), "n1", spec_of(tmp_path))
     plain = made_of(argv, tmp_path / "config")
     assert plain["userknownhostsfile"] == "/keys of/100%h" and plain["globalknownhostsfile"] == "/dev/null"
     assert plain["identitiesonly"] == "yes" and plain["identityfile"] == "/keys of/%%u id"
@@ -92,14 +96,14 @@ def test_paths_with_blanks_and_percent_signs_are_taken_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("path", ['a"b', "a\\b", "${HOME}/key", "a\nProxyCommand touch canary"])
 @pytest.mark.parametrize("key", ["identity", "known_hosts"])
-def test_a_path_that_ssh_would_read_otherwise_is_refused(key, path):
+def test_a_path_that_ssh_would_read_otherwise_is_refused(tmp_path, key, path):
     with pytest.raises(LaunchError, match=key):
-        ssh(cluster(**{key: path}), "n1")
+        ssh(cluster(**{key: path}), "n1", spec_of(tmp_path))
 
 
 def test_paths_are_relative_to_the_workdir_and_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    spec = new_spec(run_config(tmp_path / "data", tmp_path / "runs"), cluster(), tmp_path)
+    spec = spec_of(tmp_path)
     assert f'IdentityFile="{tmp_path}/keys/id"' in ssh(cluster(identity="keys/id"), "n1", spec)
     assert 'IdentityFile="/home/me/.ssh/id"' in ssh(cluster(identity="~/.ssh/id"), "n1", spec)
 
@@ -111,9 +115,12 @@ def test_hosts_to_avoid_are_left_out_and_spares_stay_in_order(tmp_path):
     assert SshSite(cluster(), run, run.add(request(exclude=["n2"]))).nodes() == ["n1", "n3"]
 
 
-def test_fewer_hosts_than_nodes_are_refused_before_any_is_asked():
-    with pytest.raises(LaunchError, match=r"3 nodes asked for, and 3 hosts \(1 of them to be avoided\)"):
-        LocalBackend(cluster()).check(request(nodes=3, exclude=["n2"]))
+def test_fewer_hosts_than_nodes_are_refused_before_any_is_asked(tmp_path):
+    run = create(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), cluster(), tmp_path))
+    with pytest.raises(
+        LaunchError, match=r"3 nodes asked for, and 3 hosts: .* avoided are n2, which --include-node takes back"
+    ):
+        LocalBackend(cluster()).check(run, request(nodes=3, exclude=["n2"]))
 
 
 def test_a_plain_command_can_be_read():

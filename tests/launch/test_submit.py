@@ -24,10 +24,14 @@ class Cluster:
 
     def __init__(self, refuse=None, at=1):
         self.refuse, self.at, self.jobs, self.cancelled, self.state = refuse, at, [], [], "running"
+        self.checked, self.unless = [], []
 
-    def check(self, request):
+    def check(self, run, request):
+        self.checked.append(request)
         if self.refuse == "check":
             raise LaunchError("no such partition: long")
+        if set(self.unless) & set(request.avoided):
+            raise LaunchError("too few nodes")
 
     def preview(self, run, request):
         return "preview"
@@ -247,10 +251,23 @@ def test_a_run_that_has_ended_is_resumed_on_other_nodes(config, cluster):
     end(attempt, "failed", bad_nodes=["n3"])
     second, told = resume(standing(run.folder.path), cluster, 2, None, ["n9"], [])
     assert (second.number, second.request.nodes, second.request.min_nodes) == (2, 2, 2)
-    assert second.request.exclude == ["n3", "n9"] and second.request.cause == "resume" and "4 ranks" in told
+    assert (second.request.exclude, second.request.bad) == (["n9"], ["n3"])
+    assert second.request.cause == "resume" and "4 ranks" in told
     end(second)
     third = next_request(run, None, None, ["n4"], ["n3"])
-    assert third.exclude == ["n9", "n4"] and third.nodes == 2
+    assert (third.exclude, third.bad) == (["n9", "n4"], []) and third.nodes == 2
+    assert next_request(run, None, None, [], ["n9"]).exclude == []
+
+
+def test_a_node_that_was_found_bad_is_used_again_where_there_are_too_few_others(config, cluster):
+    run, attempt = submit(make_plan(config, LOCAL, nodes=2), cluster)
+    end(attempt, "failed", bad_nodes=["n1"])
+    cluster.unless = ["n1"]
+    second, _ = resume(standing(run.folder.path), cluster, None, None, [], [])
+    assert second.request.bad == [] and [asked.bad for asked in cluster.checked] == [["n1"], []]
+    end(second, "failed", bad_nodes=[])
+    with pytest.raises(LaunchError, match="too few"):
+        resume(standing(run.folder.path), cluster, None, None, ["n1"], [])
 
 
 def test_a_run_that_goes_on_is_not_resumed(config, cluster):
@@ -298,7 +315,7 @@ def test_of_two_that_resume_at_once_one_is_told_so(config, cluster):
     seen, refused = standing(run.folder.path), []
 
     class Slow(Cluster):
-        def check(self, request):
+        def check(self, run, request):
             run.add(Request(nodes=1, min_nodes=1, cause="resume", time=time.time()))  # by someone else, just now
 
     with pytest.raises(LaunchError, match="someone else has just resumed it"):

@@ -17,7 +17,7 @@ import launch.head as head
 
 class Site:
     def __init__(self, cluster, run, attempt):
-        self.names = [name for name in {names!r} if name not in attempt.request.exclude]
+        self.names = [name for name in {names!r} if name not in attempt.request.avoided]
     def nodes(self):
         return self.names
     def command(self, node):
