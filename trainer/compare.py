@@ -19,10 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from data.atomic import write_file
 from parallel.errors import LayoutError
 from trainer.config import ParallelSection, RunConfig, load_config, to_toml
 from trainer.engine_section import Kind
+from trainer.engines.carry import compiles
 from trainer.errors import ConfigError, RunError
 from trainer.exit_codes import DONE
 from trainer.preflight import preflight
@@ -37,12 +40,13 @@ _SETTING = re.compile(r"[,;]([\w.]+)=")
 
 @dataclass(frozen=True)
 class Contestant:
-    """folder: its name in that of the comparison. refused: why it cannot run, if so."""
+    """folder: its name in that of the comparison. refused: why it cannot run, if so. compiled: whether torch compiles it."""
 
     engine: str
     layout: str
     folder: str
     refused: str = ""
+    compiled: bool = False
 
     @property
     def name(self) -> str:
@@ -104,7 +108,9 @@ def make_plan(
             preflight(run_of(config, out / folder, 1), ranks)
         except (LayoutError, ConfigError) as error:
             refused = "; ".join(str(error).splitlines())
-        contestants.append(Contestant(engine, layout, folder, refused))
+        cuda = config.engine.device != "cpu" and torch.cuda.is_available()
+        compiled = compiles(config, torch.device("cuda" if cuda else "cpu"))
+        contestants.append(Contestant(engine, layout, folder, refused, compiled))
     return contestants, configs
 
 

@@ -48,6 +48,7 @@ def _charts(found: Comparison) -> list[str]:
     charts = [
         _chart("Tokens/s: median; a dot is the median of a round", _speeds(rows), _bars_axis(rows), bars=len(rows)),
         _chart("Peak memory, GiB: the most of all ranks; a dot is a rank", _memory(rows), _bars_axis(rows), bars=len(rows)),
+        *([_chart("MFU: median", _mfu(rows), _bars_axis(rows), bars=len(rows))] if _mfu(rows) else []),
         _chart("Loss of the first round, nats a token", _losses(rows), tall=True),
     ]
     for key, name in (("loss", "Loss"), ("grad_norm", "Gradient norm")):
@@ -84,6 +85,12 @@ def _memory(rows: Sequence[tuple[int, Row]]) -> list[Any]:
     return [_bars([(n, row, max(peaks)) for n, row, peaks in values], "GiB", ".2f")] + [
         _dots(n, row, peaks, [f"rank {rank}" for rank in range(len(peaks))], ".2f") for n, row, peaks in values
     ]
+
+
+def _mfu(rows: Sequence[tuple[int, Row]]) -> list[Any]:
+    """Nothing where the peak of the processor is not known."""
+    known = [(n, row, row.figures.mfu) for n, row in rows if row.figures and row.figures.mfu is not None]
+    return [_bars(known, "of the peak", ".1%")] if known else []
 
 
 def _bars(values: Sequence[tuple[int, Row, float]], unit: str, shape: str) -> go.Bar:

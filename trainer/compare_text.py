@@ -77,6 +77,10 @@ def words(found: Comparison) -> list[str]:
         f"{plan.ranks} rank(s) on {on}, {machine['cores']} cores; {software}",
         f"medians over {plan.rounds} round(s) of {plan.steps} steps in turn, the first {WARM_UP} of each left out",
     ]
+    ran = [row.contestant for row in found.rows if row.figures is not None]
+    if any(one.compiled for one in ran):
+        plain = ", ".join(one.name for one in ran if not one.compiled)
+        lines.append(f"compiled by torch.compile{f', but for {plain}' if plain else ''}")
     if found.first is not None:
         one = found.rows[found.first]
         assert one.figures is not None

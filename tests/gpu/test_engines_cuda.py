@@ -100,14 +100,13 @@ def test_bf16_follows_the_native_engines_fp32(dataset, tmp_path, kind, model):
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("model", list(MODELS))
-@pytest.mark.parametrize(("precision", "loss", "norm"), [("fp32", 1e-3, 1e-2), ("bf16", 5e-3, 5e-2)])
 @pytest.mark.skipif(not installed("transformer_engine"), reason="Transformer Engine is not installed")
-def test_transformer_engines_layers_train_the_same_run(dataset, tmp_path, model, precision, loss, norm):
+def test_transformer_engines_layers_train_the_same_run(dataset, tmp_path, model):
     other = config_of(
-        dataset, tmp_path, "megatron", MODELS[model], precision=precision, megatron={"transformer_engine": "on"}
+        dataset, tmp_path, "megatron", MODELS[model], precision="bf16", megatron={"transformer_engine": "on"}
     )  # fmt: skip
     _, exact = steps(config_of(dataset, tmp_path, "native", MODELS[model]))
-    assert_near(steps(other)[1], exact, loss, norm)
+    assert_near(steps(other)[1], exact, 5e-3, 5e-2)
 
 
 @pytest.mark.usefixtures("group")
@@ -135,5 +134,8 @@ def test_engines_are_compared_on_a_gpu(dataset, tmp_path, mikoshi):
     )  # fmt: skip
     assert (code, errors) == (0, [])
     for one in json.loads(out)["contestants"]:
-        assert one["refused"] or one["figures"]["loss"]["relative"] < 1e-3
-        assert one["refused"] or one["figures"]["reserved"][0] >= one["figures"]["memory"][0] > 0
+        if one["engine"] != "native" and not installed(PACKAGES[one["engine"]]):
+            assert one["refused"]
+            continue
+        assert one["figures"]["loss"]["relative"] < 1e-3, one["refused"]
+        assert one["figures"]["reserved"][0] >= one["figures"]["memory"][0] > 0

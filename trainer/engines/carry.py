@@ -164,7 +164,9 @@ def _expert_mesh(groups: Groups) -> Any:
 
 
 def compiles(config: RunConfig, device: torch.device) -> bool:
-    return config.engine.compile == "on" or (config.engine.compile == "auto" and device.type == "cuda")
+    """Whether the engine's blocks are compiled: on CUDA of itself, where the engine can."""
+    can = config.engine.kind == "native" or (config.engine.kind == "deepspeed" and config.parallel.zero < 3)
+    return config.engine.compile == "on" or (config.engine.compile == "auto" and device.type == "cuda" and can)
 
 
 def cores_per_rank(device: torch.device) -> int:

@@ -13,6 +13,7 @@ from trainer.engines.limit import Case, Limit, installed
 
 _OLDEST = (0, 19)
 _HEADERS = ("/usr/include", "/usr/local/include")
+_NOT_QUANTIZED = "engine.deepspeed.quantized_weights=false engine.deepspeed.quantized_gradients=false"
 
 
 def _too_old(case: Case) -> bool:
@@ -168,8 +169,18 @@ DEEPSPEED: tuple[Limit, ...] = (
         lambda case: case.layout.world % case.config.engine.deepspeed.hpz > 0,
     ),
     Limit(
+        "deepspeed", "engine.deepspeed.hpz > 1 with engine.deepspeed.offload_parameters",
+        "the second copy of the parameters is in the GPUs' memory, which offload is to spare",
+        'engine.deepspeed.hpz=1, or engine.deepspeed.offload_parameters="none"',
+        lambda case: case.config.engine.deepspeed.hpz > 1 and _parameters_elsewhere(case),
+    ),
+    Limit(
         "deepspeed", "engine.deepspeed.quantized_weights or quantized_gradients without CUDA", "its kernels are of CUDA",
-        "engine.deepspeed.quantized_weights=false engine.deepspeed.quantized_gradients=false",
-        lambda case: _quantized(case) and case.cuda is False,
+        _NOT_QUANTIZED, lambda case: _quantized(case) and case.cuda is False,
+    ),
+    Limit(
+        "deepspeed", "engine.deepspeed.quantized_weights or quantized_gradients without nvcc and g++",
+        "its kernels are compiled at the start", f"install the CUDA toolkit and g++, or {_NOT_QUANTIZED}",
+        lambda case: case.here and _quantized(case) and bool(case.cuda) and not (shutil.which("nvcc") and shutil.which("g++")),
     ),
 )  # fmt: skip

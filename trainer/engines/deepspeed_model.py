@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from parallel.expert import experts_in, share_balance
 from parallel.layout import Coordinates, Layout
 from parallel.mesh import Groups
 from trainer.config import RunConfig
-from trainer.engines.carry import wrap_forwards
+from trainer.engines.carry import compiles, wrap_forwards
 from trainer.engines.deepspeed_optim import GatedAdamW
 from trainer.model.gpt import GPT, Attention, Block, Part
 
@@ -44,7 +45,7 @@ def build_model(
             if isinstance(attention, Attention):
                 attention.attend = ulysses(attention.attend, groups.cp)
     blocks = [block for block in model.blocks.values() if isinstance(block, Block)]
-    wrap_forwards(blocks, config.engine.recompute, compiled=config.engine.compile == "on")
+    wrap_forwards(blocks, config.engine.recompute, compiles(config, device))
     return model
 
 
@@ -116,13 +117,18 @@ def write(p: nn.Parameter, key: str | None, value: Tensor, layout: Layout, optim
             safe_set_full_optimizer_state(p, value, key)
     else:
         # Its setter of the whole takes parameters alone that come out even over the ranks.
-        mine = _piece(value, p.ds_tensor.numel())  # type: ignore[attr-defined]
+        piece: Tensor = p.ds_tensor  # type: ignore[attr-defined]
+        mine = _piece(value, piece.ds_numel)  # type: ignore[attr-defined]
+        # In the place of a piece that is on a disk there is one element, over which its setter of pieces would write without a
+        # word: gathering brings it in.
+        with GatheredParameters([p]) if piece.numel() != len(mine) else nullcontext():
+            if key is None:
+                safe_set_local_fp32_param(p, mine)
+            else:
+                safe_set_local_optimizer_state(p, mine, key)
         if key is None:
-            safe_set_local_fp32_param(p, mine)
             with GatheredParameters([p], modifier_rank=0):
                 p.copy_(value.view(shape_of(p)))
-        else:
-            safe_set_local_optimizer_state(p, mine, key)
 
 
 def _piece(value: Tensor, size: int) -> Tensor:

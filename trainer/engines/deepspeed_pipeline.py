@@ -103,8 +103,9 @@ class DeepSpeedPipeline(DeepSpeedEngine):
         their last bits, so all that hold one sum at once, and what is left to average is that of one rank and zeros."""
         assert self.model.embed is not None
         weight = self.model.embed.weight
-        gradient = getattr(weight, "_hp_grad", weight.grad)  # in bf16 it adds gradients up in tensors of its own
-        assert gradient is not None
+        # In bf16 it adds gradients up in tensors of its own, under another name where it offloads.
+        kept = (getattr(weight, name, None) for name in ("_hp_grad", "grad", "grad_accum"))
+        gradient = next(tensor for tensor in kept if tensor is not None)
         dist.all_reduce(gradient, group=self.holders)
         if self.here.data:
             gradient.zero_()

@@ -74,7 +74,9 @@ def _uneven(case: Case) -> bool:
     """Whether a matrix or a micro-batch has a size that FP8 products cannot have."""
     model, layout = case.config.model, case.layout
     tokens = layout.micro_rows * case.config.train.context // layout.cp
-    sizes = (model.width, model.d_mlp // layout.tp, model.heads * model.d_head // layout.tp, tokens)
+    kv_heads = model.kv_heads or model.heads
+    qkv = (model.heads + 2 * kv_heads) * model.d_head // layout.tp
+    sizes = (model.width, model.d_mlp // layout.tp, model.heads * model.d_head // layout.tp, qkv, tokens)
     return any(size % 16 for size in sizes)
 
 
@@ -176,7 +178,8 @@ MEGATRON: tuple[Limit, ...] = (
     ),
     Limit(
         "megatron", "engine.megatron.fp8 with sizes that 16 does not divide",
-        "model.width, mlp_width / tp, heads x head_dim / tp and the tokens of a micro-batch are sides of FP8 products",
+        "model.width, mlp_width / tp, heads x head_dim / tp, (heads + 2 kv_heads) x head_dim / tp and the tokens of a "
+        "micro-batch are sides of FP8 products",
         "sizes that 16 divides, or engine.megatron.fp8=false",
         lambda case: _fp8(case) and _uneven(case),
     ),

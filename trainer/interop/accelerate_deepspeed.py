@@ -9,6 +9,9 @@ from trainer.engines.deepspeed_json import apart
 from trainer.errors import ConfigError
 from trainer.interop.accelerate_read import Asked, Found, read_json, safe, shown
 
+_ADAM = {"lr": 1e-3, "eps": 1e-8, "weight_decay": 0.0}
+"""What DeepSpeed's Adam and AdamW have where nothing else is said; betas: 0.9 and 0.999."""
+
 _SCHEDULES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -79,13 +82,16 @@ def _optimizer(inner: Asked, found: Found) -> None:
         section.taken.discard("type")
         return
     params = section.below("params", "")
-    for name in ("lr", "eps", "weight_decay"):
-        value = params.number(name, None)
+    named = "type" in section.values  # what it does not say is then what DeepSpeed's optimizers have, not what a run has
+    for name, usual in _ADAM.items():
+        value = params.number(name, usual if named and name not in params.values else None)
         if value is not None:
             found.set(f"optim.{name}", value)
     betas = params.take("betas")
     if isinstance(betas, list):
         found.set("optim.betas", betas)
+    elif betas is None and named:
+        found.set("optim.betas", [0.9, 0.999])
     elif betas not in (None, "auto"):
         raise params.error("betas", "two numbers are expected")
 

@@ -154,6 +154,9 @@ def _tell_size(accelerator: Any, batches: TrainingBatches) -> None:
 
 def _check_wrapper(model: nn.Module, kind: Kind, ranks: int) -> None:
     """Raises ConfigError unless the model is carried by what was asked for, over all ranks."""
+    inner = getattr(model, "_orig_mod", model)  # accelerate compiles what it has wrapped
+    assert isinstance(inner, nn.Module)
+    model = inner
     if kind == "deepspeed":
         engine = getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)
         good = engine is not None and isinstance(model, engine) and model.dp_world_size == ranks

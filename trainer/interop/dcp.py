@@ -185,14 +185,22 @@ def _folder(path: Path, metadata: dict[str, Any]) -> Folder:
     for index, info in metadata["storage_data"].items():
         at = _fields(index, "MetadataIndex")
         if at.get("offset") is not None:
-            places[str(at["fqn"]), _counts(at["offset"])] = _place(path, _fields(info, "_StorageInfo"), sizes)
+            places[_name(at["fqn"]), _counts(at["offset"])] = _place(path, _fields(info, "_StorageInfo"), sizes)
     tensors, others = {}, []
-    for name, entry in metadata["state_dict_metadata"].items():
+    for key, entry in metadata["state_dict_metadata"].items():
+        name = _name(key)
         if isinstance(entry, Made) and entry.kind.endswith(".BytesStorageMetadata"):
-            others.append(str(name))
+            others.append(name)
         else:
-            tensors[str(name)] = _stored(str(name), _fields(entry, "TensorStorageMetadata"), places)
+            tensors[name] = _stored(name, _fields(entry, "TensorStorageMetadata"), places)
     return Folder(path, tensors, tuple(others))
+
+
+def _name(value: Any) -> str:
+    """Never the text of something else: that of nested tuples which share their parts can be larger than any memory."""
+    if not isinstance(value, str):
+        raise ValueError("a name that is no text")
+    return value
 
 
 def _place(path: Path, info: dict[str, Any], sizes: dict[str, int]) -> tuple[str, int, int]:

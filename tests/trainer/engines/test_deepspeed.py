@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from engines import released
 from layouts import BASE, MODELS
 from parallel.sharding import local
 from runs import engine_and_rows, held_out_of, run_config, whole_state
@@ -44,7 +45,7 @@ def config_of(dataset, folder, model, small=True, **sections):
     plain["model"] = {"kv_heads": None} | shape
     for name, values in sections.items():
         plain[name] = {**plain.get(name, {}), **values}
-    return run_config(dataset, folder, **plain)
+    return run_config(dataset, folder, **released(plain))
 
 
 _native = {}

@@ -34,6 +34,9 @@ def train_on_disk(config):
     finally:
         DeepSpeedEngine.__init__ = init
     swapped = sum(path.stat().st_size for path in config.engine.deepspeed.nvme.rglob("*.swp"))
+    if config.engine.deepspeed.offload_parameters == "nvme":
+        pieces = [p.ds_tensor for _, p in built[0].named]
+        assert any(piece.numel() < piece.ds_numel for piece in pieces), "no parameter is on the disk"
     dist.barrier()
     built[0].close()
     dist.barrier()
@@ -46,6 +49,8 @@ def train_on_disk(config):
 def test_offload_to_a_disk_is_the_same_run(ranks, dataset, tmp_path, parameters):
     (tmp_path / "nvme").mkdir()
     own = {"offload_optimizer": "nvme", "offload_parameters": parameters, "nvme": str(tmp_path / "nvme")}
+    if parameters == "nvme":  # else all that fit into a billion elements of memory stay there
+        own["settings"] = {"zero_optimization": {"offload_param": {"max_in_cpu": 0}}}
     sections = {"model": LARGE, "train": {"steps": 4}}
     ((initial, steps, _, _, state, _),) = ranks.run(train, engine_config(dataset, tmp_path, "llama", **sections), world=1)
     config = engine_config(dataset, tmp_path, "llama", "deepspeed", "zero=3", engine={"deepspeed": own}, **sections)

@@ -93,6 +93,7 @@ HOW = [
     pytest.param("llama", {"recompute": "full"}, marks=pytest.mark.slow),
     pytest.param("llama", {"compile": "on"}, marks=pytest.mark.slow),
 ]
+BF16 = {"kind": "deepspeed", "precision": "bf16"}
 
 
 @pytest.mark.parametrize(("model", "engine"), HOW, ids=["offload", "recompute", "compile"])
@@ -101,9 +102,10 @@ def test_it_goes_with(ranks, dataset, tmp_path, model, engine):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("offload", ["none", "cpu"])
 @pytest.mark.parametrize("model", ["gpt2", "llama"])
-def test_in_bf16_it_is_as_near_as_without_a_pipeline(ranks, dataset, tmp_path, model):
-    precision = {"kind": "deepspeed", "precision": "bf16"}
+def test_in_bf16_it_is_as_near_as_without_a_pipeline(ranks, dataset, tmp_path, model, offload):
+    precision = {**BF16, "deepspeed": {"offload_optimizer": offload}}
     one = ranks.run(train, engine_config(dataset, tmp_path, model, "deepspeed", "zero=1", engine=precision), world=2)[0]
     mine = engine_config(dataset, tmp_path, model, "deepspeed", "pp=2 zero=1", engine=precision)
     for digests, steps, _, _, state, differing in ranks.run(train, mine, world=4):

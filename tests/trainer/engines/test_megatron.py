@@ -27,7 +27,7 @@ MATRIX = [
 ]  # fmt: skip
 MATRIX += [
     ("llama", 2, "cp=2"), ("mistral", 4, "cp=2 context_kind=ulysses"), ("qwen3", 2, "tp=2"), ("gpt2", 3, "zero=3"),
-    ("gpt2", 4, "cp=2 tp=2 zero=3"),
+    ("gpt2", 4, "cp=2 tp=2 zero=3"), ("llama", 2, "cp=2 context_kind=ring"), ("gpt2", 2, "zero=2 offload=optimizer"),
     ("mixtral", 1, ""), ("mixtral", 2, "tp=2"), ("mixtral", 4, "tp=2 ep=2 expert_tp=1"), ("mixtral", 4, "cp=2 ep=2"),
     ("deepseek", 2, "ep=2 zero=3"), ("deepseek", 4, "pp=2 ep=2 schedule=zbv"), ("deepseek", 4, "tp=2 pp=2"),
 ]  # fmt: skip
@@ -93,7 +93,10 @@ def test_bf16_is_the_same_run_to_its_own_rounding(ranks, dataset, tmp_path):
     for layout in ("tp=2", "pp=2"):
         config = engine_config(dataset, tmp_path, "gpt2", "megatron", layout, **bf16)
         for _, steps, *_ in ranks.run(train, config, world=2):
-            assert [loss for loss, *_ in steps] == pytest.approx([loss for loss, *_ in native], rel=5e-3)
+            assert steps[0][0] == pytest.approx(native[0][0], rel=1e-4), "the first loss sees equal weights and rows"
+            for (loss, norm, *_), (loss1, norm1, *_) in zip(steps, native, strict=True):
+                assert loss == pytest.approx(loss1, rel=5e-3)
+                assert norm == pytest.approx(norm1, rel=2e-2)
 
 
 @pytest.mark.parametrize("recompute", ["selective", pytest.param("full", marks=pytest.mark.slow)])
