@@ -221,6 +221,14 @@ REAL = {
 }  # fmt: skip
 
 
+def test_what_the_json_of_an_optimizer_leaves_out_is_deepspeeds(tmp_path):
+    """Not a run's own defaults, which are others."""
+    (tmp_path / "ds.json").write_text(json.dumps({"optimizer": {"type": "Adam", "params": {"lr": 2e-4, "eps": "auto"}}}))
+    settings = {"deepspeed_config_file": "ds.json"}
+    found = tomllib.loads(convert(written(tmp_path, distributed_type="DEEPSPEED", deepspeed_config=settings)))
+    assert found["optim"] == {"lr": 2e-4, "weight_decay": 0.0, "betas": [0.9, 0.999]}
+
+
 def test_a_json_as_people_have_them_becomes_a_base_that_runs(tmp_path, dataset):
     """Through to everything that is checked before a rank starts."""
     pytest.importorskip("deepspeed")

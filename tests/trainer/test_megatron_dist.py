@@ -242,6 +242,19 @@ def everything(folder, model):
     return {name: weights(name) for name in names}
 
 
+def test_a_name_that_is_a_bomb_of_nested_tuples_is_refused_at_once(exported):
+    """A few hundred bytes whose text would fill any memory: tuples that share their parts."""
+    folder, model = exported
+    bomb = ()
+    for _ in range(40):
+        bomb = (bomb, bomb)
+    metadata = metadata_of(folder)
+    object.__setattr__(next(index for index in metadata.storage_data if index.offset is not None), "fqn", bomb)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match="a name that is no text"):
+        everything(folder, model)
+
+
 def test_what_is_not_weights_is_not_opened_at_all(exported, runs_of, tmp_path):
     folder, model = exported
     canary = Canary(tmp_path / "canary")

@@ -169,10 +169,10 @@ DEEPSPEED: tuple[Limit, ...] = (
         lambda case: case.layout.world % case.config.engine.deepspeed.hpz > 0,
     ),
     Limit(
-        "deepspeed", "engine.deepspeed.hpz > 1 with engine.deepspeed.offload_parameters",
-        "the second copy of the parameters is in the GPUs' memory, which offload is to spare",
-        'engine.deepspeed.hpz=1, or engine.deepspeed.offload_parameters="none"',
-        lambda case: case.config.engine.deepspeed.hpz > 1 and _parameters_elsewhere(case),
+        "deepspeed", 'engine.deepspeed.hpz > 1 with engine.deepspeed.offload_parameters = "nvme"',
+        "it makes the second copy of the parameters where they are, which cannot be on a disk",
+        'engine.deepspeed.hpz=1, or engine.deepspeed.offload_parameters="cpu"',
+        lambda case: case.config.engine.deepspeed.hpz > 1 and case.config.engine.deepspeed.offload_parameters == "nvme",
     ),
     Limit(
         "deepspeed", "engine.deepspeed.quantized_weights or quantized_gradients without CUDA", "its kernels are of CUDA",

@@ -61,6 +61,12 @@ CASES = [
     ("zero=2", of(hpz=2), {}, "with parallel.zero < 3"),
     ("zero=2", of(quantized_weights=True), {}, "with parallel.zero < 3"),
     ("zero=3", of(hpz=3), {}, "hpz that does not divide the ranks"),
+    (
+        "zero=3",
+        of(offload_parameters="nvme", nvme="/nvme", hpz=2),
+        {},
+        'hpz > 1 with engine.deepspeed.offload_parameters = "nvme"',
+    ),
     ("zero=3", of(quantized_gradients=True), {}, "without CUDA"),
 ]
 
@@ -80,7 +86,8 @@ def test_every_row_of_the_table_can_be_met(tmp_path, monkeypatch):
     monkeypatch.setattr(deepspeed_limits, "find_library", lambda _: None)
     monkeypatch.setattr(deepspeed_limits, "installed", lambda _: False)
     monkeypatch.setattr(deepspeed_limits.importlib.metadata, "version", lambda _: "0.18.9")
-    fired |= {line.split(": ")[1] for line in refusal(nvme).splitlines()}
+    quantized = config_of(tmp_path, "zero=3", of(quantized_weights=True))
+    fired |= {line.split(": ")[1] for told in (refusal(nvme), refusal(quantized, cuda=True)) for line in told.splitlines()}
     assert fired == {row.what for row in deepspeed_limits.DEEPSPEED}
 
 
