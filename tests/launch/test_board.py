@@ -126,6 +126,12 @@ def test_the_schedulers_own_words_are_told():
     assert "OOMKilled" in state_of(Records(1, REQUEST, {}, **AFTER), JobState("ended", "OOMKilled"), NOW)[1]
 
 
+def test_of_pods_with_a_disk_of_their_own_no_progress_is_known():
+    state, why = state_of(Records(1, REQUEST, {"kind": "kubernetes"}), RUNNING, NOW)
+    assert state == "running" and "on the cluster's disk" in why
+    assert state_of(Records(1, REQUEST, {"kind": "kubernetes"}, stop=STOP), RUNNING, NOW)[0] == "stopping"
+
+
 @pytest.mark.parametrize(("why", "state"), [("Completed", "done"), ("OOMKilled", "failed"), ("its JobSet is deleted", "lost")])
 def test_of_pods_with_a_disk_of_their_own_kubernetes_alone_can_tell(why, state):
     assert state_of(Records(1, REQUEST, {"kind": "kubernetes"}), JobState("ended", why), NOW)[0] == state

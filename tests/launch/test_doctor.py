@@ -21,6 +21,7 @@ from launch.bandwidth import tournament
 from launch.cluster import LocalCluster
 from launch.doctor import Inputs, examine
 from launch.doctor_text import show_report
+from launch.gathering import gathered
 from launch.network import interface_of
 from launch.probe import answer
 from trainer.errors import LaunchError
@@ -120,6 +121,25 @@ def test_three_sound_nodes_are_green_and_nothing_is_left_behind(tmp_path):
     assert {one.name for one in report.settings} == {"GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "RES_OPTIONS"}
     assert not list(folder.iterdir()) and len(seen) == 4
     assert json.loads(json.dumps(report.record()))["nodes"] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("setup", "said"), [("touch here", ""), ("echo no such module >&2; false", "no such module")])
+def test_agents_start_as_those_of_a_run_do_after_the_lines_of_setup(tmp_path, setup, said):
+    cluster = LocalCluster(kind="local", setup=f"cd {tmp_path}\n{setup}", patience={"start": 60.0})
+    with gathered(cluster, 1, tmp_path) as nodes:
+        if said:
+            assert not nodes.names and all(why.endswith(said) for why in nodes.missing.values())
+        else:
+            assert nodes.names and not nodes.missing and (tmp_path / "here").exists()
+    assert not list(tmp_path.glob(".mikoshi-doctor-*"))
+
+
+def test_a_work_folder_that_cannot_be_written_to_is_one_line(tmp_path):
+    with (
+        pytest.raises(LaunchError, match="workdir = .*: cannot be written to: No such file"),
+        gathered(CLUSTER, 1, tmp_path / "no"),
+    ):
+        pass
 
 
 @pytest.mark.slow

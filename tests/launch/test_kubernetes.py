@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -238,6 +239,29 @@ def test_logs_are_those_of_the_newest_pod_of_a_node(tmp_path, server):
     server.logs = {first: ["old"], second: ["step 1", "é" * 70000, "last"], node: ["listening on port 20480"]}
     assert list(log_lines(cluster(), attempt.job)) == ["step 1", "é" * 70000, "last"]
     assert list(log_lines(cluster(), attempt.job, node=1, follow=True)) == ["listening on port 20480"]
+
+
+def test_following_waits_for_the_leading_pod_and_shows_what_it_prints(tmp_path, server, monkeypatch, capfd):
+    from launch import steer
+    from trainer.cli_watch import follow_run
+
+    run, attempt = submit(tmp_path, open_backend(cluster()))
+    monkeypatch.setattr(steer, "ASKS", 0.02)
+    pod = server.add_pod(attempt.job["jobset"], "head", 0, "Pending")
+    server.logs = {pod: ["step 1", "step 2"]}
+
+    def start():
+        time.sleep(0.5)
+        server.objects["default", "pods", pod]["status"]["phase"] = "Running"
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    follow_run(run.folder.path, lines=1)
+    thread.join()
+    said = capfd.readouterr()
+    assert said.out == "step 2\n"
+    told = "quickstart: running: its progress is in the run folder on the cluster's disk"
+    assert "waiting for the pod of node 0 to start" in said.err and said.err.rstrip().endswith(told)
 
 
 def test_without_the_package_one_line_says_what_to_install():

@@ -22,6 +22,8 @@ def accelerator_of(case):
     gloo = [InitProcessGroupKwargs(backend="gloo")]
     if case in ("ddp", "launched"):
         return Accelerator(cpu=True, gradient_accumulation_steps=2)
+    if case == "ddp-compiled":
+        return Accelerator(cpu=True, gradient_accumulation_steps=2, dynamo_backend="eager")
     if case == "ddp-bf16":
         return Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     if case == "no-cpu-flag":

@@ -122,7 +122,9 @@ class _Handler(BaseHTTPRequestHandler):
         if name and (space, plural, name) not in self.server.objects:
             return 404, f'{plural} "{name}" not found'
         if match["log"]:
-            return 200, "".join(f"{line}\n" for line in self.server.logs[name]).encode()
+            lines = self.server.logs[name]
+            last = int(query.get("tailLines", len(lines)))
+            return 200, "".join(f"{line}\n" for line in lines[len(lines) - last :]).encode()
         if self.command == "DELETE":
             return self.delete(space, plural, name, query)
         return (200, self.server.objects[space, plural, name]) if name else self.listed(space, plural, query)

@@ -56,6 +56,13 @@ def test_ddp_of_two_trains_as_one_does(dataset, tmp_path, alone):
 
 
 @pytest.mark.slow
+def test_a_model_that_accelerate_compiles_is_looked_into(dataset, tmp_path, alone):
+    found = two(dataset, tmp_path, "ddp-compiled")
+    assert [told["model"] for told in found] == ["OptimizedModule"] * 2
+    assert found[0]["losses"] == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
 def test_deepspeed_of_two_trains_as_one_does(dataset, tmp_path, alone):
     found = two(dataset, tmp_path, "deepspeed")
     assert [told["model"] for told in found] == ["DeepSpeedEngine"] * 2
