@@ -56,11 +56,12 @@ def jobs(slurm):
 
 @pytest.mark.slow
 def test_a_run_is_submitted_watched_and_read(slurm, dataset, tmp_path):
-    submit(tmp_path, place(tmp_path, dataset, cluster={"env": {"HELLO": "a b"}}), "--nodes", 2)
+    submit(tmp_path, place(tmp_path, dataset, cluster={"env": {"HELLO": "a b"}, "gpus_per_node": 1}), "--nodes", 2)
     run = opened(tmp_path)
     result = ended(run)
     assert (result.state, result.code) == ("done", 0), clusterrun.words(run)
     attempt = run.attempts[-1]
+    assert "gpu:1" in slurm.job(attempt.job["id"])["TresPerNode"]
     assert attempt.started.nodes == ["n1", "n2"] and attempt.started.host == "n1"
     assert {path.name for path in attempt.path.glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
     said = mikoshi(tmp_path, "status", "runs/run", "--json")
@@ -92,11 +93,11 @@ def test_a_run_that_is_cancelled_saves_and_goes_on_with_fewer_nodes(slurm, datas
     assert steps == sorted(set(steps)) and steps[-1] == 40 and saved < 40
 
 
-@pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.usefixtures("slurm")
 def test_a_run_longer_than_its_time_limit_chains_itself_to_the_end(dataset, tmp_path):
-    sections = dict(steps=1000, model=SLOW, train={"global_batch": 16})
-    submit(tmp_path, place(tmp_path, dataset, cluster={"time": "2", "warning": 60}, **sections), "--nodes", 2)
+    sections = dict(steps=800, model=SLOW, train={"global_batch": 16})
+    submit(tmp_path, place(tmp_path, dataset, cluster={"time": "2", "warning": 75}, **sections), "--nodes", 2)
     run = opened(tmp_path)
     first = ended(run, 1)
     assert (first.state, first.next) == ("stopped", "requeued"), clusterrun.words(run)
@@ -154,6 +155,9 @@ def test_a_node_whose_ranks_die_again_and_again_is_left_out_when_the_job_is_queu
     until(lambda: (result := run.attempts[-1].result) and result.state == "done", "the run is done", 120, run)
     assert run.attempts[-1].started.nodes == ["n1", "n3"]
     assert {attempt.job["id"] for attempt in run.attempts} == {run.attempts[0].job["id"]}
+    submit(tmp_path, place(tmp_path, dataset, "quiet", **sections), "--nodes", 2)
+    assert ended(opened(tmp_path, "quiet")).state == "done"
+    assert digests(run) == digests(opened(tmp_path, "quiet"))
 
 
 @pytest.mark.soak

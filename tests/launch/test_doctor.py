@@ -136,7 +136,7 @@ def test_agents_start_as_those_of_a_run_do_after_the_lines_of_setup(tmp_path, se
 
 def test_a_work_folder_that_cannot_be_written_to_is_one_line(tmp_path):
     with (
-        pytest.raises(LaunchError, match="workdir = .*: cannot be written to: No such file"),
+        pytest.raises(LaunchError, match=r"workdir = .*: cannot be written to: No such file"),
         gathered(CLUSTER, 1, tmp_path / "no"),
     ):
         pass
