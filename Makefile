@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 # The quick start's ranks: the GPUs, or without any the cores, as far as the batch of 16 rows can be shared.
 RANKS ?= $(shell $(PYTHON) -c 'import glob, os; n = len(glob.glob("/dev/nvidia[0-9]*")) or os.cpu_count(); print(max(r for r in (1, 2, 4, 8, 16) if r <= n))')
 RUN := configs/runs/quickstart.toml
+# Tests that run at once. Many start several ranks, and wait for something in between: one a core is enough.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: help train test test-slow test-soak test-all bench bench-train bench-data bench-save bench-launch bench-gpu clean
 
@@ -36,13 +39,13 @@ train: $(VENV)/.run
 	$(BIN)/mikoshi generate runs/quickstart --prompt "class " --tokens 120 --seed 1
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not slow and not soak"
+	$(PYTEST) -m "not slow and not soak"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/pytest -m "slow and not soak"
+	$(PYTEST) -m "slow and not soak"
 
 test-soak: $(VENV)/.dev
-	$(BIN)/pytest -m soak
+	$(PYTEST) -m soak
 
 test-all: test test-slow test-soak
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, field_validator
 
 from trainer.sections import Count, Section
 
@@ -46,6 +46,13 @@ class EngineSection(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations made again in backward: none, all but matrix products, all of a block"
     )
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of each block; auto: on CUDA, if native")
+    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of each block; auto: on CUDA, where the engine can")
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     megatron: MegatronSection = MegatronSection()
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _no_fp16(cls, given: object) -> object:
+        if given == "fp16":
+            raise ValueError("fp16 needs losses to be scaled, and CPUs do not compute in it: use bf16, which needs neither")
+        return given

@@ -60,6 +60,7 @@ def test_mistakes_name_file_line_and_nearest(run):
     [
         ("optim.schedule.kind=cosin", "optim.schedule.kind = \"cosin\": input should be 'cosine'"),
         ("optim.schedule.kind=cosin", "did you mean 'cosine'?"),
+        ("engine.precision=fp16", "use bf16, which needs neither"),
         ("optim.schedule.warmup=50", "warmup 50 + decay 0 exceeds train.steps 9"),
         ("train.steps=true", "train.steps = true: input should be a valid integer"),
         ("train.steps=2.5", "train.steps = 2.5"),
