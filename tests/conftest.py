@@ -1,7 +1,8 @@
 import os
 import sys
 
-# Two cores: one thread a process keeps the ranks of a multi-rank test out of each other's way.
+# One thread a process keeps ranks, and tests that run at the same time, out of each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

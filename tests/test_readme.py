@@ -40,6 +40,10 @@ def test_the_readmes_commands_run_as_written(tmp_path):
     model = (ROOT / "configs/models/gpt-5m.toml").read_text()
     (models / "gpt-5m.toml").write_text(model.replace("width = 256", "width = 32").replace("layers = 4", "layers = 2"))
     text_folder(tmp_path / "my" / "texts")
+    clusters = tmp_path / "configs/clusters"
+    clusters.mkdir()
+    local = (ROOT / "configs/clusters/local.toml").read_text()
+    (clusters / "local.toml").write_text(f'{local}\n[env]\nOMP_NUM_THREADS = "1"\n')  # as for all that tests start
 
     found = commands()
     assert len(found) >= 23
