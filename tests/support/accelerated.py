@@ -29,12 +29,20 @@ def accelerator_of(case):
     if case == "no-cpu-flag":
         return Accelerator()
     if case.startswith("deepspeed"):
+        build_nothing()
         plugin = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=2, gradient_clipping=1.0)
         how = {"cpu": True} if case == "deepspeed-cpu" else {"kwargs_handlers": gloo}
         return Accelerator(deepspeed_plugin=plugin, gradient_accumulation_steps=2, **how)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True)
     how = {"fsdp2-cpu": {"cpu": True}, "fsdp2": {}, "fsdp2-gloo": {"kwargs_handlers": gloo}}[case]
     return Accelerator(fsdp_plugin=plugin, gradient_accumulation_steps=2, **how)
+
+
+def build_nothing():
+    """At its first start on a CPU DeepSpeed compiles collectives for a minute, which gloo does as well."""
+    from deepspeed.ops import __compatible_ops__
+
+    __compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def tiny(config):

@@ -44,10 +44,12 @@ JOURNEYS = {
     "two of two kinds at once": [(4, ["parallel.tp=2"], ("stop", 12)), (4, ["parallel.cp=2", "parallel.zero=3"], None)],
 }  # fmt: skip
 QUICK = "killed on three, ended on one"
+LONG = ("stopped on three, ended on two", "two of two kinds at once")  # what these do, the others do too
 
 
 def journeys():
-    return [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in JOURNEYS]
+    marks = {QUICK: (), **dict.fromkeys(LONG, pytest.mark.soak)}
+    return [pytest.param(name, marks=marks.get(name, pytest.mark.slow)) for name in JOURNEYS]
 
 
 def travel(config_file, name, journey):
