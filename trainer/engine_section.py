@@ -46,7 +46,9 @@ class EngineSection(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations made again in backward: none, all but matrix products, all of a block"
     )
-    compile: Literal["auto", "on", "off"] = Field("auto", description="torch.compile of each block; auto: on CUDA, where the engine can")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto", description="torch.compile of each block; auto: on CUDA, where the engine can"
+    )
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     megatron: MegatronSection = MegatronSection()
 

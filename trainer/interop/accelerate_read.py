@@ -18,6 +18,9 @@ from trainer.errors import ConfigError
 _LARGEST, _DEEPEST = 1 << 17, 16
 """Bytes of a file, and tables in tables; real ones have a few thousand, and three."""
 
+_SHOWN = 400
+"""Signs of a value that a message repeats: a path is told whole."""
+
 _OFF = (None, False, "", "no", "none", "NO", -1, 0)
 """Values that ask for nothing."""
 
@@ -40,7 +43,7 @@ class Asked:
         """About a key; for the caller to raise."""
         shown = self.values.get(key) if value is None else value
         where = ".".join(part for part in (self.place, key) if part)
-        told = "" if not key else f" = {json.dumps(shown, default=str)[:80]}"
+        told = "" if not key else f" = {json.dumps(shown, default=str)[:_SHOWN]}"
         return ConfigError(f"{self.path}: {where}{told}: {why}")
 
     def take(self, key: str) -> Any:

@@ -27,6 +27,9 @@ def train_on_disk(config):
     def build(engine, *args):
         built.append(engine)
         init(engine, *args)
+        pieces = [p.ds_tensor for _, p in engine.named]
+        if config.engine.deepspeed.offload_parameters == "nvme":
+            assert any(piece.numel() < piece.ds_numel for piece in pieces), "no parameter is on the disk"
 
     DeepSpeedEngine.__init__ = build
     try:
@@ -34,9 +37,6 @@ def train_on_disk(config):
     finally:
         DeepSpeedEngine.__init__ = init
     swapped = sum(path.stat().st_size for path in config.engine.deepspeed.nvme.rglob("*.swp"))
-    if config.engine.deepspeed.offload_parameters == "nvme":
-        pieces = [p.ds_tensor for _, p in built[0].named]
-        assert any(piece.numel() < piece.ds_numel for piece in pieces), "no parameter is on the disk"
     dist.barrier()
     built[0].close()
     dist.barrier()
