@@ -13,6 +13,7 @@ from trainer.errors import LaunchError
 
 _ANSWER = 90.0
 _SILENT = ("Unable to contact", "Connection refused", "timed out", "Zero Bytes were transmitted", "Unable to establish")
+_NOWHERE = "Could not establish a configuration source"
 _GONE = ("Invalid job id", "already completing or completed", "Job/step already")
 _KEPT = ("SLURM_CONF", "SLURM_JWT")
 
@@ -35,6 +36,10 @@ def ask(argv: Sequence[str], gone: str | None = None, both: bool = False) -> str
         return gone
     if any(sign in told for sign in _SILENT):
         raise LaunchError(f"slurm: the controller does not answer ({told}): try again later")
+    if _NOWHERE in told:
+        raise LaunchError(
+            f"slurm: no cluster is known here ({argv[0]} finds no slurm.conf): submit from a login node, or set SLURM_CONF"
+        )
     raise LaunchError(f"{argv[0]}: {told}")
 
 

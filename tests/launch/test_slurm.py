@@ -271,6 +271,13 @@ def test_a_controller_that_does_not_answer_is_told_in_one_line(tools):
         SlurmBackend(cluster()).look([{"id": "1"}])
 
 
+def test_a_machine_that_knows_no_cluster_is_told(tools):
+    told = "squeue: error: fetch_config: DNS SRV lookup failed\nsqueue: fatal: Could not establish a configuration source\n"
+    tools.answer(squeue=[1, "", told])
+    with pytest.raises(LaunchError, match=r"^slurm: no cluster is known here .*: submit from a login node, or set SLURM_CONF$"):
+        SlurmBackend(cluster()).look([{"id": "1"}])
+
+
 def test_commands_that_are_not_there_are_told(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(LaunchError, match="scontrol: not found: submit from where Slurm's commands are"):
