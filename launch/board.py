@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.backend import JobState, open_backend
 from launch.cluster import ADAPTER
-from launch.record import FORMAT, Attempt, newer
+from launch.record import FORMAT, Attempt, is_there, newer
 from launch.runlogs import last_words
 from launch.standing import State, held, records_of, state_of, state_of_plain
 from launch.tails import last_records
@@ -94,9 +94,9 @@ def all_runs(folder: Path) -> list[Path]:
 def _may_be_run(path: Path) -> bool:
     """Also where somebody else's rights keep this from being known: look() then says so."""
     try:
-        return (path / "spec.json").is_file() or (path / "config.toml").is_file()
+        return is_there(path / "spec.json") or is_there(path / "config.toml")
     except OSError:
-        return path.is_dir()
+        return True
 
 
 def look(paths: Sequence[Path], now: float) -> Board:

@@ -94,13 +94,18 @@ class Crew:
             passed, up = time.monotonic() - began, self.up
             if len(up) >= wanted or self.requests.asked:
                 return up
-            coming = first and passed < patience and any(n not in self.hello and n not in self.why for n in self.links)
+            coming = first and passed < patience and any(self._comes_up(name) for name in self.links)
             if len(up) >= least and passed >= rejoin and not coming:
                 return up
             if passed > patience:
                 lines = "; ".join(f"{name}: {why}" for name, why in self.why.items()) or "no node answers"
                 told = f"{len(up)} of {wanted} nodes are up after {patience:g} s ({lines}); {least} are needed at least"
                 raise (OutageError if up else LaunchError)(told)
+
+    def _comes_up(self, name: str) -> bool:
+        """Whether a node that is reached for is worth waiting for: tried for the first time, or one whose agent has spoken."""
+        link = self.links[name]
+        return name not in self.hello and (name not in self.why or link.heard > link.began)
 
     def reach(self) -> None:
         """Start the agents of nodes that have none, unless they have just failed."""

@@ -10,8 +10,9 @@ import os
 import time
 from pathlib import Path
 
-from launch.record import Attempt, Submitted
+from launch.record import Attempt, Result, Submitted
 from trainer.errors import LaunchError
+from trainer.exit_codes import PREEMPTED
 
 
 def given(arguments: list[str]) -> Path:
@@ -45,6 +46,9 @@ def next_attempt(run: Submitted, job: str = "") -> Attempt:
     if job and known and job != known:
         raise LaunchError(f"{newest.path}: it is job {known} that leads it: job {job} ends")
     if (stop := newest.stop) is not None:
+        if newest.started is None:  # so that the record says what became of it, also where whoever cancelled it had no answer
+            why = f"asked to by {stop.by}, before it had started"
+            newest.write(Result(state="cancelled", code=PREEMPTED, why=why, time=time.time()))
         raise LaunchError(f"{newest.path}: {stop.by} has cancelled it: `mikoshi resume` goes on")
     if newest.started is None:
         return newest

@@ -27,11 +27,12 @@ from launch.backend import open_site
 from launch.cluster import KubernetesCluster
 from launch.course import Course, Errand
 from launch.crew import LOOK, Crew
+from launch.echo import echoed
 from launch.ended import Ended
 from launch.entitled import given, job_here, next_attempt
 from launch.policy import BLAMED, Fault, Verdict, bad_node, pause_before
 from launch.private_env import PRIVATE, applied, read_private
-from launch.record import Attempt, Request, Result, Started, Status, Submitted, open_submitted
+from launch.record import Attempt, Request, Result, Started, Status, Submitted, is_there, open_submitted
 from launch.rendezvous import loopback_interface
 from launch.requests import Requests
 from launch.supervisor import asked, pause, persist, tell
@@ -71,8 +72,15 @@ def lead(folder: Path, requests: Requests) -> int:
     run = open_submitted(folder)
     requests.start(run.spec.config.recovery.grace)
     attempt = next_attempt(run, job_here(run))
-    _print_to(attempt.head_log)
-    _many_files()
+    pod = isinstance(run.spec.cluster, KubernetesCluster)
+    with echoed([attempt.head_log, attempt.rank_log(0)]) if pod else contextlib.nullcontext():
+        _print_to(attempt.head_log)
+        _many_files()
+        return _led(run, attempt, requests)
+
+
+def _led(run: Submitted, attempt: Attempt, requests: Requests) -> int:
+    """See an attempt through to its result.json; its exit code."""
     site: Site | None = None
     try:
         os.chdir(run.spec.workdir)
@@ -208,15 +216,19 @@ class Lead:
         return [self.crew.known.get(name, {}).get("node") or name for name in bad]
 
     def give_up(self, error: ValueError) -> int:
-        """The exit code where `error` keeps the ranks from starting. It is the user's mistake only at the very first start:
+        """The exit code where `error` keeps the ranks from starting. It is the user's mistake only before the very first start:
         what was in order then is an outage now, of nodes which are bad."""
         if isinstance(error, OutageError):
             up = self.crew.up
             self.bad += [name for name in self.crew.why if name not in (*up, *self.bad)]
-        elif self.request.cause != "submit" and not self.names and self.run.spec.cluster.kind == "slurm":
+        elif self.ran and not self.names and self.run.spec.cluster.kind == "slurm":
             self.bad.append(self.crew.names[0])  # this one: others may have what it lacks
-        outage = self.names or self.request.cause != "submit" or isinstance(error, OutageError)
-        return FAULT if outage else USER_ERROR
+        return FAULT if self.ran or isinstance(error, OutageError) else USER_ERROR
+
+    @property
+    def ran(self) -> bool:
+        """Whether ranks of this run have ever started: then it was in order once."""
+        return bool(self.names) or any(event.get("event") == "nodes" for event in read_jsonl(self.run.folder.events))
 
     def idle(self) -> None:
         """A moment in which there is nothing to do but to hear from nodes and to give a sign of life."""
@@ -263,7 +275,7 @@ class Lead:
         attempt where somebody, who took it for dead, has begun another."""
         follower = self.attempt.path.with_name(str(self.attempt.number + 1)) / "request.json"
         try:
-            there, followed = (self.run.folder.path / "spec.json").exists(), follower.exists()
+            there, followed = is_there(self.run.folder.path / "spec.json"), is_there(follower)
         except OSError:  # a network's file system that does not answer tells nothing
             return
         self.gone = self.gone + 1 if followed or not there else 0

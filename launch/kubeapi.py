@@ -132,13 +132,13 @@ class Api:
         made: Object = self._call("POST", f"{root}/namespaces/{thing['metadata']['namespace']}/{plural}", thing, query)
         return made
 
-    def delete(self, namespace: str, name: str) -> dict[str, str]:
-        """Delete a JobSet after all that it owns: as long as it is there, a pod of it may still save. Its labels, or none if it
-        was gone."""
+    def delete(self, namespace: str, name: str, order: str = "Foreground") -> dict[str, str]:
+        """Delete a JobSet after all that it owns (order: or before): as long as it is there, a pod of it may still save. Its
+        labels, or none if it was gone."""
         path = f"/apis/{_GROUP}/{_VERSION}/namespaces/{namespace}/{_PLURAL}/{name}"
         try:
             labels: dict[str, str] = self._call("GET", path)["metadata"].get("labels", {})
-            self._call("DELETE", path, {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"})
+            self._call("DELETE", path, {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": order})
         except Refused as error:
             if error.status == 404:
                 return {}

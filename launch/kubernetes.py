@@ -24,6 +24,7 @@ from launch.manifests import (
     RUN_LABEL,
     SECRETS,
     Object,
+    is_apart,
     job_name,
     jobset,
     refuse_mistakes,
@@ -76,11 +77,12 @@ class KubernetesBackend:
                 api.create(thing | {"metadata": thing["metadata"] | {"ownerReferences": [owner]}})
         except BaseException as error:
             try:
-                api.delete(self.cluster.namespace, name)
+                api.delete(self.cluster.namespace, name, "Background")  # no pod of it has begun
             except LaunchError as another:
                 raise LaunchError(f"{error}; and it is still there: kubectl delete jobset {name} ({another})") from None
             raise
-        return {"kind": "kubernetes", "namespace": self.cluster.namespace, "jobset": name, "uid": uid}
+        apart = "yes" if is_apart(run) else ""
+        return {"kind": "kubernetes", "namespace": self.cluster.namespace, "jobset": name, "uid": uid, "apart": apart}
 
     def _private(self) -> dict[str, str]:
         """A token that is made for this attempt, and the secrets of the one who submits."""

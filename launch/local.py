@@ -23,7 +23,7 @@ from launch.private_env import PRIVATE, chosen, write_private
 from launch.record import Attempt, Request, Result, Submitted
 from launch.setup import SETUP, setup_file, write_setup
 from launch.ssh import check_hosts, hosts, node_command
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, TooFewError
 
 _SAME = 2.0  # seconds that a time of start may be read differently by
 _CLOSING = 5.0  # seconds in which those that hear of the end by a closed pipe are gone
@@ -129,7 +129,7 @@ def _check_here(cluster: LocalCluster, run: Submitted, request: Request) -> None
             f"{request.nodes} nodes asked for, and this machine is one: --nodes 1, or a cluster of kind ssh or slurm"
         )
     if name in request.avoided:
-        raise LaunchError(f"{name} is to be avoided, and there is no other machine: `--include-node {name}` takes it back")
+        raise TooFewError(f"{name} is to be avoided, and there is no other machine: `--include-node {name}` takes it back")
     workdir = Path(run.spec.workdir)
     if not workdir.is_dir():
         raise LaunchError(f"workdir = {run.spec.workdir!r}: no such folder: mend it in the cluster file")

@@ -53,6 +53,11 @@ def run_folder(run: Submitted) -> PurePosixPath:
     return PurePosixPath(run.spec.workdir) / PurePosixPath(run.spec.config.run.path)
 
 
+def is_apart(run: Submitted) -> bool:
+    """Whether the folder here is but a record, and not the one that the pods write to."""
+    return run.folder.path.absolute().as_posix() != run_folder(run).as_posix()
+
+
 def refuse_mistakes(run: Submitted) -> None:
     """Raises LaunchError for what Kubernetes would refuse, or what would lose the run, in the words of the cluster file."""
     cluster, spec = _kubernetes(run), run.spec

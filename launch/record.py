@@ -137,7 +137,7 @@ class Attempt:
     @property
     def asked_for(self) -> bool:
         """Whether its request is there: its folder is made a moment before."""
-        return (self.path / "request.json").exists()
+        return is_there(self.path / "request.json")
 
     @property
     def request(self) -> Request:
@@ -312,3 +312,12 @@ def read(path: Path, model: type[M]) -> M | None:
         where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
         mend = "remove it" if model in (Started, Status, Stop, Result) else f"move {named(path.parent)} away"
         raise LaunchError(f"{named(path)}: damaged: {where}{first['msg']}; {mend}") from None
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder exists. Raises OSError where that cannot be told, as of a disk that does not answer."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -49,8 +50,9 @@ def job_log(attempt: Attempt) -> Path | None:
     folder, ident = attempt.path.parent.parent, attempt.job.get("id", "")
     places = (folder, *folder.parent.glob(".sweep-*")) if re.fullmatch(r"[0-9_]+", ident) else ()
     for place in places:
-        if (found := place / f"slurm-{ident}.out").is_file():
-            return found
+        with contextlib.suppress(OSError):  # another user's sweep
+            if (found := place / f"slurm-{ident}.out").is_file():
+                return found
     files = [path for path in folder.glob("slurm-*.out") if path.is_file()]
     return max(files, key=lambda path: path.stat().st_mtime, default=None)
 

@@ -22,7 +22,7 @@ from launch.cluster import SlurmCluster
 from launch.private_env import PRIVATE, chosen, write_private
 from launch.record import Attempt, Request, Submitted
 from launch.slurm_call import ask, gpu_request, queue
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, TooFewError
 
 SCRIPT = """\
 #!/bin/bash
@@ -66,7 +66,7 @@ class SlurmBackend:
         most = partition.get("MaxNodes", "UNLIMITED")
         usable = min(usable, int(most)) if most.isdigit() else usable
         if request.min_nodes > usable:
-            raise LaunchError(f"--nodes {request.nodes}: partition {name} has {usable} nodes for this run: ask for fewer{more}")
+            raise TooFewError(f"--nodes {request.nodes}: partition {name} has {usable} nodes for this run: ask for fewer{more}")
         if partition.get("State", "UP") not in ("UP", "DOWN"):
             raise LaunchError(f"partition {name} is {partition['State']}: it takes no jobs; choose another partition")
         longest = slurm_text.seconds(partition.get("MaxTime", "UNLIMITED"))

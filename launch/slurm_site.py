@@ -16,7 +16,7 @@ from launch.record import Attempt, Request, Result, Submitted
 from launch.setup import LOGIN, setup_file
 from launch.slurm import SlurmBackend
 from launch.slurm_call import ask, gpu_request, left, own_job, take_back
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, TooFewError
 from trainer.runfolder import read_jsonl
 from trainer.stop import heard
 
@@ -93,7 +93,7 @@ class SlurmSite:
         try:
             try:
                 backend.check(self.run, wanted)
-            except LaunchError:
+            except TooFewError:
                 # A node may have been lost for a moment alone, and one that is not there gets no job.
                 wanted = self._wanted(attempt, set())
                 backend.check(self.run, wanted)

@@ -20,15 +20,16 @@ from pathlib import Path
 from launch.cluster import SshCluster
 from launch.record import Attempt, Request, Result, Spec, Submitted
 from launch.setup import LOGIN, setup_file
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, TooFewError
 
 _ASK = "mikoshi_lines=$(cat); " + LOGIN.replace('. "$0"', 'eval "$mikoshi_lines"')
 _LOOK = """\
 import importlib.metadata as m, os, sys, time
 print('mikoshi', m.version('mikoshi'))
-until = time.monotonic() + 5
-while not os.path.exists(sys.argv[1]) and os.listdir(os.path.dirname(sys.argv[1])) and time.monotonic() < until: time.sleep(0.2)
-if not os.path.exists(sys.argv[1]): sys.exit(98)
+token, until = sys.argv[1], time.monotonic() + 5
+folder = os.path.dirname(token)
+while not os.path.exists(token) and os.path.isdir(folder) and os.listdir(folder) and time.monotonic() < until: time.sleep(0.2)
+if not os.path.exists(token): sys.exit(98)
 """
 """Its version, and whether it sees a file just made where it was submitted: a network's file system may take a moment."""
 
@@ -129,13 +130,13 @@ def check_hosts(cluster: SshCluster, run: Submitted, request: Request) -> None:
     if len(names) < request.nodes:
         avoided = sorted({*cluster.hosts} - {*names})
         back = f"; avoided are {', '.join(avoided)}, which --include-node takes back" if avoided else ""
-        raise LaunchError(
+        raise TooFewError(
             f"{request.nodes} nodes asked for, and {len(cluster.hosts)} hosts: add hosts, or take fewer --nodes{back}"
         )
     with _token(run.folder.path.absolute()) as token, ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
         wrong = [line for line in pool.map(lambda host: _wrong(cluster, run.spec, host, token), names) if line]
     if len(names) - len(wrong) < request.nodes:
-        raise LaunchError("\n".join(wrong))
+        raise TooFewError("\n".join(wrong))
 
 
 @contextlib.contextmanager

@@ -81,7 +81,7 @@ def _ended(records: Records, result: Result, job: JobState | None) -> tuple[Stat
 
 def _apart(records: Records) -> bool:
     """Whether the run's folder is on a disk of the cluster's: what the JobSet says is then all there is."""
-    return records.job.get("kind") == "kubernetes" and records.started is None
+    return records.job.get("kind") == "kubernetes" and records.started is None and bool(records.job.get("apart", "yes"))
 
 
 def _alive(records: Records) -> State:

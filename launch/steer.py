@@ -19,7 +19,7 @@ from launch.record import Attempt, Request, Stop, Submitted, open_submitted
 from launch.standing import FINAL, State
 from launch.submit import hand_over, layouts, least, look_ahead
 from launch.typed import named, typed
-from trainer.errors import LaunchError
+from trainer.errors import LaunchError, TooFewError
 
 LOOKS = 0.3
 ASKS = 3.0
@@ -92,7 +92,8 @@ def resume(
     if seen.unsure:
         raise LaunchError(f"{named(path)}: whether it still runs cannot be told: {seen.unsure}")
     if seen.state not in FINAL:
-        raise LaunchError(f"{named(path)}: it is {seen.state}: `mikoshi cancel {typed(path)}` ends it first")
+        how = f"`mikoshi cancel {typed(path)}{' --now' * (seen.state == 'stopping')}` ends it first"
+        raise LaunchError(f"{named(path)}: it is {seen.state}: {how}")
     before = run.attempts
     request = next_request(run, nodes, min_nodes, exclude, include)
     told, _ = layouts(run.spec.config, run.spec.cluster, request)
@@ -114,7 +115,7 @@ def _checked(run: Submitted, backend: Backend, request: Request) -> Request:
     moment alone. Raises LaunchError."""
     try:
         backend.check(run, request)
-    except LaunchError:
+    except TooFewError:
         if not request.bad:
             raise
         request = request.model_copy(update={"bad": []})

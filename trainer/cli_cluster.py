@@ -210,9 +210,9 @@ def cancel(
     except KeyboardInterrupt:
         typer.echo(f"{told}: asked to end; not waited for")
         raise typer.Exit(130) from None
-    saved, apart = newest_save(end.run.folder), end.run.attempts[-1].started is None
+    saved = newest_save(end.run.folder)
     step = "no step is saved" if saved is None else f"step {saved} is saved"
-    if end.run.spec.cluster.kind == "kubernetes" and apart:
+    if end.run.attempts[-1].job.get("apart"):
         step = "what it saved is in the run folder on the cluster's disk"
     typer.echo(f"{told}: {end.state}{f': {end.why}' if end.why else ''}; {step}")
     if end.state != "done":

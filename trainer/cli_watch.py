@@ -169,7 +169,9 @@ def _logs(path: Path, voice: Voice, number: int | None, following: bool, lines: 
 
 def _apart(run: Submitted) -> bool:
     """Whether the run folder with the logs is on a disk of the cluster's."""
-    return run.spec.cluster.kind == "kubernetes" and not any(run.folder.path.glob("attempts/*/*.log"))
+    from launch.manifests import is_apart
+
+    return run.spec.cluster.kind == "kubernetes" and is_apart(run)
 
 
 def _pod_logs(run: Submitted, voice: Voice, number: int | None, following: bool, lines: int | None) -> None:

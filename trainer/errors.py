@@ -24,6 +24,10 @@ class OutageError(LaunchError):
     """Nobody's mistake: nodes that did not come up, or storage that does not answer. Later, or elsewhere, it may work."""
 
 
+class TooFewError(LaunchError):
+    """A cluster has fewer nodes that may be used than are asked for."""
+
+
 class SpoiledError(RuntimeError):
     """The state of this process is not worth going on with; an earlier checkpoint may be."""
 

@@ -92,16 +92,20 @@ def test_what_is_wrong_is_told_with_the_way_out(net, fields, told):
     assert len(lines) == 1 and lines[0].startswith(net["n1"].address) and told in lines[0]
 
 
-def test_a_folder_of_the_same_name_that_is_not_shared_is_told(net, tmp_path):
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_folder_of_the_same_name_that_is_not_shared_is_told(net, tmp_path, runs):
+    if runs:  # there is a run already, in a folder that is not on the other host at all
+        (tmp_path / "runs").mkdir()
     mine = cluster(net, workdir=str(tmp_path))
     assert net["n2"].run("mount", "-t", "tmpfs", "none", str(tmp_path)).returncode == 0
     try:
         (line,) = refusal(mine, nodes=3)
     finally:
         net["n2"].run("umount", str(tmp_path))
-    assert line.startswith(f"{net['n2'].address}: {tmp_path} there is not the folder of this name here: share it")
+    where = tmp_path / "runs" if runs else tmp_path
+    assert line.startswith(f"{net['n2'].address}: {where} there is not the folder of this name here: share it")
     check(mine, nodes=3)
-    assert not list(tmp_path.glob(".mikoshi-shared-*"))
+    assert not list(tmp_path.rglob(".mikoshi-shared-*"))
 
 
 def test_another_version_there_is_told(net, tmp_path):

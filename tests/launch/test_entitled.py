@@ -54,6 +54,7 @@ def test_what_was_cancelled_stays_so(run):
             end(run.attempts[0])
         with pytest.raises(LaunchError, match="someone has cancelled it: `mikoshi resume` goes on"):
             next_attempt(run, "12")
+        assert run.attempts[0].result.state == ("stopped" if started else "cancelled")
 
 
 def test_a_task_of_a_sweep_finds_its_run_and_the_job_its_name(run, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """A run over several nodes: killed ranks, lost nodes, hangs, stops. The nodes are agents on this machine, the rest is real."""
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -10,17 +11,20 @@ import psutil
 import pytest
 
 import severalnodes
-from data.errors import StorageError
+from data.errors import DataError, StorageError
 from launch import head as leading
 from launch import node
 from launch.chaos import same_weights
+from launch.cluster import KubernetesCluster
+from launch.crew import Crew
+from launch.echo import echoed
 from launch.record import open_submitted
 from launch.requests import Requests
 from runs import run_config
 from trainer import preflight
 from trainer.errors import OutageError
 from trainer.exit_codes import DONE, FAULT, PREEMPTED, USER_ERROR
-from trainer.runfolder import read_jsonl
+from trainer.runfolder import RunFolder, read_jsonl
 
 QUICK = {"lost": 2.0, "start": 60.0}
 TRAIN = {"steps": 60, "global_batch": 4, "context": 32}
@@ -253,6 +257,49 @@ def test_storage_that_does_not_answer_is_asked_again(monkeypatch, tmp_path):
     crew.requests.ask(signal.SIGTERM)
     leading._foreseen(lead)
     assert len(asked) == 9, "and not at all by one that is to stop"
+
+
+def test_every_agent_is_told_what_it_must_see(dataset, tmp_path):
+    run = severalnodes.submitted(dataset, tmp_path, 1, run={"name": "run", "folder": "runs"})
+    said = tmp_path / "said"
+    site = SimpleNamespace(nodes=lambda: ["n0"], command=lambda _: ["sh", "-c", f"head -n 1 > {said}"])
+    witness = leading._witness(run)
+    crew = Crew(site, run.spec.cluster, run.spec.config.recovery, Requests(1.0), tmp_path.joinpath, tmp_path, {}, witness)
+    try:
+        crew.reach()
+        until(lambda: said.exists() and said.read_text())
+    finally:
+        crew.close()
+    assert json.loads(said.read_text())["witness"] == str(run.folder.path / "spec.json")
+    pods = KubernetesCluster(kind="kubernetes", image="m:1")
+    assert leading._witness(SimpleNamespace(spec=SimpleNamespace(cluster=pods), folder=run.folder)) is None
+
+
+def test_a_mistake_is_one_only_before_ranks_have_ever_started(tmp_path):
+    folder = RunFolder(tmp_path)
+    run = SimpleNamespace(spec=SimpleNamespace(cluster=SimpleNamespace(kind="slurm")), folder=folder)
+    crew = SimpleNamespace(up=["n1"], why={"n2": "no route"}, names=["n1", "n2"])
+
+    def given_up(error, cause="resume"):
+        lead = leading.Lead(run, None, crew, SimpleNamespace(cause=cause))
+        return lead.give_up(error), lead.bad
+
+    assert given_up(DataError("no data"), "submit") == given_up(DataError("no data")) == (USER_ERROR, [])
+    assert given_up(OutageError("1 of 2 nodes are up"), "submit") == (FAULT, ["n2"])
+    folder.event("nodes", nodes=["n1", "n2"])
+    assert given_up(DataError("no data")) == (FAULT, ["n1"]), "this node lacks what others may have"
+
+
+def test_what_a_pod_prints_is_what_its_logs_say(tmp_path, capfd):
+    first, second = tmp_path / "head.log", tmp_path / "rank-0.log"
+    first.write_text("of another attempt\n")
+    with echoed([first, second]):
+        with first.open("a") as file:
+            file.write("n1 is lost\nand")
+        time.sleep(1.2)
+        assert capfd.readouterr().out == "n1 is lost\n"
+        second.write_text("step 1\n")
+    assert capfd.readouterr().out == "andstep 1\n"
 
 
 def test_a_node_that_does_not_see_the_runs_folder_ends(monkeypatch, tmp_path, capfd):

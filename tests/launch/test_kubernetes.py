@@ -129,6 +129,10 @@ def test_a_cluster_is_checked_before_anything_is_made(server, tmp_path):
         checked(namespace="team")
     with pytest.raises(LaunchError, match="context = 'other'"):
         checked(context="other")
+    server.refuse["?POST", "secrets"] = 422, "stringData: invalid"
+    with pytest.raises(LaunchError, match="stringData: invalid"):
+        checked()  # what would be submitted is checked by the server, which keeps nothing
+    del server.refuse["?POST", "secrets"]
     server.refuse["GET", "namespaces"] = server.refuse["GET", "persistentvolumeclaims"] = 403, "forbidden"
     checked()  # who may not look is not refused
     server.jobsets_known = False

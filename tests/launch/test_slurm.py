@@ -271,6 +271,15 @@ def test_a_controller_that_does_not_answer_is_told_in_one_line(tools):
         SlurmBackend(cluster()).look([{"id": "1"}])
 
 
+def test_where_nobody_can_tell_whether_a_job_is_queued_that_is_said(tools, tmp_path):
+    tools.answer(sbatch=[1, "", "sbatch: error: Socket timed out on send/recv operation\n"],
+                 squeue=[1, "", "slurm_load_jobs error: Unable to contact slurm controller\n"])  # fmt: skip
+    run = run_of(tmp_path, cluster())
+    told = rf"whether it was queued cannot be told: .* scancel what .* shows for {run.spec.id}-1$"
+    with pytest.raises(LaunchError, match=told):
+        SlurmBackend(cluster()).submit(run, run.add(asked(1)))
+
+
 def test_a_machine_that_knows_no_cluster_is_told(tools):
     told = "squeue: error: fetch_config: DNS SRV lookup failed\nsqueue: fatal: Could not establish a configuration source\n"
     tools.answer(squeue=[1, "", told])

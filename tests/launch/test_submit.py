@@ -5,15 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from launch import steer
 from launch.backend import JobState
 from launch.cluster import KubernetesCluster, LocalCluster, SlurmCluster, SshCluster
 from launch.record import Attempt, Request, Result, Started, Status, Submitted, open_submitted
-from launch.steer import ask_to_stop, next_request, resume, standing, wait_for_end
+from launch.steer import Standing, ask_to_stop, next_request, resume, standing, wait_for_end
 from launch.submit import axis, check, make_plan, submit, submit_all, sweep_plans
 from parallel.errors import LayoutError
 from runs import run_config
 from trainer.config import to_toml
-from trainer.errors import ConfigError, DataError, LaunchError
+from trainer.errors import ConfigError, DataError, LaunchError, TooFewError
 
 LOCAL = LocalCluster(kind="local", ranks_per_node=2)
 ONE = LocalCluster(kind="local", ranks_per_node=1)
@@ -31,7 +32,7 @@ class Cluster:
         if self.refuse == "check":
             raise LaunchError("no such partition: long")
         if set(self.unless) & set(request.avoided):
-            raise LaunchError("too few nodes")
+            raise TooFewError("too few nodes")
 
     def preview(self, run, request):
         return "preview"
@@ -268,6 +269,37 @@ def test_a_node_that_was_found_bad_is_used_again_where_there_are_too_few_others(
     end(second, "failed", bad_nodes=[])
     with pytest.raises(LaunchError, match="too few"):
         resume(standing(run.folder.path), cluster, None, None, ["n1"], [])
+
+
+def test_a_check_that_fails_for_another_reason_is_no_reason_to_use_a_bad_node(config, cluster):
+    run, attempt = submit(make_plan(config, LOCAL, nodes=2), cluster)
+    end(attempt, "failed", bad_nodes=["n1"])
+    cluster.refuse = "check"
+    with pytest.raises(LaunchError, match="no such partition"):
+        resume(standing(run.folder.path), cluster, None, None, [], [])
+    assert len(cluster.checked) == 1
+
+
+def test_a_run_led_from_elsewhere_that_gives_signs_of_life_is_not_resumed(config, cluster, monkeypatch):
+    """Its clock may be another: that of the last sign tells nothing."""
+    monkeypatch.setattr(steer, "_SIGNS", 1.0)
+    monkeypatch.setattr(steer, "LOOKS", 0.05)
+    run, attempt = submit(make_plan(config, LOCAL), cluster)
+    long_ago = time.time() - 1000
+    attempt.write(Started(host="elsewhere", pid=1, began=1.0, nodes=["n1"], ranks_per_node=2, time=long_ago))
+    cluster.state, seen = "unknown", Standing(run, "lost", "")
+
+    def live(until):
+        while time.monotonic() < until:
+            attempt.write(Status(time=long_ago + time.monotonic(), phase="running", nodes=["n1"]))
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=live, args=(time.monotonic() + 1.0,))
+    thread.start()
+    with pytest.raises(LaunchError, match="it runs, led from elsewhere"):
+        resume(seen, cluster, None, None, [], [])
+    thread.join()
+    assert resume(seen, cluster, None, None, [], [])[0].number == 2, "one that gives none"
 
 
 def test_a_run_that_goes_on_is_not_resumed(config, cluster):
