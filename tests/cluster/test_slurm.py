@@ -94,13 +94,18 @@ def test_a_run_that_is_cancelled_saves_and_goes_on_with_fewer_nodes(slurm, datas
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("slurm")
-def test_a_run_longer_than_its_time_limit_chains_itself_to_the_end(dataset, tmp_path):
-    sections = dict(steps=800, model=SLOW, train={"global_batch": 16})
-    submit(tmp_path, place(tmp_path, dataset, cluster={"time": "2", "warning": 75}, **sections), "--nodes", 2)
+def test_a_run_longer_than_its_time_limit_chains_itself_to_the_end(slurm, dataset, tmp_path):
+    """Its first job stands still until Slurm's warning comes, however fast the machine is."""
+    sections = dict(steps=40, model=SLOW, train={"global_batch": 12}, recovery={"silence": 600.0})
+    submit(tmp_path, place(tmp_path, dataset, cluster={"time": "2", "warning": 100}, **sections), "--nodes", 2)
     run = opened(tmp_path)
+    until(lambda: step_of(run) >= 3, "step 3", 60, run)
+    slurm.kill_rank("n2", signal.SIGSTOP)
+    until(lambda: run.attempts[0].status.phase == "stopping", "the warning", 100, run)
+    slurm.kill_rank("n2", signal.SIGCONT)
     first = ended(run, 1)
     assert (first.state, first.next) == ("stopped", "requeued"), clusterrun.words(run)
+    assert events(run, "stop")[0]["asked"] == "SIGUSR2" and events(run, "save")
     until(lambda: (result := run.attempts[-1].result) and result.state == "done", "the run is done", 500, run)
     assert len({attempt.job["id"] for attempt in run.attempts}) == 1 and len(run.attempts) > 1
     assert all(attempt.request.cause == "requeue" for attempt in run.attempts[1:])

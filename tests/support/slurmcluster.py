@@ -142,8 +142,8 @@ class SlurmCluster:
         """End all that runs on it."""
         _kill(lambda: self.processes(node))
 
-    def kill_rank(self, node: str) -> None:
-        """One of the ranks that run there."""
+    def kill_rank(self, node: str, number: int = signal.SIGKILL) -> None:
+        """Or another signal, to one of the ranks that run there."""
         ranks: list[psutil.Process] = []
 
         def there() -> bool:
@@ -151,7 +151,7 @@ class SlurmCluster:
             return bool(ranks)
 
         self.wait(there, 30.0, f"a rank on {node}")
-        ranks[0].kill()
+        ranks[0].send_signal(number)
 
     def start_node(self, node: str) -> None:
         """Its slurmd, as at the machine's start."""
