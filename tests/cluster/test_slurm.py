@@ -200,7 +200,7 @@ def test_the_loss_of_the_heads_own_node_does_not_leave_nodes_without_a_leader(sl
 @pytest.mark.usefixtures("slurm")
 def test_a_sweep_runs_as_one_array(dataset, tmp_path):
     submit(tmp_path, place(tmp_path, dataset, steps=3), "--nodes", 1, "--sweep", "optim.lr=1e-3,2e-3")
-    folders = sorted((tmp_path / "runs").iterdir())
+    folders = sorted(folder for folder in (tmp_path / "runs").iterdir() if not folder.name.startswith("."))
     assert len(folders) == 2
     runs = [clusterrun.open_submitted(folder) for folder in folders]
     assert [ended(run).state for run in runs] == ["done", "done"], clusterrun.words(runs[0])
