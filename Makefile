@@ -10,6 +10,8 @@ RUN := configs/runs/quickstart.toml
 # Tests that run at once. Many start several ranks, and wait for something in between: one a core is enough.
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
+# Folders of the slow tests, where not all of them are wanted.
+SLOW ?= tests
 
 .PHONY: help train test test-slow test-soak test-all bench bench-train bench-data bench-save bench-launch bench-gpu clean
 
@@ -42,7 +44,7 @@ test: $(VENV)/.dev
 	$(PYTEST) -m "not slow and not soak"
 
 test-slow: $(VENV)/.dev
-	$(PYTEST) -m "slow and not soak"
+	$(PYTEST) -m "slow and not soak" $(SLOW)
 
 test-soak: $(VENV)/.dev
 	$(PYTEST) -m soak

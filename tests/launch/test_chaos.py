@@ -115,7 +115,7 @@ def config(dataset, tmp_path):
 
     def write(**sections):
         given = {
-            "parallel": {"zero": 0}, "checkpoint": {"every": 5}, "recovery": {"silence": 2.0, "backoff": 0.1},
+            "parallel": {"zero": 0}, "checkpoint": {"every": 5}, "recovery": {"silence": 4.0, "backoff": 0.1},
             "guard": {"compare": 5}, "log": {"tensorboard": False}, "eval": {"batches": 1},
         }  # fmt: skip
         sections = {name: {**given.get(name, {}), **sections.get(name, {})} for name in given | sections}

@@ -171,7 +171,7 @@ def test_nothing_outlives_a_head_that_is_killed(lead):
 
 @pytest.mark.slow
 def test_a_stopped_rank_is_found_among_all_nodes_ranks_and_its_stack_kept(lead):
-    run, head = lead(2, ranks=2, steps=200, recovery={"silence": 2.0})
+    run, head = lead(2, ranks=2, steps=200, recovery={"silence": 4.0})
     until(lambda: steps(run) > 10)
     os.kill(ranks_of(head)[3], signal.SIGSTOP)
     (fault,) = until(lambda: events(run, "fault"))

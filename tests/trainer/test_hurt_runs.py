@@ -51,20 +51,20 @@ def weights(config_file, name):
 @pytest.fixture
 def config_file(dataset, tmp_path):
     return write_run(
-        tmp_path, dataset, steps=12, checkpoint={"every": 3, "keep": 2}, recovery={"silence": 1.0, "backoff": 0.1},
+        tmp_path, dataset, steps=12, checkpoint={"every": 3, "keep": 2}, recovery={"silence": 2.5, "backoff": 0.1},
     )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_a_save_slower_than_the_steps_between_saves_is_waited_for_and_no_hang(config_file):
-    out = ended(begin(config_file, "on_a_slow_disk", 2.5, "run.name=slow", ranks=2))
+    out = ended(begin(config_file, "on_a_slow_disk", 6.0, "run.name=slow", ranks=2))
     assert not events(config_file, "slow", "fault"), out
     assert [e["step"] for e in events(config_file, "slow", "save")] == [3, 6, 9, 12]
 
 
 @pytest.mark.slow
 def test_a_stop_while_a_save_is_under_way_is_saved_too(config_file):
-    process = begin(config_file, "on_a_slow_disk", 2.5, "run.name=stopped", "train.steps=4000", "checkpoint.every=300",
+    process = begin(config_file, "on_a_slow_disk", 6.0, "run.name=stopped", "train.steps=4000", "checkpoint.every=300",
                     "guard.compare=0", ranks=2)  # fmt: skip
     wait_for_step(process, config_file, "stopped", 302)  # of which the save takes seconds
     asked = max(r["step"] for r in records(config_file, "stopped"))
@@ -83,7 +83,7 @@ def noisy(tmp_path_factory):
     sources = noisy_sources(folder / "text", 36, 37)
     config_file = write_run(
         folder, folder / "prepared", steps=45, data={"mixture": sources}, checkpoint={"every": 5, "keep": 1},
-        guard={"window": 32, "rewind": 4, "threshold": 8.0, "spike": "rewind"}, recovery={"silence": 2.0},
+        guard={"window": 32, "rewind": 4, "threshold": 8.0, "spike": "rewind"}, recovery={"silence": 5.0},
     )  # fmt: skip
     run(config_file, "prepare")
     return config_file
