@@ -27,6 +27,10 @@ def bring_in(device: torch.device) -> Any:
     os.environ["DS_ACCELERATOR"] = device.type
     # It asks the environment alone which device of the node is this rank's; not every launcher says.
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    if device.type == "cpu":
+        # Not told how many of a node's ranks there are, it starts a program that counts the node's memories, at every
+        # reduction of ZeRO 3.
+        os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     # What torch says of its calls is not ours to mend.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\..*")
     import deepspeed

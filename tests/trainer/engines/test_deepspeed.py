@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -163,6 +164,18 @@ def test_secondary_copies_of_parameters(ranks, dataset, tmp_path):
     mine = config_of(dataset, tmp_path, "llama", engine=DEEPSPEED | {"deepspeed": {"hpz": 2}}, parallel={"zero": 3})
     for found in ranks.run(course, mine, 3, world=4):
         assert_same_course(found, reference)
+
+
+def with_no_program_at_hand(config):
+    engine, loader = engine_and_rows(config)
+    with mock.patch("subprocess.Popen", side_effect=AssertionError("a step starts a program")) as started:
+        return [engine.step(loader.batch(step), 1e-3).applied for step in range(2)], started.call_count
+
+
+@pytest.mark.parametrize("zero", [*(pytest.param(zero, marks=pytest.mark.slow) for zero in (0, 1, 2)), 3])
+def test_a_step_starts_no_program(ranks, dataset, tmp_path, zero):
+    config = config_of(dataset, tmp_path, "llama", parallel={"zero": zero}, engine=DEEPSPEED)
+    assert ranks.run(with_no_program_at_hand, config, world=2) == [([True, True], 0)] * 2
 
 
 @pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
