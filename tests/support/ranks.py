@@ -4,6 +4,7 @@
 for each call, and returns what each rank returned. A rank that raises or dies ends the call for all of them.
 """
 
+import faulthandler
 import functools
 import gc
 import importlib
@@ -22,6 +23,7 @@ from pathlib import Path
 def _serve(pipe):
     import torch
 
+    faulthandler.enable()  # where a rank was that a signal ends
     torch.set_num_threads(1)
     # Brought in at once and left out of every collection to come, of which there is one a call: it would take 0.2 s each.
     importlib.import_module("trainer.engines.native")
@@ -72,9 +74,10 @@ def _forget_deepspeed():
     comm = getattr(deepspeed, "comm", None)
     if deepspeed is None or comm is None or not comm.is_initialized():
         return
-    for thing in gc.get_objects():
-        if type(thing).__name__ in ("DeepSpeedEngine", "PipelineEngine") and hasattr(thing, "destroy"):
-            thing.destroy()  # hooks at its gradients keep it otherwise, with all of its groups
+    # Asked of the types: a list of all objects would take hold of some that a gloo thread is letting go.
+    engines = (deepspeed.runtime.engine.DeepSpeedEngine, deepspeed.runtime.pipe.engine.PipelineEngine)
+    for engine in [found for found in gc.get_referrers(*engines) if isinstance(found, engines)]:
+        engine.destroy()  # hooks at its gradients keep it otherwise, with all of its groups
     comm.destroy_process_group()
     zero = deepspeed.runtime.zero
     zero.parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
@@ -127,7 +130,9 @@ class RankPool:
                     try:
                         good, results[rank] = pipe.recv()
                     except EOFError:
-                        good, results[rank] = False, "the process died"
+                        process = ranks[rank][0]
+                        process.join(10)
+                        good, results[rank] = False, f"the process ended with {process.exitcode}, see its stderr"
                     if not good:
                         self.close()
                         raise AssertionError(f"rank {rank} of {world}: {results[rank]}")
