@@ -65,7 +65,7 @@ def told_times(slow_rank, since, count, seed):
             watch.begin()
             now[0] += by_chance.uniform(0.8, 1.2) * (2 if dist.get_rank() == slow_rank and step >= since else 1)
             watch.end()
-            found += [(step, one.rank) for one in watch.named()] if watch.due(step) else []
+            found += [(step, one.rank, one.ratio) for one in watch.named()] if watch.due(step) else []
     return found
 
 
@@ -77,7 +77,8 @@ def test_a_rank_twice_as_slow_is_named_within_20_steps(ranks):
     for found in ranks.run(told_often, 25, 20, world=4):
         cases = [(seed % 4, since) for seed in range(20) for since in range(1, 6)]
         for (rank, since), named in zip(cases, found, strict=True):
-            assert [one for _, one in named] == [rank] and named[0][0] < since + 20, (rank, since, named)
+            ((step, one, ratio),) = named
+            assert one == rank and step < since + 20 and 1.6 < ratio < 2.5, (since, named)
 
 
 def config_of(dataset, folder, layout, count):
@@ -93,7 +94,6 @@ def test_a_slow_rank_is_named_within_20_steps_of_training(ranks, dataset, tmp_pa
     assert all(one == found[0] for one in found), "the same on every rank"
     assert {named for _, named, _ in found[0]} == {rank}
     assert found[0][0][0] < since + 20
-    assert all(1.5 <= ratio < 6 for _, _, ratio in found[0])
 
 
 @pytest.mark.parametrize(
