@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.backend import JobState, open_backend
 from launch.cluster import ADAPTER
-from launch.record import FORMAT, Attempt, is_there, newer
+from launch.record import FORMAT, Attempt, Result, is_there, newer
 from launch.runlogs import last_words
 from launch.standing import State, held, records_of, state_of, state_of_plain
 from launch.tails import last_records
@@ -61,14 +61,15 @@ class Board:
 
 @dataclass(frozen=True)
 class _Known:
-    """What is read of a run before any scheduler is asked. spec: None where `mikoshi train` started it. note: why its
-    scheduler cannot be asked, of a run that may be going on."""
+    """What is read of a run before any scheduler is asked. spec: None where `mikoshi train` started it. result: of one that
+    has ended for good, which nothing changes. note: why its scheduler cannot be asked, of a run that may be going on."""
 
     path: Path
     spec: Mapping[str, Any] | None = None
     attempt: Attempt | None = None
     job: Mapping[str, str] = field(default_factory=dict)
     open: bool = False
+    result: Result | None = None
     note: str = ""
 
 
@@ -156,7 +157,7 @@ def _known(path: Path) -> _Known:
         job = _job(attempt, str(spec["cluster"].get("kind"))) if may_run else attempt.job
     except LaunchError as error:
         return _Known(path, spec, attempt, note=str(error))
-    return _Known(path, spec, attempt, job, bool(job) and may_run)
+    return _Known(path, spec, attempt, job, bool(job) and may_run, None if may_run else result)
 
 
 def _job(attempt: Attempt, kind: str) -> dict[str, str]:
@@ -209,7 +210,7 @@ def _scheduler(one: _Known) -> str:
 
 def _row(one: _Known, spec: Mapping[str, Any], job: JobState | None, now: float) -> Row:
     """Of a run that was submitted. Raises LaunchError where a record is damaged."""
-    records = None if one.attempt is None else records_of(one.attempt)
+    records = None if one.attempt is None else records_of(one.attempt, None if one.result is None else (one.job, one.result))
     state, why = state_of(records, job, now)
     if state == "lost" and one.attempt is not None and one.attempt.started is None and (said := last_words(one.attempt)):
         why = f"{why}; its last words: {said}"
@@ -245,11 +246,12 @@ def _pace(path: Path, steps: int, state: State) -> dict[str, Any]:
     """How far a run has come and how fast it is, from the last records of its logs."""
     folder = RunFolder(path)
     going = state in ("running", "stopping")
-    metrics, events = last_records(folder.metrics, PACE + 2 if going else 2), last_records(folder.events, 2)
+    metrics, events = last_records(folder.metrics, PACE + 2 if going else 2), last_records(folder.events, 4)
     taken = [record for record in metrics if "loss" in record and "step_seconds" in record][-PACE:]
-    ends = [event["step"] for event in events if event.get("event") == "end" and "step" in event]
+    ends = [event["step"] for event in events[-2:] if event.get("event") == "end" and "step" in event]
     step = int(taken[-1]["step"]) if taken else max(ends, default=0)
-    found: dict[str, Any] = {"step": step, "steps": steps, "checkpoint": newest_save(folder)}
+    saved = _saved(events)  # nearly always among the last few
+    found: dict[str, Any] = {"step": step, "steps": steps, "checkpoint": newest_save(folder) if saved is None else saved}
     times = [record["time"] for record in (*metrics[-1:], *events[-1:]) if isinstance(record.get("time"), int | float)]
     found["seen"] = max(times, default=0.0)
     if taken:
@@ -281,8 +283,12 @@ def job_name(job: Mapping[str, str]) -> str:
 
 def newest_save(folder: RunFolder) -> int | None:
     """The newest step that is saved, as the run's events tell."""
-    for most in (4, 1 << 20):  # it is nearly always among the last few
-        for event in reversed(last_records(folder.events, most)):
-            if event.get("event") in ("save", "resume", "import") and isinstance(event.get("step"), int):
-                return int(event["step"])
+    return _saved(last_records(folder.events, 1 << 20))
+
+
+def _saved(events: Sequence[Mapping[str, Any]]) -> int | None:
+    """The newest step that is saved by these events."""
+    for event in reversed(events):
+        if event.get("event") in ("save", "resume", "import") and isinstance(event.get("step"), int):
+            return int(event["step"])
     return None

@@ -40,11 +40,12 @@ class Records:
         return self.result is None or self.result.next == "requeued"
 
 
-def records_of(attempt: Attempt) -> Records:
-    """Raises LaunchError where a record is damaged."""
-    return Records(
-        attempt.number, attempt.request, attempt.job, attempt.started, attempt.status, attempt.stop, attempt.result
-    )  # fmt: skip
+def records_of(attempt: Attempt, ended: tuple[Mapping[str, str], Result] | None = None) -> Records:
+    """`ended`: the job and the result of one that has ended for good, where they are known. Raises LaunchError where a record
+    is damaged."""
+    request, started, status, stop = attempt.request, attempt.started, attempt.status, attempt.stop
+    job, result = (attempt.job, attempt.result) if ended is None else ended
+    return Records(attempt.number, request, job, started, status, stop, result)
 
 
 def state_of(records: Records | None, job: JobState | None, now: float) -> tuple[State, str]:
