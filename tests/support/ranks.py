@@ -85,8 +85,13 @@ def _forget_deepspeed():
 
 
 def _forget_megatron():
+    """Its writer of checkpoints starts a process that outlives a rank which is killed."""
     if "megatron.core.parallel_state" in sys.modules:
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    writer = sys.modules.get("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    if writer is not None and writer._results_queue is not None:
+        writer._results_queue._manager.shutdown()
+        writer._results_queue = None
 
 
 MOST_THREADS = 150
