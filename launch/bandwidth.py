@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from launch.answers import leave
+from parallel.gloo import one_worker
 from parallel.world import World, meet, pick_device, world_from
 from parallel.world import leave as leave_group
 from trainer.exit_codes import DONE
@@ -124,6 +125,7 @@ def _group(name: str, ranks: list[int], world: World, plan: Plan, store: Store, 
     timeout = timedelta(seconds=plan.patience)
     place = ranks.index(world.rank)
     own = device if device.type == "cuda" else None
+    one_worker()
     dist.init_process_group(
         _backend(device), store=PrefixStore(name, store), rank=place, world_size=len(ranks), timeout=timeout, device_id=own
     )

@@ -17,6 +17,7 @@ from torch.distributed.tensor._redistribute import _gen_transform_infos
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from parallel.errors import LayoutError
+from parallel.gloo import one_worker
 
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -83,6 +84,7 @@ def join(world: World, device: torch.device, timeout: timedelta = timedelta(minu
     """Make the process group: NCCL for CUDA tensors, gloo for CPU tensors, in one group. A lone rank opens no port."""
     if device.type == "cpu":
         keep_freed_memory()
+    one_worker()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = meet(world, timeout)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)

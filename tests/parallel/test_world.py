@@ -1,8 +1,11 @@
-"""A launcher's variables are read as it means them; impossible layouts are refused with ones that work."""
+"""A launcher's variables are read as it means them; a group of CPU tensors does not write to freed memory."""
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
-from parallel.world import World, first_host, world_from
+from parallel.world import World, first_host, join, leave, world_from
 
 
 def test_nobody_launched_it():
@@ -37,3 +40,52 @@ def test_srun():
 )
 def test_first_of_slurms_compressed_lists(nodes, first):
     assert first_host(nodes) == first
+
+
+def workers(group):
+    return group._get_backend(torch.device("cpu")).options._threads
+
+
+def test_every_gloo_group_has_one_worker(ranks):
+    assert ranks.run(groups_made, world=2) == [[1, 1, 1]] * 2
+    assert ranks.run(joined_alone, world=1) == [1]
+
+
+def groups_made():
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
+    return [workers(group) for group in (dist.group.WORLD, dist.new_group([0, 1]), mesh["b"].get_group())]
+
+
+def joined_alone():
+    leave()
+    join(World(), torch.device("cpu"))
+    return workers(dist.group.WORLD)
+
+
+@pytest.mark.parametrize("interfaces", ["lo", "lo,lo"])
+def test_a_gloo_group_takes_the_interfaces_that_it_is_given(ranks, interfaces):
+    assert ranks.run(summed_over, interfaces, world=2) == [3.0, 3.0]
+
+
+def summed_over(interfaces):
+    x = torch.tensor(dist.get_rank() + 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+        with pytest.raises(RuntimeError):
+            dist.new_group([0, 1])
+        patch.setenv("GLOO_SOCKET_IFNAME", interfaces)
+        dist.all_reduce(x, group=dist.new_group([0, 1]))
+    return x.item()
+
+
+def test_gathers_and_sums_at_once_end_no_rank(ranks):
+    assert ranks.run(gathered_and_summed, 1000, world=1) == [(2.0, 1.0)]
+
+
+def gathered_and_summed(times):
+    """Of torch's own groups, two workers end a rank within some hundred of these."""
+    ops, name, x = torch.ops._c10d_functional, dist.group.WORLD.group_name, torch.ones(2)
+    for _ in range(times):
+        asked = [one for _ in range(20) for one in (ops.all_gather_into_tensor(x, 1, name), ops.all_reduce(x, "sum", name))]
+        found = [ops.wait_tensor(one) for one in asked]
+    return found[-2].sum().item(), found[-1].mean().item()

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -20,10 +21,11 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 
-def _serve(pipe):
+def _serve(pipe, said):
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)  # what a rank that a signal ends has to say
+    faulthandler.enable()
     import torch
 
-    faulthandler.enable()  # where a rank was that a signal ends
     torch.set_num_threads(1)
     # Brought in at once and left out of every collection to come, of which there is one a call: it would take 0.2 s each.
     importlib.import_module("trainer.engines.native")
@@ -52,8 +54,10 @@ def _module(file):
 def _call(function, args, rank, world, store):
     import torch.distributed as dist
 
+    from parallel.gloo import one_worker
     from parallel.world import leave
 
+    one_worker()
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
@@ -63,7 +67,7 @@ def _call(function, args, rank, world, store):
         _forget_deepspeed()
         _forget_megatron()
         leave()
-        gc.collect()  # an engine is full of cycles, and every gloo group that it holds runs three threads that poll
+        gc.collect()  # an engine is full of cycles, and every gloo group that it holds runs two threads that poll
 
 
 def _forget_deepspeed():
@@ -106,11 +110,14 @@ class RankPool:
     def __init__(self):
         self.context = multiprocessing.get_context("spawn")
         self.ranks = []
+        self.said = tempfile.TemporaryDirectory(prefix="ranks-")
 
     def _grow(self, size):
         while len(self.ranks) < size:
             ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
+            said = Path(self.said.name) / str(len(self.ranks))
+            said.unlink(missing_ok=True)
+            process = self.context.Process(target=_serve, args=(theirs, str(said)), daemon=True)
             process.start()
             theirs.close()
             self.ranks.append((process, ours))
@@ -135,15 +142,25 @@ class RankPool:
                     try:
                         good, results[rank] = pipe.recv()
                     except EOFError:
-                        process = ranks[rank][0]
-                        process.join(10)
-                        good, results[rank] = False, f"the process ended with {process.exitcode}, see its stderr"
+                        good, results[rank] = False, "the process ended"
                     if not good:
+                        ended = self._ended()
                         self.close()
-                        raise AssertionError(f"rank {rank} of {world}: {results[rank]}")
+                        raise AssertionError("\n".join([f"rank {rank} of {world}: {results[rank]}", *ended]))
         if any(_threads(process.pid) > MOST_THREADS for process, _ in ranks):
             self.close()
         return results
+
+    def _ended(self):
+        """What the ranks have said that a signal or an exit has ended: the others' errors come of it."""
+        over = wait([process.sentinel for process, _ in self.ranks], 0.5)
+        told = []
+        for rank, (process, _) in enumerate(self.ranks):
+            if process.sentinel in over:
+                process.join(5)
+                said = (Path(self.said.name) / str(rank)).read_text(errors="replace")
+                told.append(f"rank {rank}: exit code {process.exitcode}\n{said[-8000:]}")
+        return told
 
     def close(self):
         for process, pipe in self.ranks:
