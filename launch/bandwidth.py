@@ -23,7 +23,7 @@ from trainer.exit_codes import DONE
 
 SMALL, LARGE = 8, {"cpu": 16 << 20, "cuda": 256 << 20}
 """Bytes: of a message that takes as long as the latency, and of one that takes as long as the bandwidth."""
-_MOST, _BUDGET, _LONG = 15, 1.0, 5.0
+_MOST, _BUDGET, _LONG = 15, 1.0, 1.5
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,7 @@ def _speed(mbit: int) -> str:
 def check_pairs(pairs: Mapping[tuple[str, str], Mapping[str, Any]], nodes: list[str]) -> Check:
     """pairs: of every two nodes, what launch.bandwidth measured."""
     bad = [f"{a} and {b}: no all-reduce between them: {how['error']}" for (a, b), how in pairs.items() if "error" in how]
-    speeds = {pair: float(how["bus_gb_s"]) for pair, how in pairs.items() if "error" not in how}
+    speeds = speeds_of(pairs)
     for node, (own, others) in slow_nodes(speeds, nodes).items():
         bad.append(f"{node}: slow: {own:.2f} GB/s to the others, which have {others:.2f}: check its link, or exclude the node")
     if not speeds:
@@ -205,6 +205,11 @@ def check_pairs(pairs: Mapping[tuple[str, str], Mapping[str, Any]], nodes: list[
     if len(speeds) > 1:
         found += f" (slowest: {speeds[slowest]:.2f} GB/s, {slowest[0]} and {slowest[1]})"
     return verdict("between nodes", found, bad)
+
+
+def speeds_of(pairs: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    """GB/s of the pairs that could be measured."""
+    return {pair: float(how["bus_gb_s"]) for pair, how in pairs.items() if "error" not in how}
 
 
 def slow_nodes(speeds: Mapping[tuple[str, str], float], nodes: list[str]) -> dict[str, tuple[float, float]]:
