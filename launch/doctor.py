@@ -24,7 +24,9 @@ WORK = "bandwidth"
 _ASKED = 5
 _NFS = 10.0  # seconds: NFS keeps what it knows of a folder for up to 3 to 60 s, and looks again when the folder is listed
 _ASK, _MEET = 60.0, 20.0
-_TRIES = 3  # at a node that seems slow, whose host may have been busy with something else
+_TRIES, _SHORT = 3, 60.0
+"""At a node that seems slow, whose host may have been busy with something else: tries, as long as they began within these
+seconds. Of more nodes, with which all takes longer, each is judged by more pairs."""
 
 
 class Nodes(Protocol):
@@ -192,23 +194,25 @@ def _bandwidth(
         "patience": _MEET,
     }  # fmt: skip
     pairs: dict[tuple[str, str], dict[str, Any]] = {}
-    whole: dict[str, Any] | None = None
-    for tries_left in reversed(range(_TRIES)):
+    whole: dict[str, Any] = {}
+    backend, wrong, began = "", "no rank has answered: see the logs of the ranks", time.monotonic()
+    for tries in range(1, _TRIES + 1):
         try:
             answers = nodes.ranks(able, per_node, WORK, arguments, _ASK + (len(able) + 1) * _MEET)
         except LaunchError as error:
-            return [verdict("bandwidth", "not measured", [str(error)])]
+            answers, wrong = {}, str(error)
         if not answers:
-            return [verdict("bandwidth", "not measured", ["no rank has answered: see the logs of the ranks"])]
+            break  # what has been measured before stays
+        backend = str(next(iter(answers.values())).get("backend", ""))
         now, over_all = _of_all_ranks(answers)
-        pairs = {pair: _better(pairs.get(pair), how) for pair, how in now.items()}
+        pairs |= {pair: _better(pairs.get(pair), how) for pair, how in now.items()}
         whole = _better(whole, over_all)
         slow = checks.slow_nodes(checks.speeds_of(pairs), able)
-        if not slow or not tries_left:
+        if not slow or tries == _TRIES or time.monotonic() - began > _SHORT:
             break
         show(f"measuring again, {', '.join(slow)} seemed slow")
-    assert whole is not None
-    backend = str(next(iter(answers.values())).get("backend", ""))
+    if not whole:
+        return [verdict("bandwidth", "not measured", [wrong])]
     return [checks.check_pairs(pairs, able), checks.check_whole(whole, backend)]
 
 
@@ -233,8 +237,8 @@ def _worse(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _better(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
-    """A link is as fast as it has ever been: what else its nodes do at the time makes it slower. What goes wrong once, is."""
-    if one is None or "error" in other:
+    """A link is as fast as it has ever been: what else its nodes do makes it slower. What goes wrong once counts."""
+    if not one or "error" in other:
         return other
     return one if "error" in one or one["bus_gb_s"] >= other["bus_gb_s"] else other
 

@@ -16,29 +16,38 @@ from typing import Any
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
-from torch.distributed import distributed_c10d
 
 
 def one_worker() -> None:
-    """From now on every gloo group that torch makes in this process has one worker: `new_group`'s, a mesh's and other
-    libraries', too. Collectives of one group then run one after the other, in the order in which they were asked for.
+    """From now on every gloo group that Python makes in this process has one worker: `new_group`'s, a mesh's and other
+    libraries', too. Collectives of one group then run one after the other, in the order in which they were asked for; one
+    that waits for another of its group, as a communication hook could, would wait for ever.
 
     Otherwise the groups are torch's own, on the interfaces of GLOO_SOCKET_IFNAME. Groups that are there already stay as
     they are. May be called again.
     """
-    if dist.is_gloo_available() and distributed_c10d.ProcessGroupGloo is not _OneWorker:
-        # torch takes options for NCCL's groups alone.
-        distributed_c10d.ProcessGroupGloo = _OneWorker  # type: ignore[misc]
+    if dist.is_gloo_available():
+        # `init_process_group` passes no options on to gloo.
+        dist.ProcessGroupGloo.__init__ = _with_one_worker  # type: ignore[method-assign, assignment]
 
 
-_Gloo: Any = distributed_c10d.ProcessGroupGloo if dist.is_gloo_available() else object  # its stub lacks what options take
+_torchs_own: Any = dist.ProcessGroupGloo.__init__ if dist.is_gloo_available() else None
 
 
-class _OneWorker(_Gloo):  # type: ignore[misc]
-    def __init__(self, store: Store, rank: int, size: int, timeout: timedelta) -> None:
-        options = _Gloo._Options()
-        options._threads = 1
-        options._timeout = timeout
+def _with_one_worker(
+    self: Any, store: Store, rank: int, size: int, how: Any = None, *, timeout: timedelta | None = None, options: Any = None
+) -> None:
+    """What torch's own takes: options or a timeout, in fourth place or by name."""
+    if isinstance(how, timedelta):
+        timeout = how
+    elif how is not None:
+        options = how
+    if options is None:
+        gloo: Any = dist.ProcessGroupGloo
+        options = gloo._Options()
         named = [name for name in os.environ.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-        options._devices = [_Gloo.create_device(interface=name) for name in named] or [_Gloo.create_default_device()]
-        super().__init__(store, rank, size, options)
+        options._devices = [gloo.create_device(interface=name) for name in named] or [gloo.create_default_device()]
+        if timeout is not None:
+            options._timeout = timeout
+    options._threads = 1
+    _torchs_own(self, store, rank, size, options)

@@ -164,13 +164,16 @@ def test_a_node_with_several_ranks_measures_with_all_of_them(tmp_path):
 
 
 class Measured(Mute):
-    """Whose ranks say these speeds between a-b, a-c and b-c, of one try after the other; None: no all-reduce."""
+    """Whose ranks say these speeds between a-b, a-c and b-c, of one try after the other; None: no all-reduce. A try of no
+    speeds cannot be made."""
 
     def __init__(self, folder, *tries):
         super().__init__(folder)
         self.tries, self.asked = tries, 0
 
     def ranks(self, nodes, per_node, work, arguments, patience):
+        if not self.tries[self.asked]:
+            raise LaunchError("node a is gone")
         ab, ac, bc = ({"error": "cut"} if speed is None else self.speed(speed) for speed in self.tries[self.asked])
         self.asked += 1
         told = {"a": {"b": ab, "c": ac}, "b": {"a": ab, "c": bc}, "c": {"a": ac, "b": bc}}
@@ -198,9 +201,22 @@ class Measured(Mute):
 def test_a_node_that_seems_slow_is_measured_again(tmp_path, tries, asked, todo):
     nodes = Measured(tmp_path, *tries)
     row = rows(look(nodes, tmp_path))["between nodes"]
-    assert nodes.asked == asked and row.verdict == ("bad" if todo else "ok")
+    assert nodes.asked == asked, "no more than it takes"
+    assert row.verdict == ("bad" if todo else "ok")
     assert len(row.todo) == len(todo) and all(line.startswith(start) for line, start in zip(row.todo, todo, strict=True))
     assert rows(look(Measured(tmp_path, *tries), tmp_path))["over all ranks"].found.startswith(f"{asked}.00 GB/s")
+
+
+def test_what_was_measured_stays_when_it_cannot_be_measured_again(tmp_path):
+    found = rows(look(Measured(tmp_path, (1, 1, 9), ()), tmp_path))
+    assert found["between nodes"].todo[0].startswith("a: slow: 1.00 GB/s") and found["over all ranks"].verdict == "ok"
+    assert rows(look(Measured(tmp_path, ()), tmp_path))["bandwidth"].todo == ("node a is gone",)
+
+
+def test_what_takes_long_is_measured_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("launch.doctor._SHORT", -1.0)
+    nodes = Measured(tmp_path, (1, 1, 9), (9, 9, 9))
+    assert rows(look(nodes, tmp_path))["between nodes"].verdict == "bad" and nodes.asked == 1
 
 
 def test_one_rank_has_nothing_to_measure(tmp_path):

@@ -1,10 +1,14 @@
 """A launcher's variables are read as it means them; a group of CPU tensors does not write to freed memory."""
 
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from launch.bandwidth import Plan, _group
+from parallel import gloo
 from parallel.world import World, first_host, join, leave, world_from
 
 
@@ -48,7 +52,6 @@ def workers(group):
 
 def test_every_gloo_group_has_one_worker(ranks):
     assert ranks.run(groups_made, world=2) == [[1, 1, 1]] * 2
-    assert ranks.run(joined_alone, world=1) == [1]
 
 
 def groups_made():
@@ -56,10 +59,48 @@ def groups_made():
     return [workers(group) for group in (dist.group.WORLD, dist.new_group([0, 1]), mesh["b"].get_group())]
 
 
-def joined_alone():
+def test_a_group_made_in_any_way_has_one_worker(ranks):
+    assert ranks.run(backends_made, world=1) == [[(1, 1800), (1, 3), (1, 4), (1, 5), (1, 6), (1, 7)]]
+
+
+def backends_made():
+    def options():
+        made = dist.ProcessGroupGloo._Options()
+        made._timeout, made._devices = timedelta(seconds=6), [dist.ProcessGroupGloo.create_default_device()]
+        return made
+
+    def made(*args, **named):
+        return dist.ProcessGroupGloo(dist.HashStore(), 0, 1, *args, **named)
+
     leave()
-    join(World(), torch.device("cpu"))
-    return workers(dist.group.WORLD)
+    join(World(), torch.device("cpu"), timedelta(seconds=5))
+    three, four = timedelta(seconds=3), timedelta(seconds=4)
+    whole = dist.group.WORLD._get_backend(torch.device("cpu"))
+    told = [made(), made(three), made(timeout=four), whole, made(options())]
+    found = [(one.options._threads, one.options._timeout.total_seconds()) for one in told]
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=7), dist.group.WORLD)
+    return [*found, (whole.options._threads, whole.options._timeout.total_seconds())]
+
+
+@pytest.mark.parametrize("way", ["a run", "the doctor"])
+def test_a_run_and_the_doctor_see_to_it_themselves(ranks, way):
+    assert ranks.run(made_anew, way, world=1) == [(2, 1)]
+
+
+def made_anew(way):
+    """Of torch's own group, and of ours."""
+    alone, cpu = World(), torch.device("cpu")
+    leave()
+    dist.ProcessGroupGloo.__init__ = gloo._torchs_own
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    before = workers(dist.group.WORLD)
+    leave()
+    if way == "a run":
+        join(alone, cpu)
+        return before, workers(dist.group.WORLD)
+    plan = Plan(("a",), 1, "cpu", frozenset(), 8, 8, 20.0)
+    with _group("a", [0], alone, plan, dist.HashStore(), cpu):
+        return before, workers(dist.group.WORLD)
 
 
 @pytest.mark.parametrize("interfaces", ["lo", "lo,lo"])

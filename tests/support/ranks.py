@@ -115,9 +115,7 @@ class RankPool:
     def _grow(self, size):
         while len(self.ranks) < size:
             ours, theirs = self.context.Pipe()
-            said = Path(self.said.name) / str(len(self.ranks))
-            said.unlink(missing_ok=True)
-            process = self.context.Process(target=_serve, args=(theirs, str(said)), daemon=True)
+            process = self.context.Process(target=_serve, args=(theirs, str(self._file(len(self.ranks)))), daemon=True)
             process.start()
             theirs.close()
             self.ranks.append((process, ours))
@@ -128,6 +126,7 @@ class RankPool:
         results = [None] * world
         with tempfile.TemporaryDirectory() as folder:
             for rank, (_, pipe) in enumerate(ranks):
+                self._file(rank).write_text("")
                 store = str(Path(folder) / "store")
                 pipe.send((sys.path, inspect.getfile(function), function.__name__, args, rank, world, store))
             pending = {pipe: rank for rank, (_, pipe) in enumerate(ranks)}
@@ -136,13 +135,14 @@ class RankPool:
                 ready = wait(list(pending), max(0, deadline - time.monotonic()))
                 if not ready:
                     self.close()
-                    raise TimeoutError(f"ranks {sorted(pending.values())} still run after {timeout} s")
+                    said = [f"rank {rank}: {self._said(rank)}" for rank in range(world)]
+                    raise TimeoutError("\n".join([f"ranks {sorted(pending.values())} still run after {timeout} s", *said]))
                 for pipe in ready:
                     rank = pending.pop(pipe)
                     try:
                         good, results[rank] = pipe.recv()
                     except EOFError:
-                        good, results[rank] = False, "the process ended"
+                        good, results[rank] = False, "its process ended"
                     if not good:
                         ended = self._ended()
                         self.close()
@@ -158,9 +158,14 @@ class RankPool:
         for rank, (process, _) in enumerate(self.ranks):
             if process.sentinel in over:
                 process.join(5)
-                said = (Path(self.said.name) / str(rank)).read_text(errors="replace")
-                told.append(f"rank {rank}: exit code {process.exitcode}\n{said[-8000:]}")
+                told.append(f"rank {rank}: exit code {process.exitcode}\n{self._said(rank)}")
         return told
+
+    def _file(self, rank):
+        return Path(self.said.name) / str(rank)
+
+    def _said(self, rank):
+        return self._file(rank).read_text(errors="replace")[-8000:]
 
     def close(self):
         for process, pipe in self.ranks:
