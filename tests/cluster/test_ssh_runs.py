@@ -111,7 +111,8 @@ def test_hosts_train_to_the_very_weights_of_one_machine(submit, net, nodes):
     run = submit(nodes)
     result = ended(run)
     assert (result.state, result.code) == ("done", 0), words(run)
-    assert events(run, "nodes")[-1]["nodes"] == NODES[:nodes]
+    used = events(run, "nodes")[-1]["nodes"]
+    assert len(used) == nodes and used == [name for name in NODES if name in used], "those that came up first, in their order"
     until(lambda: ask(net, run, "look") == "ended", "its head ends, having left the result", 20, run)
     assert same_weights(run.spec.config, quiet(submit, nodes).spec.config)
 
@@ -150,7 +151,7 @@ def test_behind_a_link_that_is_cut_no_rank_is_left_and_once_it_is_mended_the_hos
 def test_no_remote_process_outlives_the_local_end(submit, net, how):
     run = submit(2, steps=2000, model=SLOW)
     training(run, 3)
-    assert left(net["n1"]) and left(net["n2"])
+    assert all(left(net[name]) for name in events(run, "nodes")[-1]["nodes"])
     began = time.monotonic()
     if how == "power":
         power_off(net, "login")
@@ -158,7 +159,7 @@ def test_no_remote_process_outlives_the_local_end(submit, net, how):
         head = next(process for process in on(net["login"]) if "launch.head" in process.cmdline())
         head.send_signal(signal.SIGKILL)
     try:
-        for name in ("n1", "n2"):
+        for name in NODES:
             until(lambda name=name: not left(net[name]), f"{name} is empty", 15, run)
         print(f"{how} of the local end: the hosts are empty after {time.monotonic() - began:.1f} s")
     finally:
@@ -184,5 +185,5 @@ def test_ended_at_once_nothing_of_it_is_left_anywhere(submit, net):
     training(run, 2)
     ask(net, run, "now")
     assert not [line for line in left(net["login"]) if "launch" in line]
-    for name in ("n1", "n2"):
+    for name in NODES:
         until(lambda name=name: not left(net[name]), f"{name} is empty", 10, run)
