@@ -17,9 +17,13 @@ from pathlib import Path
 # pid, step, beats, time of the last beat, silence that is normal, phase. The count of beats stands at both ends, so that a
 # reader who comes while it is written sees that the two differ.
 _PAGE = struct.Struct("<qqqdd16sq")
-_KNOWN, _OFTEN = 1000, 16
+_KNOWN, _ENOUGH = 256, 8
+"""Undisturbed steps that a rank remembers, and how many it must know before silence is judged by them."""
+_FACTOR = 12.0
+"""Times the longest of them: a step that takes ten times as long as ever before is slow, and no hang."""
 _WARM = 2
-"""Steps after a start that may take as long as they like: compilation, first touch of memory."""
+"""Steps after a start that may take as long as they like: compilation, first touch of memory. One such step follows
+whatever else interrupts training: caches and the allocator's blocks have to be filled again."""
 
 WITHIN_STEPS = frozenset(("data", "forward", "backward", "reduce", "update", "agree"))
 """Phases that come in every step. The others: start, load, compile, save, evaluate, end."""
@@ -42,16 +46,16 @@ class Page:
 class _Pulse:
     page: mmap.mmap | None = None
     listener: Callable[[int, str], None] | None = None
-    silence: float = 5.0
+    silence: float = 60.0
     patience: float = 900.0
     slow: frozenset[str] = frozenset()
     phase: str = ""
     step: int = 0
     beats: int = 0
-    started: int = 0  # steps begun by this process
-    begun: float = 0.0
-    plain: bool = False  # nothing but the step itself has been done since
-    normal: float = 0.0  # ten times the p99 of the steps known
+    time: float = 0.0  # of the last beat
+    begun: float = 0.0  # when the step was, plus what it has spent in slow phases since
+    calm: int = -_WARM  # positive: this step is like the others, so far
+    normal: float = 0.0  # silence that the steps known make normal; 0 while they are too few
     known: deque[float] = field(default_factory=lambda: deque(maxlen=_KNOWN))
 
 
@@ -72,9 +76,16 @@ def listen(listener: Callable[[int, str], None] | None) -> None:
 
 
 def limits(silence: float, patience: float, slow: Collection[str] = ()) -> None:
-    """How many seconds without a beat are normal from here on, where the first steps are about to come: within steps at
-    least, and outside of them, as in the phases `slow`."""
-    _pulse.silence, _pulse.patience, _pulse.slow, _pulse.started = silence, patience, frozenset(slow), 0
+    """How many seconds without a beat are normal from here on, where steps of a new kind are about to come, the first ones
+    or others than before: within steps at least, and outside of them, as in the phases `slow`.
+
+    Within a step `patience` holds too until enough undisturbed steps are known. From then on it is `silence`, or as long as
+    the longest of the latest steps makes normal if that is more.
+    """
+    pulse = _pulse
+    pulse.silence, pulse.patience, pulse.slow = silence, patience, frozenset(slow)
+    pulse.calm, pulse.normal = -_WARM, 0.0
+    pulse.known.clear()
 
 
 def phase() -> str:
@@ -88,27 +99,36 @@ def beat(phase: str, step: int | None = None) -> None:
     if pulse.page is None and pulse.listener is None:
         return
     now = time.monotonic()
+    if pulse.phase in pulse.slow:
+        pulse.begun += now - pulse.time
     if step is not None and step != pulse.step:
         _begin(step, now)
-    pulse.plain &= phase in WITHIN_STEPS
+    if phase not in WITHIN_STEPS:
+        pulse.calm = min(pulse.calm, -1)
     pulse.beats += 1
-    pulse.phase = phase
+    pulse.phase, pulse.time = phase, now
     if pulse.page is not None:
-        steady = phase in WITHIN_STEPS and phase not in pulse.slow and pulse.started > _WARM
-        limit = max(pulse.silence, pulse.normal) if steady else max(pulse.patience, pulse.silence)
+        limit = _limit(phase)
         _PAGE.pack_into(pulse.page, 0, os.getpid(), pulse.step, pulse.beats, now, limit, phase.encode()[:16], pulse.beats)
     if pulse.listener is not None:
         pulse.listener(pulse.step, phase)
 
 
+def _limit(phase: str) -> float:
+    pulse = _pulse
+    if pulse.normal and pulse.calm > 0 and phase in WITHIN_STEPS and phase not in pulse.slow:
+        return max(pulse.silence, pulse.normal)
+    return max(pulse.patience, pulse.silence, pulse.normal)
+
+
 def _begin(step: int, now: float) -> None:
     pulse = _pulse
-    if pulse.plain and pulse.started > _WARM:
+    if pulse.calm > 0:
         pulse.known.append(now - pulse.begun)
-        if len(pulse.known) < _OFTEN or pulse.started % _OFTEN == 0:
-            pulse.normal = 10 * sorted(pulse.known)[int(0.99 * (len(pulse.known) - 1) + 0.5)]
-    pulse.step, pulse.begun, pulse.plain = step, now, True
-    pulse.started += 1
+        if len(pulse.known) >= _ENOUGH:
+            pulse.normal = _FACTOR * max(pulse.known)
+    pulse.step, pulse.begun = step, now
+    pulse.calm += 1
 
 
 def read_page(path: Path) -> Page | None:

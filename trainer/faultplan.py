@@ -47,7 +47,7 @@ PHASES_OF: dict[str, tuple[str, ...]] = {"nan": ("reduce",), "flip": ("data",), 
 """Where a kind can strike, if not everywhere."""
 
 _FIRST = 3
-"""Steps after a start before a fault: a rank's silence is not judged before."""
+"""Steps after a start before a fault: the first ones are not like the others."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from trainer.engines.carry import layout_of
 from trainer.errors import DivergedError, SpoiledError
 from trainer.faultplan import Plan
 from trainer.faults import inject
+from trainer.feed import Feed
 from trainer.guard import LossGuard
 from trainer.optim import learning_rate
 from trainer.resuming import Going, go_back, resume
@@ -88,12 +89,14 @@ def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
     config, log, saves, steps, start = run.config, run.log, run.saves, run.config.train.steps, going.start
     log.begin(start, going.feed, going.refused)
     saves.begin_at(start)
-    # Data from afar may be waited for; how long is its store's affair.
-    limits(config.recovery.silence, config.recovery.patience, slow=("data",) if going.feed.distant else ())
+    expect_silence(config, going.feed)
+    other_kinds = {step + 1 for step, _ in config.data.warmup}  # the first to be read in pieces of another length
     if start and config.eval.every and start % config.eval.every == 0 and not log.evaluated(start):
         _evaluate(run, going, start)  # a stop came first
     with contextlib.closing(going.loader.stream(start, steps, pinned(run.device), config.data.prefetch)) as batches:
         for done in range(start + 1, steps + 1):
+            if done in other_kinds:
+                expect_silence(config, going.feed)
             beat("data", done)
             log.ask_for_batch()
             rows = next(batches)
@@ -121,6 +124,12 @@ def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
     beat("end")
     log.finish(saves.saved, getattr(going.loader, "names", []))
     return saves.saved == steps
+
+
+def expect_silence(config: RunConfig, feed: Feed) -> None:
+    """Have this rank's silence judged as that of one whose next steps are not like those before, or are the first."""
+    # Data from afar may be waited for; how long is its store's affair.
+    limits(config.recovery.silence, config.recovery.patience, slow=("data",) if feed.distant else ())
 
 
 def _step(run: _Run, guard: LossGuard, rows: Batch, lr: float, done: int) -> StepResult:

@@ -192,8 +192,11 @@ class RecoverySection(Section):
         1.0, ge=0, description="seconds before the second restart in a row, doubled from one to the next up to 60"
     )
     silence: float = Field(
-        5.0, gt=0, description="seconds without a sign of life within a step before a rank counts as hung; 10 times the p99 of "
-        "its steps if that is longer",
+        60.0, gt=0, description="seconds without a sign of life within a step before a rank counts as hung; 12 times the "
+        "longest of its latest steps if that is longer. Steps are judged so once 8 undisturbed ones are known",
     )  # fmt: skip
-    patience: float = Field(900.0, gt=0, description="the same outside of steps: start, compilation, evaluation, saving")
+    patience: float = Field(
+        900.0, gt=0, description="the same until then and outside of steps: start, compilation, evaluation, saving, and the "
+        "first steps after these",
+    )  # fmt: skip
     grace: float = Field(120.0, gt=0, description="seconds to save after a signal to stop, before the ranks are killed")

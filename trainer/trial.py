@@ -9,14 +9,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from parallel.pulse import beat, limits
+from parallel.pulse import beat
 from parallel.world import World, join, leave, pick_device, wait_for_all, world_from
 from trainer.checkpoint.of_run import checkpoints_of
 from trainer.config import RunConfig
 from trainer.engines import build_engine
 from trainer.engines.carry import layout_of
 from trainer.exit_codes import DONE
-from trainer.loop import pinned
+from trainer.loop import expect_silence, pinned
 from trainer.metrics import memory_bytes
 from trainer.optim import learning_rate
 from trainer.rank import say
@@ -53,7 +53,7 @@ def trial(config: RunConfig, world: World, device: torch.device, steps: int) -> 
     log = RunLog(config, folder, layout, device, silent=world.rank > 0)
     going = resume(config, engine, layout, world.rank, checkpoints_of(folder, config), device, fresh=True)
     log.begin(going.start, going.feed, going.refused)
-    limits(config.recovery.silence, config.recovery.patience, slow=("data",) if going.feed.distant else ())
+    expect_silence(config, going.feed)
     stream = going.loader.stream(0, steps, pinned(device), config.data.prefetch)
     with contextlib.closing(engine), log.console, contextlib.closing(stream) as batches:
         for done in range(1, steps + 1):

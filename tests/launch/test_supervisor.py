@@ -48,9 +48,9 @@ def folder(tmp_path, monkeypatch):
     assert not [note["pid"] for note in notes(RunFolder(tmp_path)) if running(note["pid"])], "no rank is left behind"
 
 
-def train(folder, steps, faults=(), silence=5.0, every=0, ranks=4, **policy):
+def train(folder, steps, faults=(), silence=5.0, every=0, pace=0.0, ranks=4, **policy):
     policy = RecoverySection(silence=silence, **policy)
-    return supervise(Job(ranks, rankwork.train, (str(folder.path), steps, faults, silence, every), folder, policy))
+    return supervise(Job(ranks, rankwork.train, (str(folder.path), steps, faults, silence, every, pace), folder, policy))
 
 
 def notes(folder):
@@ -183,6 +183,11 @@ def test_a_rank_that_sleeps_is_told_from_those_that_wait_for_it(folder):
 
 def test_a_run_that_hangs_for_good_has_its_own_exit_code(folder):
     assert train(folder, 40, [(None, 5, "forward", 0, signal.SIGSTOP)], silence=1.0, restarts=0, ranks=2) == HANG
+
+
+def test_steps_slower_than_the_silence_from_the_first_one_on_raise_no_alarm(folder):
+    assert train(folder, 12, silence=0.05, pace=0.25, ranks=2) == DONE
+    assert not events(folder, "fault")
 
 
 def test_a_thousand_steps_raise_no_alarm(folder):

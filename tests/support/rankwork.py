@@ -73,10 +73,10 @@ def waits_for_the_other():
     return DONE
 
 
-def train(folder, steps, faults=(), silence=5.0, every=0):
-    """Steps of an all-reduce with a beat for each phase, which go on from the last save, stop on request, and meet `faults`:
-    (attempt or None, step, phase, rank, what): an exception's message, or a signal that this rank sends itself. Of a step
-    "any", the first that comes there."""
+def train(folder, steps, faults=(), silence=5.0, every=0, pace=0.0):
+    """Steps of `pace` seconds and an all-reduce with a beat for each phase, which go on from the last save, stop on request,
+    and meet `faults`: (attempt or None, step, phase, rank, what): an exception's message, or a signal that this rank sends
+    itself. Of a step "any", the first that comes there."""
     asked = []
     for number in ASKING:
         signal.signal(number, lambda number, _: asked.append(number))
@@ -93,6 +93,7 @@ def train(folder, steps, faults=(), silence=5.0, every=0):
         pulse.beat("forward")
         held_up_here(folder, step)
         pulse.beat("reduce")
+        time.sleep(pace)
         dist.all_reduce(torch.ones(8))
         pulse.beat("agree")
         flag = torch.tensor(len(asked))
