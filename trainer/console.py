@@ -11,12 +11,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+_FAR = 5.0
+"""Times `optim.clip` from which on a clipped step is named on the console."""
+
 
 class TrainConsole:
-    """Progress of a run of `steps` steps on rank 0. Use as a context manager; a silent one is for other ranks."""
+    """Progress of a run of `steps` steps on rank 0. Use as a context manager; a silent one is for other ranks.
 
-    def __init__(self, steps: int, every: int, silent: bool = False) -> None:
-        self.steps, self.every, self.silent = steps, every, silent
+    `clip`: the largest gradient norm that is applied as it is, 0 for any. A line names the step since the last line that
+    was clipped the most, where its norm was far above that (a live line: of the last 50 steps).
+    """
+
+    def __init__(self, steps: int, every: int, silent: bool = False, clip: float = 0.0) -> None:
+        self.steps, self.every, self.silent, self.clip = steps, every, silent, clip
+        self.clipped = (0, 0.0)  # step, and how many times `clip` its norm was
         self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
         self.recent: deque[tuple[int, float]] = deque(maxlen=50)
         self.progress: Progress | None = None
@@ -49,10 +57,15 @@ class TrainConsole:
         if self.silent:
             return
         self.recent.append((done, values["step_seconds"]))
+        if self.clip and values.get("applied", True):
+            self.clipped = max(self.clipped, (done, values.get("grad_norm", 0.0) / self.clip), key=lambda known: known[1])
         if self.progress is not None:
             self.progress.update(self.task, completed=done, description=self._line(done, values))
+            if done - self.clipped[0] >= 50:
+                self.clipped = (0, 0.0)
         elif done % self.every == 0 or done == self.steps:
             self.say(f"step {done:>{len(str(self.steps))}}/{self.steps}  {self._line(done, values)}")
+            self.clipped = (0, 0.0)
 
     def _line(self, done: int, values: dict[str, float]) -> str:
         seconds = sum(s for _, s in self.recent) / len(self.recent)
@@ -65,6 +78,9 @@ class TrainConsole:
         ]
         if "mfu" in values:
             parts.insert(2, f"MFU {values['mfu']:.1%}")
+        step, times = self.clipped
+        if times >= _FAR:
+            parts.append(f"clipped {times:.0f}x" + ("" if step == done else f" at step {step}"))
         return "  ".join(parts)
 
 

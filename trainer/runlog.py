@@ -25,7 +25,7 @@ class RunLog:
 
     def __init__(self, config: RunConfig, folder: RunFolder, layout: Layout, device: torch.device, silent: bool) -> None:
         self.config, self.folder, self.layout, self.device, self.silent = config, folder, layout, device, silent
-        self.console = TrainConsole(config.train.steps, config.log.every, silent)
+        self.console = TrainConsole(config.train.steps, config.log.every, silent, config.optim.clip)
         self.started = time.perf_counter()
         self.skipped = 0
         self.left_out: dict[str, int] = {}

@@ -19,6 +19,22 @@ def test_a_pipe_gets_whole_lines_every_so_many_steps(capsys):
     assert lines[0] == "step 10/25  loss 3.2500  8,192 tok/s  MFU 41.0%  500 ms/step  1.50 GiB  ETA 00:08"
 
 
+def test_a_line_names_the_step_that_was_clipped_far(capsys):
+    norms = {3: 24.7, 7: 6.0, 14: 4.9, 20: 12.0}
+    with TrainConsole(30, every=10, clip=1.0) as console:
+        for done in range(1, 31):
+            values = {**VALUES, "grad_norm": norms.get(done, 0.9), "applied": True}
+            console.step(done, {**values, "grad_norm": 1e9, "applied": False} if done == 15 else values)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("ETA ")[2].partition("  ")[2] for line in lines] == ["clipped 25x at step 3", "clipped 12x", ""]
+
+
+def test_without_a_clip_nothing_was_clipped(capsys):
+    with TrainConsole(1, every=1) as console:
+        console.step(1, {**VALUES, "grad_norm": 50.0, "applied": True})
+    assert "clipped" not in capsys.readouterr().out
+
+
 def test_a_silent_rank_says_nothing(capsys):
     with TrainConsole(5, every=1, silent=True) as console:
         console.step(1, VALUES)
