@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from parallel.collectives import gather
+
 
 @dataclass(frozen=True)
 class Axes:
@@ -76,6 +78,22 @@ def place(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return (0,) * tensor.ndim, tuple(tensor.shape)
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(offset), tuple(shape)
+
+
+def whole_but_first(tensor: Tensor) -> Tensor:
+    """What this rank holds along dimension 0, whole in the others: of a stack of matrices, its own matrices. Collective
+    among the ranks that hold parts of the same ones, whose parts are even."""
+    piece = local(tensor)
+    if not isinstance(tensor, DTensor):
+        return piece
+    # ZeRO cuts what the axes right of it left over (a strided shard): its parts are joined first, then outwards.
+    cuts = list(enumerate(tensor.placements))
+    strided = [(i, cut.dim) for i, cut in cuts if isinstance(cut, _StridedShard)]
+    plain = [(i, cut.dim) for i, cut in reversed(cuts) if isinstance(cut, Shard) and not isinstance(cut, _StridedShard)]
+    for i, dim in strided + plain:
+        if dim:
+            piece = gather(piece, dim, tensor.device_mesh.get_group(i))
+    return piece
 
 
 def holders(tensor: Tensor, ranks: int) -> int:

@@ -270,13 +270,17 @@ def report(
 
 
 @app.command(
-    epilog="Examples: `mikoshi config configs/runs/quickstart.toml optim.lr=1e-3`, `mikoshi config --schema`, "
+    epilog="Examples: `mikoshi config configs/runs/quickstart.toml optim.lr=1e-3`, "
+    "`mikoshi config run.toml optim.kind=muon --optim`, `mikoshi config --schema`, "
     '`mikoshi config --from-accelerate default_config.yaml > layout.toml`, then base = ["layout.toml"] in a run'
 )
 def config(
     run: Annotated[Path | None, typer.Argument(help="a run's TOML file or its run folder", show_default=False)] = None,
     overrides: Overrides = None,
     schema: Annotated[bool, typer.Option("--schema", help="print the JSON Schema of a run's config instead")] = False,
+    optim: Annotated[
+        bool, typer.Option("--optim", help="print what each parameter gets instead: optimizer, weight decay, learning rate")
+    ] = False,
     from_accelerate: Annotated[
         Path | None, typer.Option(help="print what a config file of accelerate says, as a base of runs", show_default=False)
     ] = None,
@@ -297,6 +301,11 @@ def config(
         return
     if run is None:
         raise ConfigError("config: give a run's TOML file or folder, --schema, or --from-accelerate with a YAML file")
+    if optim:
+        from trainer.optim_view import optim_lines
+
+        typer.echo("\n".join(optim_lines(load_config(run, overrides or []))))
+        return
     typer.echo(to_toml(load_config(run, overrides or [])), nl=False)
 
 

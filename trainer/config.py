@@ -56,7 +56,11 @@ class ScheduleSection(Section):
 
 
 class OptimSection(Section):
-    kind: Literal["adamw", "muon"] = Field("adamw", description="muon: hidden matrices by Muon, the rest by AdamW")
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: the blocks' matrices, each expert's too, by Muon; routers and the rest by AdamW "
+        "(`mikoshi config RUN --optim` lists them)",
+    )
     lr: float = Field(3e-4, gt=0)
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)

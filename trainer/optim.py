@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from parallel.sharding import like, local, place
+from parallel.sharding import like, local, place, whole_but_first
 from trainer.config import OptimSection, ScheduleSection
 
 
@@ -34,13 +35,37 @@ def learning_rate(peak: float, schedule: ScheduleSection, step: int, steps: int)
     return peak * (schedule.final + (1 - schedule.final) * fall)
 
 
+@dataclass(frozen=True)
+class Treatment:
+    """How the optimizer moves one parameter. kind: "muon", "adamw", or "bias": a router's, moved by model.moe.bias_rate."""
+
+    kind: Literal["muon", "adamw", "bias"]
+    weight_decay: float
+
+
+def treatment(name: str, dimensions: int, config: OptimSection, trained: bool = True) -> Treatment:
+    """What the parameter called `name` gets.
+
+    Muon is for the matrices inside the blocks, of which a stack of experts [E, out, in] is E. A router's rows are one
+    vector for every expert, and embedding, positions and head are looked up or predict: these get AdamW, as vectors do.
+    Weight decay touches matrices only.
+    """
+    if not trained:
+        return Treatment("bias", 0.0)
+    hidden = name.startswith("blocks.") and not name.endswith(".router.weight") and dimensions >= 2
+    decay = config.weight_decay if dimensions >= 2 else 0.0
+    return Treatment("muon" if hidden and config.kind == "muon" else "adamw", decay)
+
+
 class Muon(Optimizer):
-    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for matrices cut over any ranks.
+    """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) for matrices, and stacks of them, cut over any
+    ranks.
 
     torch.optim.Muon multiplies the shards of a distributed gradient in bf16, so its result depends on how they are
-    cut. Here the momentum stays sharded, the matrix to orthogonalise is gathered, and every rank takes its own piece
-    of the same result: the update does not depend on the layout. The step size is matched to AdamW's (Liu et al. 2025,
-    arXiv:2502.16982), so one learning rate serves both. On CPU the iteration runs in fp32, on CUDA in bf16.
+    cut, and it takes no stacks. Here the momentum stays sharded, the matrices to orthogonalise are gathered, each by
+    itself, and every rank takes its own piece of the same result: the update does not depend on the layout. The step size
+    is matched to AdamW's (Liu et al. 2025, arXiv:2502.16982), so one learning rate serves both. On CPU the iteration runs
+    in fp32, on CUDA in bf16.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float) -> None:
@@ -55,24 +80,33 @@ class Muon(Optimizer):
                 buffer = self.state[p]["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
-                whole = update.full_tensor() if isinstance(update, DTensor) else update
-                direction = orthogonalise(whole)
                 offset, shape = place(p)
+                if p.ndim == 2:
+                    whole = update.full_tensor() if isinstance(update, DTensor) else update
+                else:
+                    whole, offset = whole_but_first(update), (0, *offset[1:])
+                direction = orthogonalise(whole)
                 mine = direction[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
                 local(p).mul_(1 - group["lr"] * group["weight_decay"])
-                local(p).add_(mine.to(local(p)), alpha=-0.2 * group["lr"] * math.sqrt(max(p.shape)))
+                local(p).add_(mine.to(local(p)), alpha=-group["lr"] * muon_scale(p.shape))
+
+
+def muon_scale(shape: Sequence[int]) -> float:
+    """What Muon's directions are multiplied by beside the learning rate, so that they are as long as AdamW's."""
+    return 0.2 * math.sqrt(max(shape[-2:]))
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps with Jordan's coefficients."""
+    """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps with Jordan's coefficients. Of a stack
+    [..., out, in], that of each matrix."""
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    out: Tensor = (x.T if tall else x).to(matrix.dtype)
+    out: Tensor = (x.mT if tall else x).to(matrix.dtype)
     return out
 
 
@@ -85,10 +119,9 @@ class Optimizers:
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimSection) -> None:
         self.named = [(name, p) for name, p in named if p.requires_grad]
-        hidden = [p for name, p in self.named if p.ndim == 2 and name.startswith("blocks.")]
-        muon = hidden if config.kind == "muon" else []
-        chosen = set(muon)
-        self.leaves = {p: local(p).detach() for _, p in self.named if p not in chosen}
+        treated = {p: treatment(name, p.ndim, config) for name, p in self.named}
+        muon = [p for p, how in treated.items() if how.kind == "muon"]
+        self.leaves = {p: local(p).detach() for p, how in treated.items() if how.kind == "adamw"}
         groups = [
             {"params": [leaf for p, leaf in self.leaves.items() if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [leaf for p, leaf in self.leaves.items() if p.ndim < 2], "weight_decay": 0.0},

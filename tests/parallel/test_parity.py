@@ -154,6 +154,32 @@ def test_bf16_is_the_same_run_to_its_own_rounding(ranks, dataset, tmp_path, mode
         assert evaluation == pytest.approx(evaluation1, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("model", "world", "layout"),
+    [
+        ("mixtral", 4, "ep=2 tp=2"),
+        *(
+            pytest.param(model, 4, layout, marks=pytest.mark.slow)
+            for model, layout in [
+                ("mixtral", "zero=3"), ("mixtral", "zero=0"), ("mixtral", "tp=2"), ("mixtral", "tp=4"), ("mixtral", "ep=4"),
+                ("mixtral", "ep=4 tp=2 expert_tp=1"), ("deepseek", "tp=2 ep=2 zero=3"), ("deepseek", "pp=2 ep=2"),
+                ("deepseek", "ep=2 zero=3"), ("deepseek", "ep=2 replicas=2"),
+                ("mixtral", "cp=2 ep=2"), ("mixtral", "ep=2 offload=optimizer"),
+            ]
+        ),
+        pytest.param("mixtral", 8, "zero=3", marks=pytest.mark.slow),  # more shards than experts
+        pytest.param("mixtral", 8, "tp=2 zero=3", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_muon_moves_every_expert_as_on_one_rank(ranks, dataset, tmp_path, model, world, layout):
+    def config(layout):
+        config = config_of(dataset, tmp_path, model, layout)
+        return config.model_copy(update={"optim": config.optim.model_copy(update={"kind": "muon"})})
+
+    alone = reference(ranks, config(""))
+    assert_same_run(ranks.run(train, config(layout), world=world), alone)
+
+
 @pytest.mark.parametrize(("world", "layout"), [(1, "zero=2"), (4, "tp=2 zero=3"), (4, "pp=2 zero=2")])
 def test_optimizer_state_in_the_hosts_memory(ranks, dataset, tmp_path, world, layout):
     alone = reference(ranks, config_of(dataset, tmp_path, "gpt2"))

@@ -1,10 +1,17 @@
-"""Schedules, decay groups and Muon against torch's own."""
+"""Schedules, decay groups and Muon against torch's own; what each parameter gets, against a list."""
+
+import re
 
 import pytest
 import torch
 
-from trainer.config import OptimSection, ScheduleSection
-from trainer.optim import Optimizers, learning_rate, orthogonalise
+from layouts import BASE, MODELS
+from runs import run_config
+from trainer.config import OptimSection, ScheduleSection, to_toml
+from trainer.model.config import ModelConfig
+from trainer.model.gpt import GPT
+from trainer.optim import Optimizers, learning_rate, orthogonalise, treatment
+from trainer.optim_view import treated
 
 
 def rates(kind, steps=100, **settings):
@@ -72,6 +79,107 @@ def test_muon_is_torchs_on_one_rank_and_only_for_hidden_matrices():
         torchs.step()
     # torch iterates in bf16, ours on CPU in fp32: they agree to bf16's rounding of an update of 0.01 x 0.2 x sqrt(8).
     torch.testing.assert_close(ours["blocks"]["0"].weight, theirs["blocks"]["0"].weight, atol=3e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 6), (3, 6, 8)])
+def test_muon_moves_every_matrix_of_a_stack_as_torchs_does_alone(shape):
+    torch.manual_seed(2)
+    stack = torch.nn.Parameter(torch.randn(shape))
+    alone = [torch.nn.Parameter(matrix.detach().clone()) for matrix in stack]
+    ours = Optimizers([("blocks.0.mlp.experts.up", stack)], OptimSection(kind="muon", weight_decay=0.1))
+    theirs = torch.optim.Muon(alone, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        gradient = torch.randn(shape) * torch.tensor([1.0, 100.0, 1e-3])[:, None, None]  # busy experts and idle ones
+        stack.grad = gradient.clone()
+        for matrix, part in zip(alone, gradient, strict=True):
+            matrix.grad = part.clone()
+        ours.step(lr=0.01)
+        theirs.step()
+    torch.testing.assert_close(stack.detach(), torch.stack(alone).detach(), atol=3e-4, rtol=0)
+
+
+LIST = {
+    "gpt2": """
+        embed.weight adamw 0.1
+        position.weight adamw 0.1
+        blocks.0.attn_norm.weight adamw 0
+        blocks.0.attn_norm.bias adamw 0
+        blocks.0.attn.q.weight muon 0.1
+        blocks.0.attn.q.bias adamw 0
+        blocks.0.attn.k.weight muon 0.1
+        blocks.0.attn.k.bias adamw 0
+        blocks.0.attn.v.weight muon 0.1
+        blocks.0.attn.v.bias adamw 0
+        blocks.0.attn.out.weight muon 0.1
+        blocks.0.attn.out.bias adamw 0
+        blocks.0.mlp_norm.weight adamw 0
+        blocks.0.mlp_norm.bias adamw 0
+        blocks.0.mlp.up.weight muon 0.1
+        blocks.0.mlp.up.bias adamw 0
+        blocks.0.mlp.down.weight muon 0.1
+        blocks.0.mlp.down.bias adamw 0
+        norm.weight adamw 0
+        norm.bias adamw 0
+    """,
+    "deepseek": """
+        embed.weight adamw 0.1
+        blocks.0.attn_norm.weight adamw 0
+        blocks.0.attn.q.weight muon 0.1
+        blocks.0.attn.k.weight muon 0.1
+        blocks.0.attn.v.weight muon 0.1
+        blocks.0.attn.out.weight muon 0.1
+        blocks.0.attn.q_norm.weight adamw 0
+        blocks.0.attn.k_norm.weight adamw 0
+        blocks.0.mlp_norm.weight adamw 0
+        blocks.0.mlp.router.weight adamw 0.1
+        blocks.0.mlp.router.bias bias 0
+        blocks.0.mlp.experts.gate muon 0.1
+        blocks.0.mlp.experts.up muon 0.1
+        blocks.0.mlp.experts.down muon 0.1
+        blocks.0.mlp.shared.gate.weight muon 0.1
+        blocks.0.mlp.shared.up.weight muon 0.1
+        blocks.0.mlp.shared.down.weight muon 0.1
+        norm.weight adamw 0
+        head.weight adamw 0.1
+    """,
+}
+
+
+def listed(kind):
+    return [line.split() for line in LIST[kind].split("\n") if line.strip()]
+
+
+@pytest.mark.parametrize("kind", LIST)
+def test_what_each_parameter_gets(tmp_path, mikoshi, kind):
+    model = BASE | MODELS[kind] | {"layers": 1, "qk_norm": kind == "deepseek"}
+    if kind == "deepseek":
+        model["moe"] = {**model["moe"], "first": 0}
+    config = run_config(tmp_path / "data", tmp_path, model=model, optim={"kind": "muon", "lr": 0.02})
+    found = [[row.name, row.optimizer, f"{row.weight_decay:g}"] for row in treated(config)]
+    assert sorted(found) == sorted(listed(kind))
+    assert {row.rate for row in treated(config)} == ({0.02, 0.01} if kind == "deepseek" else {0.02})
+    (tmp_path / "run.toml").write_text(to_toml(config))
+    code, out, _ = mikoshi("config", tmp_path / "run.toml", "--optim")
+    printed = {line.split()[0]: line.split() for line in out.splitlines()}
+    assert code == 0
+    for name, optimizer, decay in listed(kind):
+        assert printed[name][2:4] == [optimizer, decay], name
+
+
+@pytest.mark.parametrize("kind", LIST)
+def test_the_optimizers_do_what_the_list_says(kind):
+    model = ModelConfig.model_validate(BASE | MODELS[kind] | {"layers": 2})
+    for optim in ("muon", "adamw"):
+        section = OptimSection(kind=optim)
+        made = Optimizers(GPT(model).named_parameters(), section)
+        moments = {}
+        for name, _ in made.state():
+            _, parameter, moment = re.fullmatch(r"(optim)\.(.+)\.(\w+)", name).groups()
+            moments.setdefault(parameter, set()).add(moment)
+        for name, p in GPT(model).named_parameters():
+            kind_of = treatment(name, p.ndim, section, p.requires_grad).kind
+            expected = {"muon": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}, "bias": set()}[kind_of]
+            assert moments.get(name, set()) == expected, name
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (16, 16)])
