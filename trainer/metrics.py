@@ -12,34 +12,18 @@ from typing import Any
 import torch
 
 from trainer.config import RunConfig, to_toml
+from trainer.hardware import gpu_named
 from trainer.model.config import ModelConfig
 from trainer.model.gpt import GPT
 from trainer.runfolder import FULL, RunFolder, disk_may_be_full, drop_after
 
-# Dense peak FLOP/s in bf16 from the makers' data sheets, by a part of the device's name; longest match first.
-PEAK_BF16 = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "V100": 125e12,
-    "4090": 165e12,
-    "3090": 71e12,
-}
-
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak FLOP/s of one device for this precision, or None where it is not known."""
-    if device.type != "cuda" or precision != "bf16":
+    """Dense peak FLOP/s of one device for this precision, or None where it is not known."""
+    if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((PEAK_BF16[key] for key in sorted(PEAK_BF16, key=len, reverse=True) if key in name), None)
+    gpu = gpu_named(torch.cuda.get_device_name(device))
+    return None if gpu is None else gpu.peak.get(precision)
 
 
 def flops_per_token(config: ModelConfig, context: int) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from trainer.console import TrainConsole
 from trainer.engines.base import StepResult
 from trainer.feed import Feed
 from trainer.goodput import goodput, process_began, repetition
+from trainer.hardware import gpu_named
 from trainer.metrics import MetricLog, flops_per_token, memory_bytes, peak_flops
 from trainer.runfolder import RunFolder, read_jsonl
 
@@ -37,8 +38,9 @@ class RunLog:
         peak = peak_flops(device, config.engine.precision)
         self.peak = peak * layout.world if peak else None
 
-    def begin(self, start: int, feed: Feed, refused: list[str]) -> None:
-        """Go on after step `start`, for the first time in this process or after going back."""
+    def begin(self, start: int, feed: Feed, refused: list[str], changed: Sequence[str] = ()) -> None:
+        """Go on after step `start`, for the first time in this process or after going back. `changed`: lines about what is
+        not as it was saved."""
         if not self.silent:
             if self.begun:
                 self.metrics.close()
@@ -50,6 +52,8 @@ class RunLog:
             self.console.say(f"checkpoint refused: {reason}")
         if start:
             self.console.say(f"resumed after step {start}")
+            for line in changed:
+                self.console.say(line)
         self.started = time.perf_counter()
 
     def _begin_first(self, start: int, feed: Feed) -> None:
@@ -66,6 +70,8 @@ class RunLog:
             f"{config.run.name}: {feed.told}, {self.layout.world} rank(s) on {name}, ZeRO {self.layout.zero}, "
             f"{config.engine.precision}"
         )
+        if device.type == "cuda" and gpu_named(name) is None:
+            self.console.say(f"{name}: its peak is not known, so MFU is not told (configs/hardware/gpus.toml)")
 
     def evaluated(self, step: int) -> bool:
         """Whether this step's evaluation is on record. Collective."""
