@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sysconfig
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, field_validator
 
+from launch.gpus import gpus_here
 from launch.hostfile import read_hostfile
 from launch.names import Host, Interface, Line, Plain, Variable, Word
 from trainer.errors import ConfigError, LaunchError
@@ -179,12 +179,6 @@ def load_cluster(name: str, overrides: tuple[str, ...] = ()) -> Cluster:
     if isinstance(cluster, LocalCluster) and not cluster.gpus_per_node:
         return cluster.model_copy(update={"gpus_per_node": gpus_here()})
     return cluster
-
-
-def gpus_here(dev: Path = Path("/dev"), visible: str | None = os.environ.get("CUDA_VISIBLE_DEVICES")) -> int:
-    """GPUs of this machine that CUDA shows to a process, counted without loading it."""
-    there = len(list(dev.glob("nvidia[0-9]*")))
-    return there if visible is None else min(there, len([name for name in visible.split(",") if name.strip()]))
 
 
 def _with_hosts(cluster: SshCluster, path: Path) -> SshCluster:

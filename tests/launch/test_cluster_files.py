@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import KINDS, NetworkSection, PatienceSection, gpus_here, load_cluster
+from launch.cluster import KINDS, NetworkSection, PatienceSection, load_cluster
 from trainer.errors import ConfigError, LaunchError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -101,9 +101,3 @@ def test_hosts_of_a_hostfile_beside_the_cluster_file_are_taken_in_its_order(tmp_
     (tmp_path / "hosts").write_text("b slots=4\na slots=8\n")
     with pytest.raises(LaunchError, match="every node must carry as many ranks"):
         load_cluster(write(tmp_path, 'kind = "ssh"\nhostfile = "hosts"\n'))
-
-
-def test_this_machines_gpus_are_counted_without_cuda(tmp_path):
-    for name in ("nvidia0", "nvidia1", "nvidiactl", "nvidia-uvm", "null"):
-        (tmp_path / name).touch()
-    assert [gpus_here(tmp_path, visible) for visible in (None, "1", "0,1", "", "0,1,2")] == [2, 1, 2, 0, 2]
