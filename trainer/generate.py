@@ -72,7 +72,7 @@ def generate(model: GPT, prompt: list[int], tokens: int, sampling: Sampling, end
     """Up to `tokens` ids that go on from `prompt` (not empty), stopping before `end`.
 
     Keys and values are kept. With learned positions nothing goes beyond the context: the window is then moved on by
-    half and its keys and values are made again.
+    half and its keys and values are made again. Where dynamic RoPE has other frequencies at every length, nothing can be kept.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     device, dtype = model.head_weight.device, model.head_weight.dtype
@@ -82,7 +82,10 @@ def generate(model: GPT, prompt: list[int], tokens: int, sampling: Sampling, end
     for _ in range(tokens):
         if cache.length + len(fresh) > room:
             fresh, cache.length = ids[-max(1, room // 2) :], 0
-        logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]
+        if model.config.position == "rotary" and model.config.rope.varies(len(ids)):
+            logits = model(torch.tensor([ids], device=device))[0, -1]
+        else:
+            logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]
         token = choose(logits, sampling, generator)
         if token == end:
             return
@@ -112,6 +115,11 @@ def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, devi
         raise CheckpointError(f"{folder.path}: there is no checkpoint yet; train first, or wait for one")
     path, manifest, _ = found
     config = spread(parse_config(manifest.record["config"], str(path)), overrides, place.size)
+    if config.model.position == "rotary" and config.model.rope.varies(config.train.context):
+        raise ConfigError(
+            'model.rope.scaling = "dynamic": ranks together read rows of train.context tokens, beyond rope.original_context, '
+            "where every length has frequencies of its own: generate on one rank"
+        )
     engine = build_engine(config, layout_of(config, place.size), device, fill_weights=leave_empty)
     state = {name: tensor for name, tensor in engine.state().items() if name.startswith("model.")}
     checkpoint.load(path, manifest, state)

@@ -35,6 +35,13 @@ def _foresee(config: RunConfig, ranks: int, cuda: bool | None, here: bool) -> No
     """`cuda`, `here`: as an engine's Case has them, all that is known at once: what a run that lacks its GPUs could not do on
     them either is no reason to give it."""
     refuse(config, layout_of(config, ranks), cuda, here)
+    if config.data.document_mask and config.model.position == "rotary" and config.model.rope.varies(config.train.context):
+        raise ConfigError(
+            f'model.rope.scaling = "dynamic" with data.document_mask and train.context = {config.train.context}: beyond '
+            f"rope.original_context {config.model.rope.original_context} every length has frequencies of its own, which "
+            "documents in one row cannot have: set data.document_mask=false, train.context="
+            f'{config.model.rope.original_context}, or model.rope.scaling="yarn"'
+        )
     if config.data.stream:
         set_apart(config, recipes(config.data), places(config.data))
     feed = open_feed(config)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from trainer.model.config import ModelConfig, MoEConfig, RopeConfig
@@ -103,23 +104,41 @@ def _gpt2(hf: Any) -> ModelConfig:
     )  # fmt: skip
 
 
+# What older files have beside rope_type, and what transformers itself does not look at.
+_ROPE_KNOWN = {"rope_theta", "rope_type", "type", "original_max_position_embeddings", "finetuned"}
+_ROPE_SAME = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
+_YARN_SAME = ("attention_factor", "mscale", "mscale_all_dim")
+
+
 def _rope(hf: Any) -> RopeConfig:
     given = dict(hf.rope_parameters)
-    kind = given.get("rope_type", "default")
+    if nested := sorted(key for key in given if isinstance(given[key], dict)):
+        raise InteropError(f"rope_parameters: one for {' and one for '.join(nested)} cannot be expressed")
+    kind = given.get("rope_type", given.get("type", "default"))
     scaling = "none" if kind == "default" else kind
     if scaling not in ("none", "linear", "dynamic", "yarn", "llama3"):
         raise InteropError(f"rope_type {kind!r} is not one of default, linear, dynamic, yarn, llama3")
-    known = {"rope_theta", "rope_type", "original_max_position_embeddings"}
-    known |= {"factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}
+    known = _ROPE_KNOWN | {*_ROPE_SAME} | ({*_YARN_SAME, "truncate"} if scaling == "yarn" else set())
     if unknown := sorted(key for key in given.keys() - known if given[key] not in (None, 1.0)):
         raise InteropError(f"rope_parameters: {', '.join(unknown)} cannot be expressed")
-    same = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
-    return RopeConfig(
-        theta=given["rope_theta"],
-        scaling=scaling,
-        original_context=given.get("original_max_position_embeddings") or hf.max_position_embeddings,
-        **{key: given[key] for key in same if given.get(key) is not None},
-    )
+    trained = given.get("original_max_position_embeddings") or hf.max_position_embeddings
+    values = {key: given[key] for key in _ROPE_SAME if given.get(key) is not None}
+    if scaling == "yarn":
+        # As transformers reads them: 0 is as good as none, but for attention_factor.
+        values |= {key: given[key] for key in ("mscale", "mscale_all_dim") if given.get(key)}
+        values |= {"attention_factor": given.get("attention_factor"), "truncate": given.get("truncate", True)}
+        values.setdefault("factor", hf.max_position_embeddings / trained)
+    try:
+        return RopeConfig(
+            theta=given["rope_theta"],
+            scaling=scaling,
+            # Dynamic scaling there begins where the positions end, whatever else the file says.
+            original_context=hf.max_position_embeddings if scaling == "dynamic" else trained,
+            **values,
+        )
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise InteropError(f"rope_parameters: {told}") from None
 
 
 def _windows(hf: Any) -> tuple[int, ...]:
@@ -247,8 +266,7 @@ def convert_state(family: str, state: Mapping[str, Tensor], config: ModelConfig)
         if _NOT_WEIGHTS.search(bare):
             continue
         if bare == "lm_head.weight":
-            if not config.tied:
-                ours["head.weight"] = tensor
+            ours["head.weight"] = tensor
             continue
         rows = list(_matching(TABLES[family], bare))
         if not rows:
@@ -257,6 +275,17 @@ def convert_state(family: str, state: Mapping[str, Tensor], config: ModelConfig)
             ours[target] = read(tensor, config)
     if unknown:
         raise InteropError(f"{family}: no place in our model for {', '.join(unknown[:5])} ({len(unknown)} in all)")
+    return _tied(ours) if config.tied else ours
+
+
+def _tied(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the head of its own that a file of a tied model may have beside the embedding, or in its place."""
+    head = ours.pop("head.weight", None)
+    if head is not None and not torch.equal(head, ours.setdefault("embed.weight", head)):
+        raise InteropError(
+            "tie_word_embeddings = true, but lm_head.weight differs from the embedding: set tie_word_embeddings = false to "
+            "keep both, or remove lm_head.weight"
+        )
     return ours
 
 

@@ -27,6 +27,26 @@ class RopeConfig(BaseModel):
     high_freq_factor: float = Field(4.0, gt=0, description="llama3: wavelengths under original_context/this are kept")
     beta_fast: float = Field(32.0, gt=0, description="yarn: rotations in the context above which a frequency is kept")
     beta_slow: float = Field(1.0, gt=0, description="yarn: rotations in the context below which it is interpolated")
+    truncate: bool = Field(True, description="yarn: the pairs between which it changes over are whole numbers")
+    attention_factor: float | None = Field(
+        None, gt=0, description="yarn: what cos and sin are multiplied by (default: by factor and the two mscales)"
+    )
+    mscale: float | None = Field(
+        None, gt=0, description="yarn: with mscale_all_dim, the factor is m(mscale) / m(mscale_all_dim), m(s) = 0.1 s ln f + 1"
+    )
+    mscale_all_dim: float | None = Field(None, gt=0, description="yarn: see mscale; without either, the factor is m(1)")
+
+    @model_validator(mode="after")
+    def _yarn_alone(self) -> RopeConfig:
+        for key in ("attention_factor", "mscale", "mscale_all_dim"):
+            if self.scaling != "yarn" and getattr(self, key) is not None:
+                raise ValueError(f'rope.{key} is of rope.scaling = "yarn": leave it out with "{self.scaling}"')
+        return self
+
+    def varies(self, length: int) -> bool:
+        """Whether positions up to `length` turn at rates that depend on how many there are: what was rotated for a shorter
+        text cannot be kept then, and documents side by side cannot share one length."""
+        return self.scaling == "dynamic" and length > self.original_context
 
 
 class MoEConfig(BaseModel):

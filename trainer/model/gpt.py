@@ -182,6 +182,11 @@ class GPT(nn.Module):
         x_BTC = self.enter(x, positions_BT) if self.part.first else x
         rotary = None
         if self.config.position == "rotary":
+            if (cache is not None or docs_BS is not None) and self.config.rope.varies(span):
+                raise ValueError(
+                    f'rope.scaling "dynamic" beyond rope.original_context {self.config.rope.original_context}: every length '
+                    "has frequencies of its own, which neither kept keys nor documents in one row can have"
+                )
             rotary = rotation(self.config.rope, self.config.d_rotary, positions_BT, max(span, 1))
         masks = self.masks(past, span, docs_BS, queries_T, x_BTC)
         for name, block in self.blocks.items():

@@ -38,13 +38,25 @@ def frequencies(rope: RopeConfig, d_rotary: int, length: int, device: torch.devi
             turns = math.log(rope.original_context / (times * 2 * math.pi))
             return d_rotary * turns / (2 * math.log(rope.theta))
 
-        low = max(math.floor(pair_turning(rope.beta_fast)), 0)
-        high = min(math.ceil(pair_turning(rope.beta_slow)), d_rotary - 1)
+        first, last = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
+        if rope.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        low, high = max(first, 0), min(last, d_rotary - 1)
         pairs = torch.arange(d_rotary // 2, dtype=torch.float32, device=device)
         keep = 1 - ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
-        magnitude = 0.1 * math.log(rope.factor) + 1.0 if rope.factor > 1 else 1.0
-        return plain * keep + plain / rope.factor * (1 - keep), magnitude
+        return plain * keep + plain / rope.factor * (1 - keep), _magnitude(rope)
     return plain, 1.0
+
+
+def _magnitude(rope: RopeConfig) -> float:
+    """Yarn's factor of cos and sin: as given, else by the two mscales where both are, else by `factor` alone."""
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.factor <= 1:
+        return 1.0
+    if rope.mscale is not None and rope.mscale_all_dim is not None:
+        return (0.1 * rope.mscale * math.log(rope.factor) + 1.0) / (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0)
+    return 0.1 * math.log(rope.factor) + 1.0
 
 
 def rotation(rope: RopeConfig, d_rotary: int, positions_BT: Tensor, length: int) -> tuple[Tensor, Tensor]:

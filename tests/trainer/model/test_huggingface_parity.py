@@ -1,12 +1,15 @@
 """Our GPT against the Hugging Face classes: random weights in both, the same logits and the same gradients."""
 
+import math
+
 import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
 
+from trainer.generate import Sampling, generate
 from trainer.interop.huggingface import InteropError, convert_state, load_into, model_config
-from trainer.model.gpt import GPT
+from trainer.model.gpt import GPT, KVCache
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
@@ -16,7 +19,38 @@ SMALL = dict(vocab_size=199, hidden_size=48, num_hidden_layers=3, num_attention_
 GPT2 = dict(vocab_size=199, n_positions=64, n_embd=48, n_layer=3, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
 QWEN3_MOE = dict(**SMALL, num_key_value_heads=2, head_dim=16, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24)
 
+
+def legacy(**scaling):
+    """A config as files had it before rope_parameters."""
+    return hf.LlamaConfig.from_dict({**SMALL, "num_key_value_heads": 2, "rope_theta": 1e4, "rope_scaling": scaling})
+
+
+def yarn(**given):
+    return hf.LlamaConfig(**SMALL, num_key_value_heads=2, rope_parameters={**YARN, **given})
+
+
 CASES = {
+    "yarn-factor-1": lambda: yarn(attention_factor=1.0),
+    "yarn-factor-2": lambda: yarn(attention_factor=2.0),
+    "yarn-factor-null": lambda: yarn(attention_factor=None, mscale=None, mscale_all_dim=None, beta_fast=None),
+    "yarn-factor-default": lambda: yarn(attention_factor=0.1 * math.log(4.0) + 1.0, beta_fast=32.0, beta_slow=1.0),
+    "yarn-mscales-1": lambda: yarn(mscale=1.0, mscale_all_dim=1.0),
+    "yarn-mscales": lambda: yarn(mscale=0.707, mscale_all_dim=1.0),
+    "yarn-mscale-alone": lambda: yarn(mscale=1.0),
+    "yarn-mscale-all-0": lambda: yarn(mscale=2.0, mscale_all_dim=0),
+    "yarn-factor-over-mscales": lambda: yarn(attention_factor=1.5, mscale=0.5, mscale_all_dim=1.0),
+    "yarn-not-truncated": lambda: yarn(truncate=False, beta_fast=8.0),
+    "yarn-no-factor": lambda: yarn(factor=None),
+    "llama3-null": lambda: hf.LlamaConfig(**SMALL, rope_parameters={**LLAMA3, "attention_factor": 1.0, "mscale": None}),
+    "dynamic": lambda: hf.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0}),
+    "dynamic-beyond": lambda: hf.LlamaConfig(
+        **SMALL | {"max_position_embeddings": 24},
+        rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0, "original_max_position_embeddings": 8},
+    ),
+    "legacy-linear": lambda: legacy(type="linear", factor=2.0),
+    "legacy-dynamic": lambda: legacy(type="dynamic", factor=2.0),
+    "legacy-yarn": lambda: legacy(type="yarn", factor=4.0, original_max_position_embeddings=32, finetuned=True),
+    "legacy-both-names": lambda: legacy(type="linear", rope_type="linear", factor=2.0),
     "gpt1": lambda: hf.OpenAIGPTConfig(**GPT2),
     "gpt2": lambda: hf.GPT2Config(**GPT2),
     "bloom": lambda: hf.BloomConfig(vocab_size=199, hidden_size=48, n_layer=3, n_head=4),
@@ -97,6 +131,33 @@ def test_released_files_with_every_expert_apart(case, tmp_path):
         convert_state(ours_family(theirs), missing, ours.config)
 
 
+def test_the_head_of_a_tied_model_is_not_lost():
+    theirs, ours = pair("llama-tied")
+    state = {name: tensor.clone() for name, tensor in theirs.state_dict().items()}
+    assert "lm_head.weight" in state
+    found = convert_state("llama", state, ours.config)
+    assert "head.weight" not in found
+    alone = {name: tensor for name, tensor in state.items() if "embed_tokens" not in name}
+    assert torch.equal(convert_state("llama", alone, ours.config)["embed.weight"], state["lm_head.weight"])
+    state["lm_head.weight"][7, 3] += 1e-3
+    with pytest.raises(InteropError, match=r"tie_word_embeddings = true, but lm_head\.weight differs"):
+        convert_state("llama", state, ours.config)
+
+
+def test_dynamic_rope_keeps_no_keys_and_shares_no_row():
+    theirs, ours = pair("dynamic-beyond")
+    ours.eval()
+    tokens = torch.randint(0, 199, (1, 30))
+    with pytest.raises(ValueError, match="kept keys nor documents"):
+        ours(tokens, cache=KVCache.empty(ours.config, 1, 30, torch.device("cpu"), torch.float32))
+    with pytest.raises(ValueError, match="kept keys nor documents"):
+        ours(tokens, docs_BS=torch.zeros(1, 30, dtype=torch.long), positions_BT=torch.arange(30)[None])
+    prompt, expected = tokens[0, :20].tolist(), tokens[0, :20].tolist()
+    for _ in range(8):  # from within the trained context to beyond it, each token from one pass of all before it
+        expected.append(int(theirs(torch.tensor([expected]), use_cache=False).logits[0, -1].argmax()))
+    assert prompt + list(generate(ours, prompt, 8, Sampling(temperature=0), end=-1)) == expected
+
+
 def test_dynamic_rope_matches_beyond_the_trained_context():
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -114,7 +175,13 @@ def test_unknown_family_and_unknown_weight_are_named():
     with pytest.raises(InteropError, match="scale_attn_by_inverse_layer_idx"):
         model_config(hf.GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True))
     with pytest.raises(InteropError, match="attention_factor"):
-        model_config(hf.LlamaConfig(**SMALL, rope_parameters={**YARN, "attention_factor": 2.0}))
+        model_config(hf.LlamaConfig(**SMALL, rope_parameters={**LLAMA3, "attention_factor": 2.0}))
+    with pytest.raises(InteropError, match=r"factor = 0\.5"):
+        model_config(yarn(factor=0.5))
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6,
+                "original_max_position_embeddings": 32, "factor": 2.0, "attention_factor": 1.0}  # fmt: skip
+    with pytest.raises(InteropError, match="longrope"):
+        model_config(hf.LlamaConfig(**SMALL, rope_parameters=longrope))
     ours = model_config(CASES["gpt2"]())
     with pytest.raises(InteropError, match="surprise"):
         convert_state("gpt2", {"h.0.surprise.weight": torch.zeros(1)}, ours)
