@@ -50,6 +50,11 @@ class EvalSection(Section):
 
 class ScheduleSection(Section):
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    steps: Count | None = Field(
+        None,
+        description="its length, after which the rate stays where it ended (default: train.steps, so that a longer "
+        "train.steps stretches it and moves the rate)",
+    )
     warmup: Natural = Field(0, description="steps of linear warm-up")
     decay: Natural = Field(0, description="wsd: steps of the final linear decay")
     final: float = Field(0.1, ge=0, le=1, description="share of lr at the last step (cosine, linear, wsd)")
@@ -150,10 +155,11 @@ class RunConfig(Section):
         schedule = self.optim.schedule
         if schedule.kind == "wsd" and not schedule.decay:
             raise ValueError('optim.schedule.kind = "wsd" needs optim.schedule.decay, the steps of its final decay')
-        if self.train.steps and schedule.warmup + schedule.decay > self.train.steps:
+        length, key = schedule.steps or self.train.steps, "optim.schedule.steps" if schedule.steps else "train.steps"
+        if length and schedule.warmup + schedule.decay > length:
             raise ValueError(
-                f"optim.schedule.warmup {schedule.warmup} + decay {schedule.decay} exceeds train.steps {self.train.steps}: "
-                "a run as short needs a shorter optim.schedule.warmup or .decay, or more train.steps"
+                f"optim.schedule.warmup {schedule.warmup} + decay {schedule.decay} exceeds {key} {length}: "
+                f"a run as short needs a shorter optim.schedule.warmup or .decay, or more {key}"
             )
         return self
 

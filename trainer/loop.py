@@ -87,7 +87,7 @@ def _begin(config: RunConfig, world: World, device: torch.device, plan: Plan | N
 def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
     """From a checkpoint to the last step (True) or the request to stop (False); None where the run has to go back."""
     config, log, saves, steps, start = run.config, run.log, run.saves, run.config.train.steps, going.start
-    log.begin(start, going.feed, going.refused)
+    log.begin(start, going.feed, going.refused, going.changed)
     saves.begin_at(start)
     expect_silence(config, going.feed)
     other_kinds = {step + 1 for step, _ in config.data.warmup}  # the first to be read in pieces of another length

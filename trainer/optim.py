@@ -17,12 +17,13 @@ from trainer.config import OptimSection, ScheduleSection
 
 
 def learning_rate(peak: float, schedule: ScheduleSection, step: int, steps: int) -> float:
-    """Learning rate of step 0 <= step < steps.
+    """Learning rate of step 0, 1, ... of a run of `steps`, which is the schedule's length where it has none of its own.
 
     All kinds rise linearly over `warmup` steps. cosine (Loshchilov and Hutter 2017, arXiv:1608.03983) and linear then
     fall to final x peak at the last step; wsd (Hu et al. 2024, arXiv:2404.06395) stays, and falls over the last
-    `decay` steps; constant stays.
+    `decay` steps; constant stays. After its last step a schedule stays where it ended.
     """
+    steps = schedule.steps or steps
     if step < schedule.warmup:
         return peak * (step + 1) / schedule.warmup
     if schedule.kind == "constant":
@@ -30,7 +31,7 @@ def learning_rate(peak: float, schedule: ScheduleSection, step: int, steps: int)
     begin = steps - schedule.decay if schedule.kind == "wsd" else schedule.warmup
     if step < begin:
         return peak
-    done = (step - begin + 1) / max(1, steps - begin)
+    done = min(1.0, (step - begin + 1) / max(1, steps - begin))
     fall = 0.5 * (1 + math.cos(math.pi * done)) if schedule.kind == "cosine" else 1 - done
     return peak * (schedule.final + (1 - schedule.final) * fall)
 

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from data.record import Continued, Reader, Total, make_record
 from parallel.layout import Layout
 from parallel.pulse import beat
+from parallel.sharding import local
 from trainer import checkpoint
+from trainer.changed import anew_told, changes_told, moments_begun_anew
 from trainer.checkpoint import Store, on_first_rank
 from trainer.checkpoint.agree import of_all_ranks
 from trainer.config import RunConfig, differences, parse_config, to_toml
@@ -33,7 +35,8 @@ _IDENTITY = ("model.", "run.seed", "train.global_batch", "train.context", "optim
 
 @dataclass(frozen=True)
 class Going:
-    """Where a run goes on: after step `start`, with these data and this guard. `refused`: why newer checkpoints were."""
+    """Where a run goes on: after step `start`, with these data and this guard. `refused`: why newer checkpoints were;
+    `changed`: what is to be said of settings that are not those of the checkpoint."""
 
     start: int
     feed: Feed
@@ -41,6 +44,7 @@ class Going:
     continued: Continued
     guard: LossGuard
     refused: list[str]
+    changed: list[str]
     record: Callable[[int], dict[str, Any]]
     """What a checkpoint of a step says beside its tensors. Collective."""
 
@@ -67,7 +71,7 @@ def resume(
     manifest, refused = (None, []) if found is None else (found[1], found[2])
     start = 0 if manifest is None else manifest.step
     with _read_from(store.describe(start) if manifest is not None else "the data"):
-        changes, data = ({}, None) if manifest is None else _checked(config, manifest, folder, store)
+        changes, told, data = ({}, [], None) if manifest is None else _checked(config, manifest, folder, store)
         continued = feed.continued(data)
         loader = feed.loader(layout, here, continued)
         guard = LossGuard(config.guard, None if manifest is None else manifest.record.get("guard"))
@@ -80,8 +84,12 @@ def resume(
 
     if found is not None and manifest is not None and data is not None:
         state = engine.state()
-        checkpoint.load(store, manifest, state)
+        anew = moments_begun_anew(state, manifest.tensors)
+        checkpoint.load(store, manifest, {name: tensor for name, tensor in state.items() if name not in anew})
+        for name in anew:
+            local(state[name]).zero_()
         engine.load_state(state)
+        told += [anew_told(anew)] if anew else []
         of_all_ranks(None)  # none still reads what was fetched from afar
         store.release()
         changed = {key: {"was": before, "now": now} for key, (before, now) in changes.items()}
@@ -95,7 +103,7 @@ def resume(
                 **repetition(folder, start),
             )
         )
-    return Going(start, feed, loader, continued, guard, refused, record)
+    return Going(start, feed, loader, continued, guard, refused, told, record)
 
 
 @contextlib.contextmanager
@@ -114,15 +122,17 @@ def _read_from(where: str) -> Iterator[None]:
 
 def _checked(
     config: RunConfig, manifest: checkpoint.Manifest, folder: RunFolder, store: Store
-) -> tuple[dict[str, tuple[Any, Any]], dict[str, Any]]:
-    """What has changed since a checkpoint, and its record of the data. Raises CheckpointError where it is of another run."""
+) -> tuple[dict[str, tuple[Any, Any]], list[str], dict[str, Any]]:
+    """What has changed since a checkpoint, the same in words, and its record of the data. Raises CheckpointError where it is
+    of another run."""
     where = store.describe(manifest.step)
     if manifest.step > config.train.steps:
         raise CheckpointError(
             f"train.steps = {config.train.steps}: the run at {folder.path} is at step {manifest.step} already: "
             "raise train.steps, or give another run.name"
         )
-    changes = differences(parse_config(manifest.record["config"], where), config)
+    saved = parse_config(manifest.record["config"], where)
+    changes = differences(saved, config)
     if "run.name" in changes and config.checkpoint.folder:
         raise CheckpointError(
             f"checkpoint.folder = {config.checkpoint.folder}: holds the checkpoints of the run {changes['run.name'][0]!r}: "
@@ -136,7 +146,7 @@ def _checked(
     data = manifest.record.get("data")
     if not isinstance(data, dict):
         raise CheckpointError(f"{where}: does not say how its data goes on: another version wrote it; give another run.name")
-    return changes, data
+    return changes, changes_told(saved, config, changes, manifest.step), data
 
 
 def _rewinds(folder: RunFolder) -> list[Rewind]:
