@@ -108,6 +108,8 @@ def assemble(
         splits=splits,
         unigram_nats=unigram_nats(counts[0], counts[1]),
         report=report,
+        bos=tokenizer.bos,
+        stops=tuple(sorted(tokenizer.stops)),
     )
     write_index(folder, info)
     return info

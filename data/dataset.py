@@ -17,6 +17,7 @@ import numpy.typing as npt
 from data import megatron
 from data.cache import Wanted
 from data.errors import DataError, reading
+from data.marks import AUTO, NONE
 from data.shards import (
     AGAIN,
     HEADER_BYTES,
@@ -73,9 +74,12 @@ def is_megatron(place: str) -> bool:
     return not is_remote(place) and not Path(place).is_dir() and megatron.files(place)[1].exists()
 
 
-def open_dataset(place: str, cache: CacheLimits, tokenizer: str | None = None, held_out: float = 0.01) -> Dataset:
+def open_dataset(
+    place: str, cache: CacheLimits, tokenizer: str | None = None, held_out: float = 0.01, marks: tuple[str, str] = ("", AUTO)
+) -> Dataset:
     """Open the dataset at a folder, an URL (through the `cache`) or a Megatron prefix. The last needs the `tokenizer`
-    that made it, and its last documents, `held_out` of its tokens, are its held-out split.
+    that made it, and its last documents, `held_out` of its tokens, are its held-out split. `marks`: the tokens that end and
+    begin its documents, where the user names them; nothing else tells of one that begins them.
 
     Raises DataError if there is none or if what the index lists is not there, StorageError if it cannot be told now.
     """
@@ -83,7 +87,7 @@ def open_dataset(place: str, cache: CacheLimits, tokenizer: str | None = None, h
         return _far(place, cache)
     with reading(place, AGAIN):
         if is_megatron(place):
-            return _megatron(place, tokenizer, held_out)
+            return _megatron(place, tokenizer, held_out, *marks)
         return _near(Path(place))
 
 
@@ -156,10 +160,10 @@ def _far(place: str, limits: CacheLimits) -> Dataset:
     )
 
 
-def _megatron(place: str, tokenizer_name: str | None, held_out: float) -> Dataset:
+def _megatron(place: str, tokenizer_name: str | None, held_out: float, separator: str, bos: str) -> Dataset:
     if tokenizer_name is None:
         raise DataError(f"data.tokenizer: missing: {place} is a Megatron corpus: name the tokenizer that made it")
-    tokenizer = load_tokenizer(tokenizer_name)
+    tokenizer = load_tokenizer(tokenizer_name, separator=separator, bos=NONE if bos == AUTO else bos)
     whole = megatron.open_megatron(place, tokenizer.vocab)
     digest = megatron.sampled_digest(place)
     cut = min(len(whole.ends) - 1, max(1, int(np.searchsorted(whole.ends, int(len(whole.tokens) * (1 - held_out))))))
@@ -178,8 +182,8 @@ def _megatron(place: str, tokenizer_name: str | None, held_out: float) -> Datase
         np.bincount(shard.tokens[:_SAMPLED_TOKENS], minlength=tokenizer.vocab).astype(np.int64) for shard in parts.values()
     ]
     info = DatasetInfo(
-        fingerprint(tokenizer.fingerprint, splits), "", tokenizer.fingerprint, tokenizer.vocab, tokenizer.separator,
-        splits, unigram_nats(*sampled), {"source": place, "format": "megatron"},
+        fingerprint(tokenizer.digest, splits), "", tokenizer.digest, tokenizer.vocab, tokenizer.separator,
+        splits, unigram_nats(*sampled), {"source": place, "format": "megatron"}, tokenizer.bos, tuple(sorted(tokenizer.stops)),
     )  # fmt: skip
 
     def read(name: str) -> bytes:

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from data.assemble import Unusable, assemble, report_of
 from data.atomic import commit_folder, locked_folder, write_file
 from data.errors import DataError, of_storage
+from data.marks import AUTO
 from data.pool import Tell, cores, run
 from data.progress import Meter, Progress, Show, quiet
 from data.quality import Filters, find_doubles
@@ -58,6 +59,7 @@ class Recipe:
 
     source: a str is short for SourceSpec(source=str).
     tokenizer: what load_tokenizer takes, or None to train one with `vocab` tokens on the text.
+    separator, bos: tokens that end and begin a document, by name, as load_tokenizer takes them.
     held_out: share of the documents kept for evaluation, 0 < held_out < 0.5.
     shard_tokens: a shard is closed once it has as many.
     deduplicate: of documents with the same text only the first is kept.
@@ -72,6 +74,13 @@ class Recipe:
     filters: Filters = field(default_factory=Filters)
     deduplicate: bool = False
     max_invalid: float | None = None
+    separator: str = ""
+    bos: str = AUTO
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The one that is named. Raises DataError."""
+        assert self.tokenizer is not None
+        return load_tokenizer(self.tokenizer, separator=self.separator, bos=self.bos)
 
     @property
     def spec(self) -> SourceSpec:
@@ -90,10 +99,12 @@ def prepare(
     """
     source = open_source(recipe.spec)
     if tokenizer is None and recipe.tokenizer is not None:
-        tokenizer = load_tokenizer(recipe.tokenizer)
+        tokenizer = recipe.load_tokenizer()
     plain = _identity(recipe, source, tokenizer)
-    recipe_digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    recipe_digest = _digest(plain)
     if folder.exists():
+        if tokenizer is not None and _made_before(recipe, folder, tokenizer, plain):
+            recipe_digest = read_index(folder).recipe
         return _verified(recipe, folder, recipe_digest, show, workers or cores()), False
     with stoppable(), told(folder), locked_folder(folder, _PATIENCE) as (built, lock):
         if folder.exists():  # another call has just finished it
@@ -113,10 +124,24 @@ def prepare(
 def _identity(recipe: Recipe, source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """All that the dataset's bytes depend on, as plain values."""
     spec = {name: value for name, value in asdict(recipe.spec).items() if name != "on_invalid"}
-    made = {"vocab": recipe.vocab} if tokenizer is None else {"tokenizer": tokenizer.fingerprint}
+    made: dict[str, Any] = {"vocab": recipe.vocab} if tokenizer is None else {"tokenizer": tokenizer.fingerprint}
+    if tokenizer is None and (recipe.separator or recipe.bos != AUTO):
+        made["marks"] = [recipe.separator, recipe.bos]
     kept = {"held_out": recipe.held_out, "shard_tokens": recipe.shard_tokens, "deduplicate": recipe.deduplicate}
     files = [list(file) for file in source.describe()]
     return {"version": 1, **spec, **made, **kept, **asdict(recipe.filters), "files": files}
+
+
+def _digest(plain: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def _made_before(recipe: Recipe, folder: Path, tokenizer: Tokenizer, plain: dict[str, Any]) -> bool:
+    """Whether the dataset there was made in all else from this, before the tokenizer's files were asked how documents begin
+    and end. It stays as it is, as long as the user asks for nothing else by name."""
+    if recipe.separator or recipe.bos != AUTO or not (folder / INDEX).exists():
+        return False
+    return read_index(folder).recipe == _digest(plain | {"tokenizer": tokenizer.digest})
 
 
 def _verified(recipe: Recipe, folder: Path, recipe_digest: str, show: Show, threads: int) -> DatasetInfo:
@@ -170,9 +195,10 @@ def _build(build: _Build, recipe_digest: str, given: Tokenizer | None) -> Datase
     if not path.exists():
         given = given or train_on({"": recipe}, build.show)
         _save(given, path)
-    tokenizer = given or load_tokenizer(path)
+    tokenizer = given or load_tokenizer(path, separator=recipe.separator, bos=recipe.bos)
     selection = _selection(recipe, source, tokenizer.special_tokens if source.chat is not None else frozenset())
-    work = Work(build.folder, selection, tokenizer.fingerprint, recipe.held_out, recipe.shard_tokens, recipe.deduplicate)
+    kept = (recipe.held_out, recipe.shard_tokens, recipe.deduplicate)
+    work = Work(build.folder, selection, tokenizer.fingerprint, *kept, tokenizer.marks)
     jobs = _jobs(source)
     if recipe.deduplicate:
         hashes = [work.hashes(job.piece.number) for job in jobs]
@@ -250,7 +276,11 @@ def train_on(recipes: Mapping[str, Recipe], show: Show = quiet) -> Tokenizer:
         raise DataError(f"data.tokenizer_vocab: one tokenizer is trained for all sources, and they ask for {sorted(vocabs)}")
     sources = [(recipe, open_source(recipe.spec)) for recipe in recipes.values()]
     specials = sorted({special for _, source in sources if source.chat is not None for special in source.chat.specials})
-    return train_tokenizer(_training_texts(sources, show), vocabs.pop(), specials)
+    marks = {(recipe.separator, recipe.bos) for recipe in recipes.values()}
+    if len(marks) != 1:
+        raise DataError(f"data.separator, data.bos: one tokenizer serves all sources, and they name {sorted(marks)}")
+    separator, bos = marks.pop()
+    return train_tokenizer(_training_texts(sources, show), vocabs.pop(), specials, separator=separator, bos=bos)
 
 
 def _training_texts(sources: list[tuple[Recipe, Source]], show: Show) -> Iterator[str]:
@@ -285,9 +315,9 @@ def prepare_all(
     named = {recipe.tokenizer and str(recipe.tokenizer) for recipe in recipes.values()}
     if len(named) != 1:
         raise DataError(f"data.tokenizer: one tokenizer serves all sources, and they name {sorted(map(str, named))}")
-    what = next(iter(recipes.values())).tokenizer
+    first = next(iter(recipes.values()))
     try:
-        tokenizer = load_tokenizer(what) if what is not None else _common_tokenizer(recipes, folder, show)
+        tokenizer = first.load_tokenizer() if first.tokenizer is not None else _common_tokenizer(recipes, folder, show)
     except OSError as error:
         raise of_storage(error, f"data.path: cannot write {folder}: {error.strerror or error}") from error
     return {
@@ -301,7 +331,8 @@ def _common_tokenizer(recipes: Mapping[str, Recipe], folder: Path, show: Show) -
     path, note = folder / TOKENIZER, folder / _TRAINED_ON
     told = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
     if path.exists() and note.exists():
-        tokenizer = load_tokenizer(path)
+        first = next(iter(recipes.values()))
+        tokenizer = load_tokenizer(path, separator=first.separator, bos=first.bos)
         if note.read_text().split() == [told, tokenizer.fingerprint]:
             return tokenizer
     with stoppable():

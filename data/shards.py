@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError, reading
+from data.marks import Marks
 
 MAGIC = b"MKSHARD\0"
 VERSION = 2
@@ -128,7 +129,7 @@ class DatasetInfo:
 
     `fingerprint` covers tokenizer and shards: equal fingerprints mean equal tokens, as far as the shards are intact
     (`mikoshi prepare` verifies those that are there). `unigram_nats` is the loss that a model knowing only token
-    frequencies (of the training split) has on the held-out split.
+    frequencies (of the training split) has on the held-out split. `separator`, `bos` and `stops` are the tokenizer's marks.
     """
 
     fingerprint: str
@@ -139,6 +140,12 @@ class DatasetInfo:
     splits: dict[str, list[ShardInfo]]
     unigram_nats: float
     report: dict[str, Any]
+    bos: int | None = None
+    stops: tuple[int, ...] = ()
+
+    @property
+    def marks(self) -> Marks:
+        return Marks(self.separator, self.bos, frozenset({self.separator, *self.stops}))
 
     def tokens(self, split: str) -> int:
         return sum(shard.tokens for shard in self.splits[split])
@@ -176,7 +183,7 @@ def parse_index(content: bytes, name: str) -> DatasetInfo:
         if raw.pop("format") != VERSION:
             raise DataError(f"{name}: made by another version of the format; prepare the data again")
         splits = {split: [ShardInfo(**s) for s in shards] for split, shards in raw.pop("splits").items()}
-        info = DatasetInfo(splits=splits, **raw)
+        info = DatasetInfo(splits=splits, stops=tuple(raw.pop("stops", ())), **raw)
         _check_types(info)
     except DataError:
         raise
@@ -195,6 +202,9 @@ def _check_types(info: DatasetInfo) -> None:
     texts, numbers = (info.fingerprint, info.recipe, info.tokenizer), (info.vocab, info.separator)
     shards = [shard for shards in info.splits.values() for shard in shards]
     counts = (n for shard in shards for n in (shard.tokens, shard.documents, shard.bytes))
+    marks = (*(() if info.bos is None else (info.bos,)), *info.stops)
+    if not all(type(n) is int and 0 <= n < info.vocab for n in (info.separator, *marks)):
+        raise ValueError("a token that begins or ends documents is none of the vocabulary")
     if not all(isinstance(t, str) for t in (*texts, *(s.file for s in shards), *(s.sha256 for s in shards))):
         raise ValueError("a name or digest is no text")
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in (*numbers, *counts)) or not 0 < info.vocab <= 1 << 32:

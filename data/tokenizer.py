@@ -24,6 +24,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data import ranks
 from data.errors import DataError, of_storage
 from data.fastpath import WINDOW, Bytes, Ids, Ranked, fast_path, seams_known, windows
+from data.marks import AUTO, NONE, Files, Marks, find_marks, marks_before, read_files, separator_before, written
 from data.ranks import SEPARATOR
 
 _COARSE = 1 << 22  # characters that a tokenizer with other seams than the known ones gets at once: some 100 bytes each
@@ -43,7 +44,8 @@ class Part(Protocol):
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A tokenizer.json in use. `separator` is the id that ends a document.
+    """A tokenizer.json in use, and what it is told of documents (data/marks.py). `digest` is of the file alone, and
+    `fingerprint` also of how documents begin and end.
 
     Any text can be encoded: a text of more than 128 Ki characters is encoded in stretches, cut where the tokenizer cuts
     too, so that this changes no id, but for words or white space of that length without such a place. A tokenizer whose
@@ -51,8 +53,30 @@ class Tokenizer:
     """
 
     backend: Backend
-    separator: int
+    marks: Marks
+    digest: str
     fingerprint: str
+
+    @property
+    def separator(self) -> int:
+        """The id that ends a document."""
+        return self.marks.separator
+
+    @property
+    def bos(self) -> int | None:
+        """The id that begins a document of plain text; None: it begins with its text."""
+        return self.marks.bos
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """The ids at which a text that is generated ends."""
+        return self.marks.stops
+
+    def start(self, ids: Sequence[int]) -> list[int]:
+        """`ids` as the beginning of a document, never empty: after the one that begins documents, which is not doubled."""
+        if self.bos is None or (ids and ids[0] == self.bos):
+            return list(ids) or [self.separator]
+        return [self.bos, *ids]
 
     @cached_property
     def vocab(self) -> int:
@@ -128,8 +152,10 @@ class Tokenizer:
         return text
 
     def save(self, path: Path) -> None:
-        """Write it as a tokenizer.json, from which load_tokenizer makes the same tokenizer with the same fingerprint."""
+        """Write it as a tokenizer.json, and beside it what else load_saved needs to make the same tokenizer."""
         path.write_text(self.backend.to_str(), encoding="utf-8")
+        for name, content in written(self.backend, self.marks).items():
+            path.with_name(name).write_bytes(content)
 
     @cached_property
     def _fast(self) -> Ranked | Bytes | str:
@@ -219,44 +245,59 @@ def _serial() -> Iterator[None]:
                     os.environ[_SWITCH] = _before[0]
 
 
-def _wrap(backend: Backend, origin: str) -> Tokenizer:
+def _wrap(backend: Backend, find: Callable[[Backend], Marks]) -> Tokenizer:
     # A file may say how one application cut and filled its inputs, and would turn a separator that is written out in a
     # text into a real one: none of that is part of the vocabulary.
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True
-    separator = backend.token_to_id(SEPARATOR)
-    if separator is None:
-        ends = [t for t in ("</s>", "<|end_of_text|>", "<eos>", "<|im_end|>") if backend.token_to_id(t) is not None]
-        if not ends:
-            raise DataError(f"{origin}: the tokenizer has no {SEPARATOR!r} token to end documents with: add one")
-        separator = backend.token_to_id(ends[0])
-    assert separator is not None
-    return Tokenizer(backend, separator, hashlib.sha256(backend.to_str().encode()).hexdigest())
+    marks = find(backend)
+    digest = hashlib.sha256(backend.to_str().encode()).hexdigest()
+    same = marks.bos is None and marks.separator == separator_before(backend)
+    told = digest if same else hashlib.sha256(f"{digest} {marks.separator} {marks.bos}".encode()).hexdigest()
+    return Tokenizer(backend, marks, digest, told)
 
 
-def load_tokenizer(what: Path | str, pattern: str = "") -> Tokenizer:
+def load_tokenizer(what: Path | str, pattern: str = "", separator: str = "", bos: str = AUTO) -> Tokenizer:
     """Read a tokenizer.json, a `*.tiktoken` file of ranks, or what one of data.ranks.NAMES stands for ("gpt2", "bytes",
     "cl100k_base", ...; to read a file of that very name, give its whole path).
 
-    `pattern` says how texts are split before merging where a file of ranks does not (data.ranks.from_file).
+    `pattern` says how texts are split before merging where a file of ranks does not (data.ranks.from_file). `separator` and
+    `bos` name the tokens that end and begin a document; by default they are those of the files beside it (data.marks).
     Raises DataError if it is missing, broken, or cannot end a document; nothing is ever downloaded.
     """
     path, name = Path(what), str(what)
     if name in ranks.NAMES:
-        return _wrap(Backend.from_str(ranks.named(name)), name)
+        return _wrap(Backend.from_str(ranks.named(name)), lambda backend: find_marks(backend, name, None, separator, bos))
+    alone = path.suffix == ".tiktoken"
     try:
-        content = ranks.from_file(path, pattern).encode() if path.suffix == ".tiktoken" else path.read_bytes()
+        content = ranks.from_file(path, pattern).encode() if alone else path.read_bytes()
     except OSError as error:
         known = f"; known by name: {', '.join(ranks.NAMES)}" if not path.suffix else ""
         raise of_storage(error, f"data.tokenizer: cannot read {path}: {error.strerror}{known}") from None
-    return parse_tokenizer(content, name)
+    files: Files | None = None if alone else read_files(path.parent)
+    return _parse(content, name, lambda backend: find_marks(backend, name, files, separator, bos))
 
 
-def parse_tokenizer(content: bytes, name: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json, called `name`. Raises DataError if it is broken or cannot end a document."""
+def load_saved(path: Path) -> Tokenizer:
+    """What Tokenizer.save wrote, now or in an earlier version. Raises DataError if it is missing or broken."""
     try:
-        return _wrap(Backend.from_str(content.decode("utf-8")), name)
+        content = path.read_bytes()
+    except OSError as error:
+        raise of_storage(error, f"cannot read {path}: {error.strerror}") from None
+    files = read_files(path.parent)
+    return parse_tokenizer(content, str(path)) if not files.token("eos_token")[0] else load_tokenizer(path)
+
+
+def parse_tokenizer(content: bytes, name: str, marks: Marks | None = None) -> Tokenizer:
+    """The tokenizer of a tokenizer.json of ours, called `name`, with the marks that are on record for it; by default those of
+    a time when none were recorded. Raises DataError if it is broken or cannot end a document."""
+    return _parse(content, name, lambda backend: marks or marks_before(backend) or find_marks(backend, name, None))
+
+
+def _parse(content: bytes, name: str, find: Callable[[Backend], Marks]) -> Tokenizer:
+    try:
+        return _wrap(Backend.from_str(content.decode("utf-8")), find)
     except DataError:
         raise
     except Exception as error:  # the Rust side raises bare Exception
@@ -268,12 +309,16 @@ def train_tokenizer(
     vocab: int,
     specials: Sequence[str] = (),
     show: Callable[[int, int], None] = lambda _documents, _characters: None,
+    separator: str = "",
+    bos: str = AUTO,
 ) -> Tokenizer:
-    """Byte-level BPE with `vocab` tokens, the separator first, then `specials`, and all 256 bytes among them: any text can
-    be encoded. The same texts in the same order give the same tokenizer. `show` hears after every text how many and how
-    many characters were read. Raises DataError if `vocab` is too small to hold the bytes and the special tokens.
+    """Byte-level BPE with `vocab` tokens, the separator first, then `bos`, if it is named, and `specials`, and all 256 bytes
+    among them: any text can be encoded. The same texts in the same order give the same tokenizer. `show` hears after every
+    text how many and how many characters were read. Raises DataError if `vocab` is too small to hold the bytes and the
+    special tokens.
     """
-    names = list(dict.fromkeys([SEPARATOR, *specials]))
+    begin = [] if bos in (AUTO, NONE) else [bos]
+    names = list(dict.fromkeys([separator or SEPARATOR, *begin, *specials]))
     if vocab < 256 + len(names):
         raise DataError(f"vocab = {vocab}: 256 bytes and {len(names)} special token(s) need at least {256 + len(names)}")
 
@@ -294,4 +339,4 @@ def train_tokenizer(
         show_progress=False,
     )
     backend.train_from_iterator(read(), trainer)
-    return _wrap(backend, "the trained tokenizer")
+    return _wrap(backend, lambda made: find_marks(made, "the trained tokenizer", None, separator, bos))

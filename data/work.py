@@ -22,11 +22,12 @@ import numpy.typing as npt
 
 from data.atomic import write_file
 from data.errors import DataError
+from data.marks import Marks
 from data.pool import Tell
 from data.quality import Filters, count_hashes, doubles, why_dropped, write_hashes
 from data.shards import HELD_OUT, TOKENIZER, TRAIN, ShardInfo, token_bytes, verify_shard, write_shard
 from data.sources import Document, Piece, Source, documents
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, parse_tokenizer
 
 SPLITS = (TRAIN, HELD_OUT)
 _BATCH_CHARACTERS = 1 << 20
@@ -51,7 +52,7 @@ class Selection:
 @dataclass(frozen=True)
 class Work:
     """What is the same for all pieces, and where in the working folder a piece's files are. `tokenizer`: the fingerprint of
-    the one that is there."""
+    the one that is there, and `marks` what it is told of documents."""
 
     folder: Path
     selection: Selection
@@ -59,6 +60,7 @@ class Work:
     held_out: float
     shard_tokens: int
     deduplicate: bool
+    marks: Marks
 
     def record(self, piece: int) -> Path:
         return self.folder / "records" / f"{piece:05d}.json"
@@ -198,7 +200,7 @@ def hash_piece(work: Work, job: Job, tell: Tell) -> int:
 def tokenize_piece(work: Work, job: Job, tell: Tell) -> Tally:
     """Write a piece's shards, token counts and record; returns the record."""
     number = job.piece.number
-    tokenizer = _tokenizer(work.folder / TOKENIZER, work.tokenizer)
+    tokenizer = _tokenizer(work.folder / TOKENIZER, work.tokenizer, work.marks)
     tally = Tally()
     writers = {split: _PartWriter(work, f"{split}-{number:05d}", token_bytes(tokenizer.vocab)) for split in SPLITS}
     counts = np.zeros((len(SPLITS), tokenizer.vocab), dtype=np.int64)
@@ -231,8 +233,8 @@ def tokenize_piece(work: Work, job: Job, tell: Tell) -> Tally:
 
 
 @functools.lru_cache(1)
-def _tokenizer(path: Path, wanted: str) -> Tokenizer:
-    tokenizer = load_tokenizer(path)
+def _tokenizer(path: Path, wanted: str, marks: Marks) -> Tokenizer:
+    tokenizer = parse_tokenizer(path.read_bytes(), str(path), marks)
     if tokenizer.fingerprint != wanted:
         raise DataError(f"{path}: the tokenizer was changed by someone else while it was in use; begin anew")
     return tokenizer
@@ -257,15 +259,16 @@ def _unique(work: Work, number: int, stream: Iterator[Document], tally: Tally) -
 
 def encode(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[tuple[Ids, Ids | None]]:
     """Ids of every document, the separator after them, and where there are parts, which of them are learned: the separator
-    as the last part is."""
+    as the last part is. Plain text begins with the tokenizer's bos, if it has one; parts are all that a template writes."""
     plain = iter(tokenizer.encode_arrays([document.text for document in batch if document.text and not document.parts]))
+    begin = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype=np.uint32)
     for document in batch:
         learned = None
         if document.parts:
             found, flags = tokenizer.encode_parts(document.parts)
             ids, learned = np.array(found, dtype=np.uint32), np.array([*flags, document.parts[-1].learned], dtype=bool)
         else:
-            ids = next(plain)
+            ids = np.concatenate((begin, next(plain))) if len(begin) else next(plain)
         if len(ids) and ids.max() >= tokenizer.vocab:
             raise DataError(
                 f"{document.name}: the tokenizer gives id {ids.max()}, beyond its vocabulary of {tokenizer.vocab}: "

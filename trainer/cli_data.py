@@ -16,7 +16,7 @@ from trainer.exit_codes import PREEMPTED
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from data.prepare import Progress
+    from data.prepare import Progress, Recipe
     from data.progress import Show
     from data.shards import DatasetInfo
 
@@ -81,6 +81,7 @@ def prepare(
         raise typer.Exit(PREEMPTED) from None
     for name, (info, new) in made.items():
         _print_prepared(console, places(run.data)[name], info, new)
+        console.print(f"  {_marks(asked[name], Path(places(run.data)[name]), info)}", markup=False)
     if run.data.packing == "fit":
         for name, dataset in datasets(run).items():
             corpus = open_corpus(dataset, TRAIN, run.train.context, "fit", name)
@@ -108,6 +109,28 @@ def _print_prepared(console: Console, place: str, info: DatasetInfo, new: bool) 
     )
     for problem in report["skipped_names"]:
         console.print(f"  skipped {problem}", markup=False)
+
+
+def _marks(recipe: Recipe, folder: Path, info: DatasetInfo) -> str:
+    """How the documents begin and end, and where that is not what the tokenizer's files say today."""
+    from data.marks import Marks
+    from data.shards import TOKENIZER
+    from data.tokenizer import parse_tokenizer
+
+    made = parse_tokenizer((folder / TOKENIZER).read_bytes(), str(folder / TOKENIZER), info.marks)
+
+    def told(marks: Marks) -> str:
+        name = made.backend.id_to_token
+        begin = "with no token of their own" if marks.bos is None else f"with {name(marks.bos)!r}"
+        return f"begin {begin} and end with {name(marks.separator)!r}"
+
+    now = made if recipe.tokenizer is None else recipe.load_tokenizer()
+    if (now.bos, now.separator) == (made.bos, made.separator):
+        return f"documents {told(made.marks)}"
+    return (
+        f"documents {told(made.marks)}, as they were prepared, and go on so; by the tokenizer's files they would "
+        f"{told(now.marks)}: prepare to another data.path for that"
+    )
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def _problem(check: Check) -> str | None:
 def _checks(config: RunConfig, place: str, limits: CacheLimits) -> list[Check]:
     if not is_remote(place) and not is_megatron(place):
         return _near(Path(place))
-    dataset = open_dataset(place, limits, config.data.tokenizer, config.data.held_out)
+    dataset = open_dataset(place, limits, config.data.tokenizer, config.data.held_out, (config.data.separator, config.data.bos))
     if is_megatron(place):
         whole = dataset.shards(TRAIN)[0]  # both splits are parts of one file
         return [Check(place, whole.bytes, lambda: dataset.verify(whole))]
@@ -126,7 +126,7 @@ def _shard_check(name: str, shard: ShardInfo, verify_one: Callable[[ShardInfo], 
 
 def _tokenizer_check(name: str, info: DatasetInfo, size: int, read: Callable[[], bytes]) -> Check:
     def run() -> None:
-        if parse_tokenizer(read(), name).fingerprint != info.tokenizer:
+        if parse_tokenizer(read(), name, info.marks).fingerprint != info.tokenizer:
             raise DataError(f"{name}: not the tokenizer that made the data; prepare the data again")
 
     return Check(name, size, run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,11 @@ import numpy as np
 from data.corpus import Corpus, open_corpus
 from data.course import Skips, make_course, skips
 from data.curriculum import Asked, History
-from data.dataset import Dataset, is_remote, open_dataset
+from data.dataset import Dataset, is_megatron, is_remote, open_dataset
 from data.errors import DataError
 from data.lanes import Stream
 from data.loader import Loader, evaluation_batches
+from data.marks import AUTO
 from data.prepare import Recipe
 from data.quality import Filters
 from data.record import Continued, Identity, Reader, first_digest, go_on
@@ -64,7 +65,7 @@ def recipes(data: DataSection) -> dict[str, Recipe]:
     return {
         name: Recipe(
             spec, data.tokenizer, data.tokenizer_vocab, data.held_out, filters=filters,
-            deduplicate=data.filters.deduplicate, max_invalid=data.max_invalid,
+            deduplicate=data.filters.deduplicate, max_invalid=data.max_invalid, separator=data.separator, bos=data.bos,
         )
         for name, spec in sources(data).items()
     }  # fmt: skip
@@ -82,23 +83,46 @@ def datasets(config: RunConfig) -> dict[str, Dataset]:
     """The prepared dataset of each source, open. Raises DataError if one is not there, or not like the others."""
     data = config.data
     limits = CacheLimits(data.cache.folder.expanduser().absolute(), data.cache.bytes, user=config.run.name)
-    found = {name: open_dataset(place, limits, data.tokenizer, data.held_out) for name, place in places(data).items()}
+    marks = data.separator, data.bos
+    found = {name: open_dataset(place, limits, data.tokenizer, data.held_out, marks) for name, place in places(data).items()}
     (first_name, first), *others = found.items()
     for name, other in others:
-        if other.info.tokenizer != first.info.tokenizer:
+        if not _one_tokenizer(other, first):
             raise DataError(
                 f"data.mixture.{name}: {other.place} was made by another tokenizer than {first.place} ({first_name}): prepare "
-                "both with one data.tokenizer"
+                "both with one data.tokenizer, data.separator and data.bos"
             )
     return found
 
 
+def _one_tokenizer(one: Dataset, other: Dataset) -> bool:
+    """Whether one tokenizer made both; of a Megatron corpus it is not known how its documents begin and end."""
+    if one.info.tokenizer == other.info.tokenizer:
+        return True
+    loose = is_megatron(one.place) or is_megatron(other.place)
+    return loose and tokenizer_of(one).digest == tokenizer_of(other).digest
+
+
 def tokenizer_of(dataset: Dataset) -> Tokenizer:
     """The tokenizer that made a dataset. Raises DataError if the file beside it is another."""
-    tokenizer = parse_tokenizer(dataset.read(TOKENIZER), f"{dataset.place}/{TOKENIZER}")
-    if (tokenizer.fingerprint, tokenizer.vocab) != (dataset.info.tokenizer, dataset.info.vocab):
+    info = dataset.info
+    tokenizer = parse_tokenizer(dataset.read(TOKENIZER), f"{dataset.place}/{TOKENIZER}", info.marks)
+    expected = tokenizer.digest if is_megatron(dataset.place) else tokenizer.fingerprint
+    if (expected, tokenizer.vocab) != (info.tokenizer, info.vocab):
         raise DataError(f"{dataset.place}/{TOKENIZER}: not the tokenizer that made the data; prepare the data again")
-    return tokenizer
+    return replace(tokenizer, fingerprint=info.tokenizer)
+
+
+def check_marks(data: DataSection, tokenizer: Tokenizer, place: str) -> None:
+    """Raises ConfigError where the config names other tokens for the beginning and end of documents than the data has."""
+    name = tokenizer.backend.id_to_token
+    begin, end = "none" if tokenizer.bos is None else name(tokenizer.bos), name(tokenizer.separator)
+    for key, wanted, has in (("separator", data.separator or end, end), ("bos", data.bos, begin)):
+        if wanted not in (has, AUTO if key == "bos" else has):
+            raise ConfigError(
+                f"data.{key} = {wanted!r}: the data at {place} was prepared with {has!r}: leave the key out, or prepare the "
+                "data anew elsewhere"
+            )
 
 
 def asked(config: RunConfig, corpora: Mapping[str, Corpus]) -> Asked:
@@ -221,6 +245,7 @@ def open_feed(config: RunConfig) -> Feed:
     data, context = config.data, config.train.context
     found = datasets(config)
     tokenizer = tokenizer_of(next(iter(found.values())))
+    check_marks(data, tokenizer, data.path)
     left_out = skips(data.skip)
     if data.stream:
         check_whole_batches(left_out, config.train.global_batch)

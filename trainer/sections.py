@@ -92,6 +92,14 @@ class DataSection(Section):
     tokenizer: str | None = Field(
         None, description='a tokenizer.json or ranks file, or "gpt2", "bytes" (default: train one on the text)'
     )
+    separator: str = Field(
+        "", description="the token that ends a document (default: eos_token of tokenizer_config.json beside the tokenizer, or "
+        "eos_token_id of generation_config.json)",
+    )  # fmt: skip
+    bos: str = Field(
+        "auto", description='the token that begins a document of plain text: a token, "none", or "auto": the one that the '
+        "tokenizer itself writes there (its add_bos_token, or its post-processor), if any",
+    )  # fmt: skip
     tokenizer_vocab: Annotated[int, Field(ge=257, le=1 << 24)] = Field(8192, description="tokens of the tokenizer to train")
     held_out: float = Field(0.01, gt=0, lt=0.5, description="share of the documents kept for evaluation")
     stream: bool = Field(False, description="read the sources while training, with no `prepare`")

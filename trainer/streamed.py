@@ -20,6 +20,7 @@ from data.atomic import commit_folder, locked_folder
 from data.dataset import is_megatron, is_remote
 from data.errors import DataError
 from data.lanes import PIECE_BYTES, Stream
+from data.marks import AUTO
 from data.prepare import Recipe, train_on
 from data.progress import Show, quiet
 from data.shards import (
@@ -36,7 +37,7 @@ from data.shards import (
     write_shard,
 )
 from data.sources import Source, open_source, pieces
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, parse_tokenizer
 from data.work import Selection, Tally, digest, encode, is_held_out, usable
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
@@ -49,13 +50,15 @@ _PATIENCE = 600.0
 
 def stream_fingerprint(recipe: Recipe, source: Source) -> str:
     """Changes when a setting of a source, or a name or size of its files does."""
-    plain = {
+    plain: dict[str, Any] = {
         "files": source.describe(),
         # Not on_invalid: where an error becomes a document left out, what was read before stays what it was.
         "spec": asdict(replace(recipe.spec, on_invalid="")),
         "filters": asdict(recipe.filters),
         "held_out": recipe.held_out,
     }
+    if recipe.separator or recipe.bos != AUTO:
+        plain["marks"] = [recipe.separator, recipe.bos]
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -79,8 +82,7 @@ def set_apart(config: RunConfig, recipes: dict[str, Recipe], places: dict[str, s
         return
     with locked_folder(Path(config.data.path), _PATIENCE) as (built, _):  # one rank of a node makes it, the others wait
         left = missing()
-        named, beside = config.data.tokenizer, [Path(places[name]) / TOKENIZER for name in recipes if name not in left]
-        tokenizer = load_tokenizer(named or beside[0]) if named or beside else train_on(recipes, show)
+        tokenizer = _tokenizer_for(recipes, [Path(place) for place in places.values() if (Path(place) / INDEX).exists()], show)
         for name in left:
             made, folder = built / "dataset", Path(places[name])
             shutil.rmtree(made, ignore_errors=True)
@@ -90,6 +92,18 @@ def set_apart(config: RunConfig, recipes: dict[str, Recipe], places: dict[str, s
             shutil.rmtree(folder, ignore_errors=True)  # one of too little held-out text
             commit_folder(folder, made)
         shutil.rmtree(built, ignore_errors=True)
+
+
+def _tokenizer_for(recipes: dict[str, Recipe], made: list[Path], show: Show) -> Tokenizer:
+    """The tokenizer that is named, else that of a folder that was `made` before, else one trained on all. One that is named and
+    made a folder goes on as it is there, unless other marks are asked for."""
+    first = next(iter(recipes.values()))
+    named = None if first.tokenizer is None else first.load_tokenizer()
+    if not made:
+        return named or train_on(recipes, show)
+    saved = parse_tokenizer((made[0] / TOKENIZER).read_bytes(), str(made[0] / TOKENIZER), read_index(made[0]).marks)
+    asked = first.separator or first.bos != AUTO
+    return saved if named is None or (named.digest == saved.digest and not asked) else named
 
 
 def _is_there(folder: Path, recipe: Recipe, source: Source, wanted: int) -> bool:
@@ -139,7 +153,7 @@ def _set_apart(made: Path, recipe: Recipe, source: Source, tokenizer: Tokenizer,
     write_index(made, DatasetInfo(
         fingerprint(tokenizer.fingerprint, splits), stream_fingerprint(recipe, source), tokenizer.fingerprint,
         tokenizer.vocab, tokenizer.separator, splits, unigram_nats(counts[TRAIN], counts[HELD_OUT]),
-        {"source": recipe.spec.source, "stream": True, "exhausted": exhausted},
+        {"source": recipe.spec.source, "stream": True, "exhausted": exhausted}, tokenizer.bos, tuple(sorted(tokenizer.stops)),
     ))  # fmt: skip
 
 
