@@ -152,12 +152,12 @@ def generate(
 
         raise typer.Exit(supervise(Job(ranks, generate_rank, (folder, device, prompt, tokens, sampling, degrees))))
     from trainer.generate import generate as write
-    from trainer.generate import load_model
+    from trainer.generate import known_ids, load_model
 
     model, tokenizer, _, _ = load_model(folder, pick_device(device, World()))
-    start = tokenizer.encode(prompt) or [tokenizer.separator]
+    start, known = tokenizer.start(tokenizer.encode(prompt)), known_ids(tokenizer)
     typer.echo(prompt, nl=False)
-    for piece in text_stream(tokenizer, start, write(model, start, tokens, sampling, tokenizer.separator)):
+    for piece in text_stream(tokenizer, start, write(model, start, tokens, sampling, tokenizer.stops, known)):
         typer.echo(piece, nl=False)
     typer.echo()
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import Tokenizer, load_saved
 from parallel.world import World
 from trainer import checkpoint
 from trainer.checkpoint.of_run import checkpoints_of
@@ -20,10 +21,14 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.model.gpt import GPT, KVCache
 from trainer.runfolder import RunFolder
 
+_COLDEST, _HOTTEST = 1e-6, 1e30
+"""Temperatures below which only the likeliest token has a chance, and above which all have the same."""
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0: the likeliest. top_k 0 and top_p 1: no cut."""
+    """How the next token is chosen. temperature 0, or so low that nothing else has a chance: the likeliest. top_k 0 and
+    top_p 1: no cut."""
 
     temperature: float = 0.8
     top_k: int = 0
@@ -32,7 +37,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for key, good, must in (
-            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "a number from 0 up"),
             ("top-k", self.top_k >= 0, "at least 0"),
             ("top-p", 0 < self.top_p <= 1, "above 0 and at most 1"),
         ):
@@ -51,14 +56,29 @@ def load_model(folder: RunFolder, device: torch.device) -> tuple[GPT, Tokenizer,
         model = GPT(config.model)
     model.to_empty(device=device)
     checkpoint.load(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    return model.eval(), load_tokenizer(folder.tokenizer), config, manifest.step
+    return model.eval(), load_saved(folder.tokenizer), config, manifest.step
 
 
-def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id from the logits of the next position. top-p: Holtzman et al. 2020 (arXiv:1904.09751)."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    logits = logits_V.float() / sampling.temperature
+def known_ids(tokenizer: Tokenizer) -> Tensor:
+    """Which ids are tokens, up to the last that is. The rows of a model's vocabulary that are beyond, or in a gap of the ids,
+    were never learned."""
+    known = torch.zeros(tokenizer.vocab, dtype=torch.bool)
+    known[list(tokenizer.backend.get_vocab().values())] = True
+    return known
+
+
+def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator, known: Tensor | None = None) -> int:
+    """One token id from the logits of the next position, of those that are `known` alone. top-p: Holtzman et al. 2020
+    (arXiv:1904.09751). Raises CheckpointError for logits that are no numbers."""
+    logits = logits_V.float()
+    if known is not None:
+        logits = logits[: len(known)].masked_fill(~known[: len(logits)].to(logits.device), -torch.inf)
+    best = logits.argmax()
+    if not torch.isfinite(logits[best]):
+        raise CheckpointError("the model's scores of the next token are not finite: its checkpoint is of no use for text")
+    if sampling.temperature < _COLDEST:
+        return int(best)
+    logits = logits / min(sampling.temperature, _HOTTEST)
     if sampling.top_k:
         kept = logits.topk(min(sampling.top_k, len(logits))).values[-1]
         logits = logits.masked_fill(logits < kept, -torch.inf)
@@ -67,14 +87,21 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     return int(order[torch.multinomial(p.cpu(), 1, generator=generator).to(order.device)])
 
 
+def _any_of(end: int | Collection[int]) -> Collection[int]:
+    return {end} if isinstance(end, int) else end
+
+
 @torch.inference_mode()
-def generate(model: GPT, prompt: list[int], tokens: int, sampling: Sampling, end: int) -> Iterator[int]:
-    """Up to `tokens` ids that go on from `prompt` (not empty), stopping before `end`.
+def generate(
+    model: GPT, prompt: list[int], tokens: int, sampling: Sampling, end: int | Collection[int], known: Tensor | None = None
+) -> Iterator[int]:
+    """Up to `tokens` ids, of those that are `known` (all by default), that go on from `prompt` (not empty), stopping before
+    `end`, or before any of several.
 
     Keys and values are kept. With learned positions nothing goes beyond the context: the window is then moved on by
     half and its keys and values are made again. Where dynamic RoPE has other frequencies at every length, nothing can be kept.
     """
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator, stops = torch.Generator().manual_seed(sampling.seed), _any_of(end)
     device, dtype = model.head_weight.device, model.head_weight.dtype
     room = model.config.context if model.config.position == "learned" else len(prompt) + tokens
     ids = list(prompt)
@@ -86,22 +113,29 @@ def generate(model: GPT, prompt: list[int], tokens: int, sampling: Sampling, end
             logits = model(torch.tensor([ids], device=device))[0, -1]
         else:
             logits = model(torch.tensor([fresh], device=device), cache=cache)[0, -1]
-        token = choose(logits, sampling, generator)
-        if token == end:
+        token = choose(logits, sampling, generator, known)
+        if token in stops:
             return
         ids.append(token)
         fresh = [token]
         yield token
 
 
-def generate_together(engine: Engine, prompt: list[int], tokens: int, sampling: Sampling, end: int) -> Iterator[int]:
+def generate_together(
+    engine: Engine,
+    prompt: list[int],
+    tokens: int,
+    sampling: Sampling,
+    end: int | Collection[int],
+    known: Tensor | None = None,
+) -> Iterator[int]:
     """The same with a model that many ranks carry: every token is a pass of the whole window through all stages, without
     kept keys and values. Collective; every rank gets the same ids."""
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator, stops = torch.Generator().manual_seed(sampling.seed), _any_of(end)
     ids = list(prompt)
     for _ in range(tokens):
-        token = choose(engine.next_logits(ids).cpu(), sampling, generator)
-        if token == end:
+        token = choose(engine.next_logits(ids).cpu(), sampling, generator, known)
+        if token in stops:
             return
         ids.append(token)
         yield token
@@ -124,7 +158,7 @@ def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, devi
     state = {name: tensor for name, tensor in engine.state().items() if name.startswith("model.")}
     checkpoint.load(path, manifest, state)
     engine.load_state(state)
-    return engine, load_tokenizer(folder.tokenizer)
+    return engine, load_saved(folder.tokenizer)
 
 
 def spread(config: RunConfig, overrides: dict[str, int], world: int) -> RunConfig:

@@ -96,7 +96,7 @@ def _fit(run: RunConfig, place: World, device: torch.device, plan: Plan | None =
 def generate_rank(folder: RunFolder, device: str, prompt: str, tokens: int, sampling: Sampling, degrees: dict[str, int]) -> int:
     """The part of a generation of the rank that the environment says; rank 0 writes the text. Its exit code."""
     from parallel.world import join, leave, pick_device, world_from
-    from trainer.generate import generate_together, load_engine, text_stream
+    from trainer.generate import generate_together, known_ids, load_engine, text_stream
 
     place = world_from(os.environ)
     assert place is not None, "a launcher says which rank this is"
@@ -104,8 +104,9 @@ def generate_rank(folder: RunFolder, device: str, prompt: str, tokens: int, samp
         here = pick_device(device, place)
         join(place, here)
         engine, tokenizer = load_engine(folder, degrees, place, here)
-        start = tokenizer.encode(prompt) or [tokenizer.separator]
-        pieces = text_stream(tokenizer, start, generate_together(engine, start, tokens, sampling, tokenizer.separator))
+        start, known = tokenizer.start(tokenizer.encode(prompt)), known_ids(tokenizer)
+        ids = generate_together(engine, start, tokens, sampling, tokenizer.stops, known)
+        pieces = text_stream(tokenizer, start, ids)
         for piece in itertools.chain([prompt], pieces, ["\n"]):
             if place.rank == 0:
                 typer.echo(piece, nl=False)
