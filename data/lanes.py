@@ -151,7 +151,7 @@ class Lane:
         order = permute(
             np.arange(len(block)), len(block), f"{self.stream.seed}:{self.stream.name}:{self._ordinal(piece)}:{document}"
         )
-        used = [d for d in (block[i] for i in order) if not is_held_out(digest(d.text or ""), self.stream.held_out)]
+        used = [d for d in (block[i] for i in order) if not is_held_out(digest(d.side), self.stream.held_out)]
         found = list(encode(self.stream.tokenizer, used))
         if not self._blocks:
             self.piece, self.document = piece, document

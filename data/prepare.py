@@ -123,7 +123,8 @@ def prepare(
 
 def _identity(recipe: Recipe, source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """All that the dataset's bytes depend on, as plain values."""
-    spec = {name: value for name, value in asdict(recipe.spec).items() if name != "on_invalid"}
+    # Not chat_date: the template is one of the files, and tells it.
+    spec = {name: value for name, value in asdict(recipe.spec).items() if name not in ("on_invalid", "chat_date")}
     made: dict[str, Any] = {"vocab": recipe.vocab} if tokenizer is None else {"tokenizer": tokenizer.fingerprint}
     if tokenizer is None and (recipe.separator or recipe.bos != AUTO):
         made["marks"] = [recipe.separator, recipe.bos]
@@ -295,7 +296,7 @@ def _training_texts(sources: list[tuple[Recipe, Source]], show: Show) -> Iterato
                 assert document.text is not None
                 if left <= 0:
                     break
-                if is_held_out(digest(document.text), recipe.held_out):
+                if is_held_out(digest(document.side), recipe.held_out):
                     continue
                 size = len(document.text.encode())
                 left -= size

@@ -7,7 +7,6 @@ of its readers says at which row of which file a document stood.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -45,8 +44,7 @@ class Source:
         name is followed by "#" and the tag of the file's version; a chat template counts as a file."""
         told = [(f"{file.name}#{file.etag}" if file.etag else file.name, file.size) for file in self.files]
         if self.chat is not None:
-            digest = hashlib.sha256(repr(self.chat.tokens).encode() + self.chat.text.encode()).hexdigest()
-            told.append((f"{self.spec.chat}#{digest[:16]}", len(self.chat.text.encode())))
+            told.append((f"{self.spec.chat}#{self.chat.fingerprint[:16]}", len(self.chat.text.encode())))
         return told
 
 
@@ -65,7 +63,7 @@ def open_source(spec: SourceSpec) -> Source:
     refuse_format(spec.format)
     if spec.on_invalid not in ("error", "skip"):
         raise DataError(f"on_invalid = {spec.on_invalid!r} is neither 'error' nor 'skip'")
-    chat = load_chat(spec.chat) if spec.chat else None
+    chat = load_chat(spec.chat, spec.chat_date) if spec.chat else None
     if chat is not None and spec.template:
         raise DataError("template and chat: a source has one or the other; the chat template says how messages become text")
     reading(spec, chat)
@@ -135,7 +133,7 @@ def documents(source: Source, piece: Piece, specials: Iterable[str] = ()) -> Ite
                     name = _with_line(document.name, file)
                     column = "data.text_column names it, " if document.problem.startswith("no column") else ""
                     raise DataError(f'{name}: {document.problem} ({column}data.on_invalid = "skip" leaves such out)')
-                yield document
+                yield from document.texts()
 
 
 def _with_line(name: str, file: File) -> str:

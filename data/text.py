@@ -9,14 +9,17 @@ import ast
 import operator
 import string
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from data.chat import ChatProblem, ChatTemplate, Part, chat_parts
+from data.chat import ChatProblem, ChatTemplate, Part, chat_samples
 from data.errors import DataError
 
 Row = Mapping[str, Any]
+
+TOOLS = "tools"
+"""The column of what the assistant of a conversation may call."""
 
 ALLOWED_IN_WHERE = "column names, constants, == != < <= > >=, in, not in, and, or, not, len(), lists and brackets"
 
@@ -25,13 +28,26 @@ ALLOWED_IN_WHERE = "column names, constants, == != < <= > >=, in, not in, and, o
 class Document:
     """`name` says where it stands ("web/a.jsonl:17"). `text` is None where it could not be read or was left out, and
     `problem` says why; `dropped` where that was the user's own filter, no error. `parts` says which stretches of an
-    instruction document are learned, and together they are the text; without parts, the whole text is."""
+    instruction document are learned, and together they are the text; without parts, the whole text is. `more`: the parts of
+    further texts that a conversation becomes, where it becomes several; `row`: of such a text, the first one of its row."""
 
     name: str
     text: str | None
     problem: str = ""
     parts: tuple[Part, ...] = ()
     dropped: bool = False
+    more: tuple[tuple[Part, ...], ...] = ()
+    row: str = ""
+
+    @property
+    def side(self) -> str:
+        """The text by which it is decided on which side of the held-out split it stands: all texts of a row on one."""
+        return self.row or self.text or ""
+
+    def texts(self) -> tuple[Document, ...]:
+        """The document of each text."""
+        further = (Document(self.name, _joined(parts), parts=parts, row=self.text or "") for parts in self.more)
+        return (replace(self, more=()), *further) if self.more else (self,)
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,8 @@ class SourceSpec:
     template: columns put together to one text, "{title}\\n\\n{text}", instead of `column`.
     where: keeps the rows for which this is true, 'lang == "en" and stars >= 10'.
     chat: "" for plain text; "chatml", or a file with a chat template, where rows are conversations: the column
-        `messages` ([{role, content}]) where there is one, else the columns `prompt` and `response`.
+        `messages` ([{role, content}]) where there is one, else the columns `prompt` and `response`; a column "tools" (a
+        list, or JSON of one) goes to the template. `chat_date`: the day that a template may write, as 2026-01-31.
     on_invalid: "error" stops at the first document that cannot be read, "skip" leaves it out by name.
     """
 
@@ -59,6 +76,7 @@ class SourceSpec:
     prompt: str = "prompt"
     response: str = "response"
     on_invalid: str = "error"
+    chat_date: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +100,7 @@ class Reading:
         there = set(columns)
         missing = self.columns - there
         if self.chat is not None:
+            missing -= {TOOLS}
             pair = {self.spec.prompt, self.spec.response}
             missing -= {self.spec.messages} if pair <= there else set()
             missing -= pair if self.spec.messages in there else set()
@@ -93,8 +112,8 @@ class Reading:
             if self.keep is not None and not self.keep(row):
                 return Document(name, None, "where", dropped=True)
             if self.chat is not None:
-                parts = chat_parts(self.chat, _messages(row, self.spec), self.specials)
-                return Document(name, "".join(part.text for part in parts), parts=parts)
+                first, *more = chat_samples(self.chat, _messages(row, self.spec), self.specials, row.get(TOOLS))
+                return Document(name, _joined(first), parts=first, more=tuple(more))
             text = self._fill(row) if self.filled else _column(row, self.spec.column)
         except (_Problem, ChatProblem) as problem:
             return Document(name, None, str(problem))
@@ -123,6 +142,10 @@ class Reading:
         return "".join(pieces)
 
 
+def _joined(parts: Iterable[Part]) -> str:
+    return "".join(part.text for part in parts)
+
+
 class _Problem(Exception):
     """What is wrong with one row."""
 
@@ -134,7 +157,7 @@ def reading(spec: SourceSpec, chat: ChatTemplate | None, specials: frozenset[str
     keep, looked_at = _compile_where(spec.where) if spec.where else (None, set())
     filled = _parse_template(spec.template) if spec.template else ()
     if chat is not None:
-        looked_at |= {spec.messages, spec.prompt, spec.response}
+        looked_at |= {spec.messages, spec.prompt, spec.response, TOOLS}
     elif filled:
         looked_at |= {column for _, column in filled if column}
     else:

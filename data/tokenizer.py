@@ -6,6 +6,7 @@ There is one stored format, tokenizer.json, and its ids are those of Hugging Fac
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import threading
@@ -98,9 +99,13 @@ class Tokenizer:
         """Why nothing faster than `tokenizers` gives the same ids; empty where something does."""
         return self._fast if isinstance(self._fast, str) else ""
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of one text, by `tokenizers`. Raises DataError for half a surrogate pair, which is not Unicode text."""
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Ids of one text, by `tokenizers`; `special`: the special tokens that are written out in it are real ones. Raises
+        DataError for half a surrogate pair, which is not Unicode text."""
         with _unicode([text]):
+            if special:
+                found: list[int] = self._with_specials.encode(text, add_special_tokens=False).ids
+                return found
             return [i for part in self._cut(text) for i in self.backend.encode(part, add_special_tokens=False).ids]
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
@@ -126,18 +131,24 @@ class Tokenizer:
         return [next(pieces) if len(cut) == 1 else np.concatenate([next(pieces) for _ in cut]) for cut in stretches]
 
     def encode_parts(self, parts: Iterable[Part]) -> tuple[list[int], list[bool]]:
-        """Ids of a document in parts, each encoded on its own, and for every id whether it is to be learned. Special tokens
-        are real ids only where `special` says that the text is not a user's."""
+        """Ids of a document in parts, and for every id whether it is to be learned. Special tokens are real ids only where
+        `special` says that the text is not a user's. Neighbours that are alike in that are one text for the tokenizer: the ids
+        are those of the whole text, and one that reaches into a learned part is learned."""
         ids: list[int] = []
         learned: list[bool] = []
-        for part in parts:
-            if part.special:
-                with _unicode([part.text]):
-                    found = self._with_specials.encode(part.text, add_special_tokens=False).ids
+        for special, group in itertools.groupby(parts, lambda part: part.special):
+            run = list(group)
+            text = "".join(part.text for part in run)
+            if len({part.learned for part in run}) == 1:
+                found = self.encode(text, True) if special else self.encode_batch([text])[0]
+                flags = [run[0].learned] * len(found)
             else:
-                found = self.encode_batch([part.text])[0]
+                with _unicode([text]):
+                    twin = self._with_specials if special else self._untrimmed
+                    encoding = twin.encode(text, add_special_tokens=False)
+                found, flags = encoding.ids, _flags(encoding.offsets, run)
             ids += found
-            learned += [part.learned] * len(found)
+            learned += flags
         return ids, learned
 
     def agrees(self, texts: Sequence[str]) -> bool:
@@ -167,8 +178,15 @@ class Tokenizer:
         return seams_known(json.loads(self.backend.to_str()))
 
     @cached_property
+    def _untrimmed(self) -> Backend:
+        """The same ids, and offsets that are all of what stands for each: post-processors leave out white space."""
+        twin = Backend.from_str(json.dumps(json.loads(self.backend.to_str()) | {"post_processor": None}))
+        twin.encode_special_tokens = True
+        return twin
+
+    @cached_property
     def _with_specials(self) -> Backend:
-        twin = Backend.from_str(self.backend.to_str())
+        twin = Backend.from_str(self._untrimmed.to_str())
         twin.encode_special_tokens = False
         return twin
 
@@ -179,6 +197,20 @@ class Tokenizer:
         with _serial():
             found = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
+
+
+def _flags(offsets: Sequence[tuple[int, int]], parts: Sequence[Part]) -> list[bool]:
+    """For every id, by where it stands in the text of the parts together, whether it is learned: from the first to the last
+    that reach into a stretch of learned parts, also those between that stand for nothing in the text."""
+    flags, at = [False] * len(offsets), 0
+    starts, stops = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+    for learned, group in itertools.groupby(parts, lambda part: part.learned):
+        begin, at = at, at + sum(len(part.text) for part in group)
+        if learned and at > begin:
+            inside = np.flatnonzero((starts < at) & (stops > begin) & (stops > starts)).tolist()
+            if inside:
+                flags[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
+    return flags
 
 
 def _coarse(text: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ from data.marks import Marks
 from data.pool import Tell
 from data.quality import Filters, count_hashes, doubles, why_dropped, write_hashes
 from data.shards import HELD_OUT, TOKENIZER, TRAIN, ShardInfo, token_bytes, verify_shard, write_shard
-from data.sources import Document, Piece, Source, documents
+from data.sources import Document, Part, Piece, Source, documents
 from data.tokenizer import Tokenizer, parse_tokenizer
 
 SPLITS = (TRAIN, HELD_OUT)
@@ -212,7 +212,7 @@ def tokenize_piece(work: Work, job: Job, tell: Tell) -> Tally:
         for document, (ids, learned) in zip(batch, encode(tokenizer, batch), strict=True):
             assert document.text is not None
             text = document.text.encode()
-            side = int(is_held_out(hashlib.sha256(text).digest(), work.held_out))
+            side = int(is_held_out(digest(document.side), work.held_out))
             writers[SPLITS[side]].add(ids, learned)
             held[side].append(ids)
             sizes.append(len(ids))
@@ -258,15 +258,18 @@ def _unique(work: Work, number: int, stream: Iterator[Document], tally: Tally) -
 
 
 def encode(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[tuple[Ids, Ids | None]]:
-    """Ids of every document, the separator after them, and where there are parts, which of them are learned: the separator
-    as the last part is. Plain text begins with the tokenizer's bos, if it has one; parts are all that a template writes."""
+    """Ids of every document, the separator after them, and where there are parts, which of them are learned. The separator is
+    where a learned answer ends the document, unless that ends with a token at which generation stops already: then what is
+    learned is what the template writes, and the separator keeps documents apart. Plain text begins with the tokenizer's bos, if
+    it has one; parts are all that a template writes."""
     plain = iter(tokenizer.encode_arrays([document.text for document in batch if document.text and not document.parts]))
     begin = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype=np.uint32)
     for document in batch:
         learned = None
         if document.parts:
             found, flags = tokenizer.encode_parts(document.parts)
-            ids, learned = np.array(found, dtype=np.uint32), np.array([*flags, document.parts[-1].learned], dtype=bool)
+            ends = _learns_end(tokenizer, document.parts, found)
+            ids, learned = np.array(found, dtype=np.uint32), np.array([*flags, ends], dtype=bool)
         else:
             ids = np.concatenate((begin, next(plain))) if len(begin) else next(plain)
         if len(ids) and ids.max() >= tokenizer.vocab:
@@ -275,6 +278,15 @@ def encode(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[tuple[Ids, I
                 "give another data.tokenizer"
             )
         yield np.append(ids, np.uint32(tokenizer.separator)), learned
+
+
+def _learns_end(tokenizer: Tokenizer, parts: tuple[Part, ...], ids: list[int]) -> bool:
+    """Whether the separator after a document of these parts and ids is learned."""
+    said = [part for part in parts if part.text.strip()]
+    if not said or not said[-1].learned:
+        return False
+    last = next((i for i in reversed(ids) if tokenizer.decode([i]).strip()), None)
+    return last not in tokenizer.stops
 
 
 def _check_tokenizer(tokenizer: Tokenizer, batch: list[Document], job: Job) -> None:

@@ -32,7 +32,7 @@ from trainer.errors import ConfigError
 from trainer.sections import DataSection, MixedSection
 from trainer.streamed import streams
 
-_SOURCE_KEYS = ("format", "template", "where", "chat", "messages", "prompt", "response", "on_invalid")
+_SOURCE_KEYS = ("format", "template", "where", "chat", "chat_date", "messages", "prompt", "response", "on_invalid")
 
 
 def sources(data: DataSection) -> dict[str, SourceSpec]:

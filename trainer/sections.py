@@ -34,6 +34,7 @@ class MixedSection(Section):
     template: str | None = None
     where: str | None = None
     chat: str | None = None
+    chat_date: str | None = None
     messages: str | None = None
     prompt: str | None = None
     response: str | None = None
@@ -78,6 +79,7 @@ class DataSection(Section):
     template: str = Field("", description='columns put together to one text: "{title}\\n\\n{text}"')
     where: str = Field("", description="keeps the rows for which this is true: 'lang == \"en\" and stars >= 10'")
     chat: str = Field("", description='rows are conversations, answers alone are learned: "chatml" or a chat template\'s file')
+    chat_date: str = Field("", description="the day that a chat template may write (strftime_now), as 2026-01-31; empty: none")
     messages: str = Field("messages", description="column of a conversation's messages")
     prompt: str = Field("prompt", description="column of the prompt, where there are no messages")
     response: str = Field("response", description="column of the answer")

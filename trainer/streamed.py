@@ -50,10 +50,12 @@ _PATIENCE = 600.0
 
 def stream_fingerprint(recipe: Recipe, source: Source) -> str:
     """Changes when a setting of a source, or a name or size of its files does."""
+    spec = asdict(replace(recipe.spec, on_invalid=""))
+    del spec["chat_date"]  # the template is one of the files, and tells it
     plain: dict[str, Any] = {
         "files": source.describe(),
         # Not on_invalid: where an error becomes a document left out, what was read before stays what it was.
-        "spec": asdict(replace(recipe.spec, on_invalid="")),
+        "spec": spec,
         "filters": asdict(recipe.filters),
         "held_out": recipe.held_out,
     }
@@ -129,7 +131,7 @@ def _set_apart(made: Path, recipe: Recipe, source: Source, tokenizer: Tokenizer,
     counts = {split: np.zeros(tokenizer.vocab, np.int64) for split in (TRAIN, HELD_OUT)}
     tally, exhausted = Tally(), True
     for document in chain.from_iterable(usable(selection, piece, tally) for piece in pieces(source, PIECE_BYTES)):
-        side = HELD_OUT if is_held_out(digest(document.text or ""), recipe.held_out) else TRAIN
+        side = HELD_OUT if is_held_out(digest(document.side), recipe.held_out) else TRAIN
         if side == TRAIN and counts[TRAIN].sum() >= _COUNTED_TOKENS:
             continue
         ((ids, learned),) = encode(tokenizer, [document])

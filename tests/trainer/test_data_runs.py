@@ -249,7 +249,8 @@ def conversations(count):
         turns = []
         for turn in range(1 + n % 3):
             turns.append({"role": "user", "content": texts[(7 * n + turn) % len(texts)][: 20 + n % 90]})
-            turns.append({"role": "assistant", "content": texts[(11 * n + turn) % len(texts)][: 10 + n % 70]})
+            # Letters first: white space would be one token with the line end that the template writes before it.
+            turns.append({"role": "assistant", "content": "A" + texts[(11 * n + turn) % len(texts)][: 10 + n % 70]})
         out.append({"messages": turns})
     return out
 
@@ -279,6 +280,7 @@ def test_of_conversations_only_the_answers_are_predicted(tmp_path):
             answers += sum(
                 len(tokenizer.encode(m["content"])) + 1 for m in conversation["messages"] if m["role"] == "assistant"
             )
+            answers += 2  # the end of the last line, and of the document
     assert record["tokens"] == answers
 
 

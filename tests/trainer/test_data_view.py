@@ -176,10 +176,10 @@ def test_of_a_conversation_the_answer_alone_is_unmarked(mixed, mikoshi):
     answered = 0
     for text in whole:
         for n, answer in re.findall(
-            rf"Add (\d+) to \d+\. Naïve ❤\?<\|im_end\|>\n<\|im_start\|>assistant\n{CLOSE}([^{OPEN}]*){OPEN}", text
+            rf"Add (\d+) to \d+\. Naïve ❤\?<\|im_end\|>\n<\|im_start\|>assistant\n{CLOSE}([^{OPEN}]*)", text
         ):
-            assert answer == f"It is {int(n) + int(n) ** 2}.<|im_end|>"
-            answered += 1
+            assert f"It is {int(n) + int(n) ** 2}.<|im_end|>\n<|endoftext|>".startswith(answer.rstrip("\n"))  # a row may end
+            answered += answer.rstrip("\n").endswith("<|endoftext|>")
     assert answered >= 2
     assert f"between {OPEN} and {CLOSE}: read but not predicted" in out
 
