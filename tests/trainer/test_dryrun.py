@@ -54,6 +54,15 @@ def test_it_tells_what_real_ranks_use(ranks, dataset, tmp_path, world, model, la
         assert {(c.axis, c.name): (c.calls, c.bytes) for c in dry.collectives} == traffic
 
 
+@pytest.mark.parametrize(("model", "layout"), [({}, {"tp": 2}), (MOE, {"tp": 2, "ep": 2})], ids=["dense", "experts"])
+def test_muon_keeps_one_moment_of_what_it_moves(dataset, tmp_path, model, layout):
+    def optimizer(kind):
+        config = run_config(dataset, tmp_path, model=BASE | model, parallel=layout, optim={"kind": kind})
+        return dry_run(config, 4, 0).memory["optimizer"]
+
+    assert optimizer("muon") < 0.9 * optimizer("adamw")
+
+
 def test_flops_are_the_formulas(dataset, tmp_path):
     config = run_config(dataset, tmp_path, model=BASE)
     tokens = config.train.global_batch * config.train.context
