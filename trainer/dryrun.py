@@ -31,6 +31,7 @@ from trainer.errors import ConfigError
 from trainer.ledger import Ledger
 from trainer.model import attention
 from trainer.model.loss import CHUNK_ELEMENTS
+from trainer.precision import choose
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,9 @@ KINDS = ("parameters", "gathered", "gradients", "optimizer", "activations", "buf
 def dry_run(config: RunConfig, world: int, rank: int) -> DryRun:
     """Build rank `rank` of `world` and take one step. Needs a process that has no process group; leaves none.
 
-    Unless engine.device is "cpu" the figures are a GPU's: the loss is made in a GPU's chunks, attention keeps what a
-    GPU's kernels keep, and has no dense mask, as there FlexAttention needs none (the rows are read as one document each).
+    Unless engine.device is "cpu" the figures are a GPU's, of one that has bf16: the loss is made in a GPU's chunks, attention
+    keeps what a GPU's kernels keep, and has no dense mask, as there FlexAttention needs none (the rows are read as one
+    document each).
     Blocks are not compiled; compiled ones need a little less. Raises LayoutError if the layout cannot be, and ConfigError for
     another engine than the native one.
     """
@@ -86,6 +88,7 @@ def dry_run(config: RunConfig, world: int, rank: int) -> DryRun:
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"compile": "off"})})
     started = time.perf_counter()
     layout = layout_of(config, world)
+    config, _ = choose(config, layout, "cpu" if config.engine.device == "cpu" else "cuda", able=True)
     stages = stage_layers(config.model, config.train.context, layout.stages)
     _join_nobody(rank, world)
     try:

@@ -42,7 +42,11 @@ class MegatronSection(Section):
 class EngineSection(Section):
     kind: Kind = Field("native", description="what computes a step; checkpoints are the same, and any resumes them")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: compute in bf16, master weights in fp32")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="bf16: compute in bf16, master weights in fp32; fp32: all of it, without TF32; auto: as the run was begun, "
+        "a new one in bf16 on GPUs that have it where the engine can, else in fp32",
+    )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations made again in backward: none, all but matrix products, all of a block"
     )

@@ -27,6 +27,7 @@ from trainer.faults import inject
 from trainer.feed import Feed
 from trainer.guard import LossGuard
 from trainer.optim import learning_rate
+from trainer.precision import settled
 from trainer.resuming import Going, go_back, resume
 from trainer.runfolder import RunFolder
 from trainer.runlog import RunLog
@@ -43,7 +44,10 @@ def fit(config: RunConfig, world: World, device: torch.device, plan: Plan | None
     """
     with contextlib.ExitStack() as held:
         on_first_rank(lambda: held.enter_context(RunFolder(config.run.path).lock()) and None)
+        config, precision = settled(config, layout_of(config, world.size), device, RunFolder(config.run.path))
         run = _begin(config, world, device, plan, held)
+        if precision:
+            run.log.console.say(precision)
         with run.log.console, StopRequest() as stop:
             for number in itertools.count():
                 going = resume(config, run.engine, run.layout, world.rank, run.store, device, fresh=not number)

@@ -13,6 +13,7 @@ from trainer.engines.carry import layout_of
 from trainer.engines.limits import refuse
 from trainer.errors import ConfigError
 from trainer.feed import check_cache, open_feed, places, recipes
+from trainer.precision import choose
 from trainer.runfolder import RunFolder
 from trainer.streamed import set_apart
 
@@ -28,13 +29,14 @@ def preflight(config: RunConfig, ranks: int) -> None:
 
 def foresee(config: RunConfig, ranks: int) -> None:
     """The part of it that any machine with the data can check, also one that will carry no rank. Makes nothing."""
-    _foresee(config, ranks, False if config.engine.device == "cpu" else None, here=False)
+    _foresee(config, ranks, {"cpu": False, "cuda": True}.get(config.engine.device), here=False)
 
 
 def _foresee(config: RunConfig, ranks: int, cuda: bool | None, here: bool) -> None:
     """`cuda`, `here`: as an engine's Case has them, all that is known at once: what a run that lacks its GPUs could not do on
     them either is no reason to give it."""
-    refuse(config, layout_of(config, ranks), cuda, here)
+    layout = layout_of(config, ranks)
+    refuse(config if cuda is not False else choose(config, layout, "cpu", able=False)[0], layout, cuda, here)
     if config.data.document_mask and config.model.position == "rotary" and config.model.rope.varies(config.train.context):
         raise ConfigError(
             f'model.rope.scaling = "dynamic" with data.document_mask and train.context = {config.train.context}: beyond '

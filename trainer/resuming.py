@@ -90,6 +90,7 @@ def resume(
             local(state[name]).zero_()
         engine.load_state(state)
         told += [anew_told(anew)] if anew else []
+        told += [f"changed since step {start}: {what}" for what in continued.changes if not what.startswith("data.skip")]
         of_all_ranks(None)  # none still reads what was fetched from afar
         store.release()
         changed = {key: {"was": before, "now": now} for key, (before, now) in changes.items()}

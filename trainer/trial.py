@@ -19,6 +19,7 @@ from trainer.exit_codes import DONE
 from trainer.loop import expect_silence, pinned
 from trainer.metrics import memory_bytes
 from trainer.optim import learning_rate
+from trainer.precision import settled
 from trainer.rank import say
 from trainer.resuming import resume
 from trainer.runfolder import RunFolder
@@ -49,6 +50,7 @@ def trial(config: RunConfig, world: World, device: torch.device, steps: int) -> 
     """
     beat("start")
     folder, layout = RunFolder(config.run.path), layout_of(config, world.size)
+    config, _ = settled(config, layout, device)
     engine = build_engine(config, layout, device)
     log = RunLog(config, folder, layout, device, silent=world.rank > 0)
     going = resume(config, engine, layout, world.rank, checkpoints_of(folder, config), device, fresh=True)

@@ -46,6 +46,7 @@ def run_config(dataset: Path, folder: Path, **sections) -> RunConfig:
         "data": {"path": str(dataset)},
         "train": {"steps": 5, "global_batch": 8, "context": 64},
         "optim": {"lr": 3e-3, "schedule": {"warmup": 2}},
+        "engine": {"precision": "fp32"},
     }
     for name, values in sections.items():
         plain[name] = {**plain.get(name, {}), **values}

@@ -16,6 +16,7 @@ from trainer.engines.carry import build_parts
 from trainer.engines.limits import refuse
 from trainer.engines.native import NativeEngine, fill_initial
 from trainer.errors import ConfigError
+from trainer.precision import settled
 
 
 def leave_empty(*_: Any) -> None:
@@ -24,7 +25,7 @@ def leave_empty(*_: Any) -> None:
 
 def _refuse_alike(config: RunConfig, layout: Layout, device: torch.device) -> None:
     """What one rank knows of its node, a disk or a compiler that is not there, ends all of them."""
-    if config.engine.kind == "native":
+    if config.engine.kind == "native" and layout.context_kind != "ring":  # nothing else is not known to all before
         return
     told: list[str] = [""] * layout.world
     mine = ""
@@ -42,6 +43,7 @@ def build_engine(
 ) -> Engine:
     """The engine of the config, its weights initialised. Needs the process group of `layout.world` ranks; collective. Raises
     ConfigError on all ranks for what the engine cannot do: what only they know, their device, no submitting machine could."""
+    config, _ = settled(config, layout, device)
     _refuse_alike(config, layout, device)
     groups = make_groups(layout, device.type, config.model.moe is not None, config.model.tied)
     if config.engine.kind == "deepspeed":

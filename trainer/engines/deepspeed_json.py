@@ -129,6 +129,8 @@ def _take(read: Mapping[str, Any], config: RunConfig, layout: Layout, out: dict[
     for key, value in leaves(read):
         if value == "auto" and (key in ours or _tunes(key) or _elsewhere(key)):
             continue
+        if key == "bf16.enabled" and config.engine.precision == "auto":  # decided on the ranks, which look again
+            continue
         if key in ours:
             if not _same(value, ours[key].value):
                 own = _of_batch(key, value, config, layout) or ours[key]

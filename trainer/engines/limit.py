@@ -22,6 +22,11 @@ class Case:
     here: bool = True
 
 
+def on_gpus(case: Case) -> bool:
+    """Whether a case is known to run on GPUs."""
+    return bool(case.cuda) or (case.cuda is None and case.config.engine.device == "cuda")
+
+
 @dataclass(frozen=True)
 class Limit:
     """What an engine cannot do. what: the setting or the combination, with its keys. why: the reason. instead: overrides, or

@@ -7,13 +7,25 @@ from __future__ import annotations
 
 from parallel.layout import Layout
 from trainer.config import RunConfig
+from trainer.engine_section import Kind
 from trainer.engines.deepspeed_json import user_settings
 from trainer.engines.deepspeed_limits import DEEPSPEED
-from trainer.engines.limit import Case, Limit
+from trainer.engines.limit import Case, Limit, on_gpus
 from trainer.engines.megatron_limits import MEGATRON
 from trainer.errors import ConfigError
 
-LIMITS: tuple[Limit, ...] = (*DEEPSPEED, *MEGATRON)
+
+def _ring(engine: Kind) -> Limit:
+    return Limit(
+        engine, 'parallel.context_kind = "ring" with engine.precision = "fp32" on CUDA',
+        "its flash kernel takes half precision alone there",
+        'engine.precision="bf16", parallel.context_kind="all-gather", or parallel.context_kind="ulysses"',
+        lambda case: on_gpus(case) and case.layout.cp > 1 and case.layout.context_kind == "ring"
+        and case.config.engine.precision == "fp32",
+    )  # fmt: skip
+
+
+LIMITS: tuple[Limit, ...] = (_ring("native"), *DEEPSPEED, *MEGATRON, _ring("megatron"))
 
 
 def refuse(config: RunConfig, layout: Layout, cuda: bool | None, here: bool = True) -> None:
@@ -29,6 +41,18 @@ def refuse(config: RunConfig, layout: Layout, cuda: bool | None, here: bool = Tr
 def serves(config: RunConfig, layout: Layout) -> bool:
     """Whether the config's engine can have a layout, as far as is known anywhere."""
     return not _met(Case(config, layout, cuda=None, here=False))
+
+
+def bf16_refused(config: RunConfig, layout: Layout) -> str:
+    """Why the config's engine cannot compute in bf16 what it can in fp32; empty where it can."""
+
+    def met(precision: str) -> dict[str, str]:
+        engine = config.engine.model_copy(update={"precision": precision})
+        case = Case(config.model_copy(update={"engine": engine}), layout, cuda=None, here=False)
+        return {row.what: row.why for row in _met(case)}
+
+    without = met("fp32")
+    return next((why for what, why in met("bf16").items() if what not in without), "")
 
 
 def _met(case: Case) -> list[Limit]:

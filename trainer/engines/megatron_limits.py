@@ -51,7 +51,7 @@ def unserved(config: RunConfig, layout: Layout) -> bool:
     plain = model.moe is None and not config.data.document_mask and not any(model.windows) and model.position != "alibi"
     norm = model.norm == "rmsnorm" or (model.bias and not model.qk_norm)
     ulysses = layout.cp > 1 and layout.context_kind == "ulysses"
-    return not plain or not norm or ulysses or config.engine.precision != "bf16" or config.engine.recompute != "none"
+    return not plain or not norm or ulysses or config.engine.precision == "fp32" or config.engine.recompute != "none"
 
 
 def _lacking(case: Case) -> bool:
@@ -205,7 +205,7 @@ MEGATRON: tuple[Limit, ...] = (
     ),
     Limit(
         "megatron", 'Transformer Engine with engine.precision = "fp32"', "its fast kernels take bf16 alone",
-        f'engine.precision="bf16", or {_WITHOUT}', lambda case: _asked(case) and case.config.engine.precision != "bf16",
+        f'engine.precision="bf16", or {_WITHOUT}', lambda case: _asked(case) and case.config.engine.precision == "fp32",
     ),
     Limit(
         "megatron", 'Transformer Engine with parallel.context_kind = "ulysses"', "it shares a row's tokens out otherwise",
