@@ -103,7 +103,7 @@ def export_weights(
         str, typer.Option(help="of a file, such as 500MB or 5GB; a larger tensor has one of its own")
     ] = "5GB",
 ) -> None:
-    """Write a checkpoint's weights as sharded safetensors, which accelerate, transformers and others load.
+    """Write a checkpoint's weights as sharded safetensors under Mikoshi's own names, with a config.json of its model.
 
     The checkpoint, of a run its newest that verifies, is verified before. One shard at a time is in memory.
     """

@@ -283,3 +283,11 @@ def test_checkpoints_in_a_bucket(mikoshi, tmp_path, monkeypatch):
         assert mikoshi("checkpoint", "prune", path, "--last", 1)[0] == 0
         assert store.steps() == [3, 2]
         assert not list(tmp_path.glob("mikoshi-*")), "what was fetched is gone"
+
+
+def test_the_help_of_export_promises_what_is_true(mikoshi):
+    """transformers does not load our own names."""
+    _, out, _ = mikoshi("checkpoint", "export", "--help")
+    told = " ".join(out.split())
+    assert "Mikoshi's own names" in told
+    assert "transformers" not in told
