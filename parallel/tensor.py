@@ -153,10 +153,10 @@ def _positions(module: nn.Embedding, rank: int, size: int) -> Callable[[Tensor],
 def vocabulary_parallel(loss: Callable[..., Tensor], group: ProcessGroup) -> Callable[..., Tensor]:
     """The next-token loss over a head whose vocabulary is cut: `loss` of the whole sequence on this rank's rows."""
 
-    def predict(x: Tensor, weight: Tensor, labels: Tensor, scale: float) -> Tensor:
+    def predict(x: Tensor, weight: Tensor, labels: Tensor, scale: float, known: int | None = None) -> Tensor:
         rows = own(weight)
         mine = Vocabulary(dist.get_rank(group) * rows.shape[0], group)
-        return loss(gather(x, _SEQUENCE, group), rows, labels, scale, mine)
+        return loss(gather(x, _SEQUENCE, group), rows, labels, scale, mine, known)
 
     return predict
 

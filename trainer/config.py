@@ -45,7 +45,10 @@ class TrainSection(Section):
 
 class EvalSection(Section):
     every: Natural = Field(0, description="steps between evaluations; 0: only at the end")
-    batches: Count = Field(8, description="global batches of held-out text")
+    batches: Count = Field(
+        8,
+        description="global batches of held-out text; the loss is over the tokenizer's ids, without rows that pad the model's",
+    )
 
 
 class ScheduleSection(Section):

@@ -193,7 +193,9 @@ def _compare(engine: Engine, log: RunLog, done: int) -> None:
 def _evaluate(run: _Run, going: Going, done: int) -> None:
     beat("evaluate")
     here = run.layout.coordinates(run.rank)
-    losses = {name: run.engine.evaluate(batches) for name, batches in going.feed.evaluation(run.layout, here).items()}
+    known = going.feed.tokenizer.vocab  # the rows beyond pad the model's vocabulary: nothing is ever predicted to be one
+    batches = going.feed.evaluation(run.layout, here)
+    losses = {name: run.engine.evaluate(some, known) for name, some in batches.items()}
     run.log.evaluation(done, losses, going.feed.weights(going.continued, done))
 
 

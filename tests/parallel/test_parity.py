@@ -8,10 +8,14 @@ import hashlib
 import json
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.nn.functional import cross_entropy
 
 from layouts import BASE, MODELS, degrees
 from runs import engine_and_rows, held_out_of, run_config, whole_state
+from trainer.feed import open_feed
+from trainer.model.gpt import GPT
 
 # Model, ranks, layout. The data ranks are what the degrees leave over.
 CASES = [
@@ -194,3 +198,51 @@ def test_optimizer_state_in_the_hosts_memory(ranks, dataset, tmp_path, world, la
 def test_rows_read_as_one_document(ranks, dataset, tmp_path, layout):
     alone = reference(ranks, config_of(dataset, tmp_path, "llama", mask=False))
     assert_same_run(ranks.run(train, config_of(dataset, tmp_path, "llama", layout, mask=False), world=4), alone)
+
+
+def evaluations(config):
+    """The loss over the tokenizer's ids, that over all rows of the head, and the same two by torch alone."""
+    engine, _ = engine_and_rows(config)
+    known = open_feed(config).tokenizer.vocab
+    found = [engine.evaluate(held_out_of(config, engine.layout, dist.get_rank()), ids) for ids in (known, None)]
+    weights = whole_state({name: p.detach() for name, p in engine.named})
+    if engine.layout.world > 1:
+        return found
+    model = GPT(config.model)
+    model.load_state_dict(weights)
+    expected = []
+    for ids in (known, config.model.vocab):
+        losses = []
+        for rows in held_out_of(config, engine.layout, 0):
+            arrays = (rows.tokens, None, rows.docs, rows.positions)
+            with torch.no_grad():
+                logits = model(*(None if array is None else torch.from_numpy(array) for array in arrays))[..., :ids]
+            labels = torch.from_numpy(rows.labels)
+            losses.append(cross_entropy(logits[labels >= 0], labels[labels >= 0], reduction="none"))
+        expected.append(float(torch.cat(losses).mean()))
+    return found, expected
+
+
+@pytest.mark.parametrize(
+    ("world", "layout", "kind"),
+    [(2, "zero=3", "native"), (4, "tp=4", "native"), (4, "tp=2 pp=2", "native"), (2, "cp=2", "native"),
+     (2, "zero=1", "deepspeed"), (2, "pp=2 zero=1", "deepspeed"), (2, "tp=2", "megatron"), (4, "tp=4", "megatron")],
+)  # fmt: skip
+def test_a_held_out_loss_leaves_out_rows_that_pad_the_vocabulary(ranks, dataset, tmp_path, world, layout, kind):
+    """Of tp=4, two ranks hold nothing but such rows."""
+    if kind != "native":
+        pytest.importorskip({"deepspeed": "deepspeed", "megatron": "megatron.core"}[kind])
+
+    def config(layout, kind="native"):
+        return run_config(
+            dataset, tmp_path, model=BASE | MODELS["llama"] | {"vocab": 1280, "kv_heads": 4}, parallel=degrees(layout),
+            train={"global_batch": 16}, eval={"batches": 2}, engine={"kind": kind},
+        )  # fmt: skip
+
+    if "padded" not in _references:
+        _references["padded"] = ranks.run(evaluations, config(""), world=1)[0]
+    found, (known, every) = _references["padded"]
+    assert found == pytest.approx([known, every], rel=1e-5)
+    assert known < every - 0.5
+    for mine in ranks.run(evaluations, config(layout, kind), world=world):
+        assert mine == pytest.approx([known, every], rel=1e-5)

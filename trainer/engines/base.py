@@ -52,8 +52,9 @@ class Engine(Protocol):
         Where a figure is not below its limit, no rank changes anything: the same step can be tried again."""
         ...
 
-    def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Loss in nats a token over this rank's batches and its peers'; changes nothing."""
+    def evaluate(self, batches: Iterable[Batch], known: int | None = None) -> float:
+        """Loss in nats a token over this rank's batches and its peers'; changes nothing. `known`: the tokens that there are,
+        over which it is, where the model's vocabulary has more rows."""
         ...
 
     def next_logits(self, ids: Sequence[int]) -> Tensor:

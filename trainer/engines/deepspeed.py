@@ -102,7 +102,8 @@ class DeepSpeedEngine:
         return StepResult(mean_loss, tokens, norm, applied, expert_metrics(loads))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch], known: int | None = None) -> float:
+        self.model.known = known
         loss_sum, tokens = 0.0, 0
         for rows in batches:
             micros = micro_batches(rows, self.layout, self.index, self.config.train.context, self.device)

@@ -171,6 +171,7 @@ class Stage(nn.Module):
         super().__init__()
         model, self.part = shadow.config, shadow.part
         self.length, self.dtype, self.fused = length, dtype, fused
+        self.known: int | None = None
         self.shadow = (shadow,)  # in a tuple, so that it is no submodule
         layers = [_layer(model, experts.get(number), alike) for number in self.part.layers]
         ours = TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
@@ -233,14 +234,18 @@ class Stage(nn.Module):
         if not self.part.last:
             # A pipeline lets go of it in place, which a view cannot be.
             return out.transpose(0, 1).clone(memory_format=torch.contiguous_format)
-        return out if labels_BT is None else next_token_loss(out, labels_BT)
+        known = None if torch.is_grad_enabled() else self.known
+        return out if labels_BT is None else next_token_loss(out, labels_BT, known)
 
 
-def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, known: int | None = None) -> Tensor:
     """Megatron's vocabulary-parallel cross-entropy, summed over the positions that are predicted: a scalar in nats.
 
-    logits_BTV: this rank's share of the vocabulary. Written into: they are not to be used after.
+    logits_BTV: this rank's share of the vocabulary. Written into: they are not to be used after. known: as of our own.
     """
+    if known is not None:
+        first = parallel_state.get_tensor_model_parallel_rank() * logits_BTV.shape[-1]
+        logits_BTV[..., max(0, known - first) :] = -torch.inf
     losses_BT = tensor_parallel.vocab_parallel_cross_entropy(logits_BTV, labels_BT.clamp(min=0))
     total: Tensor = (losses_BT * (labels_BT != IGNORED)).sum()
     return total

@@ -109,7 +109,9 @@ class NativeEngine:
         return StepResult(mean_loss, tokens, norm, applied, expert_metrics(loads))
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> float:
+    def evaluate(self, batches: Iterable[Batch], known: int | None = None) -> float:
+        for part in self.parts.values():
+            part.known = known
         loss_sum, tokens = 0.0, 0
         for rows in batches:
             losses = self.pipeline.forward(self._micro_batches(rows))

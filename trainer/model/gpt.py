@@ -130,6 +130,7 @@ class GPT(nn.Module):
 
     Some attributes let a part of the work be done elsewhere, and are the whole by default: `heads`, the query heads that
     attention is computed for here; each attention's `attend`; `predict` and `logits`, the loss and the scores of the head.
+    `known`: the tokens that there are, where the embedding has more rows; without gradients, the loss is over them alone.
     """
 
     def __init__(self, config: ModelConfig, part: Part | None = None) -> None:
@@ -145,7 +146,8 @@ class GPT(nn.Module):
         self.norm = make_norm(config, config.width) if config.norm_order == "pre" and part.last else None
         self.head = nn.Linear(config.width, config.vocab, bias=False) if part.last and not config.tied else None
         self.heads = slice(0, config.heads)
-        self.predict: Callable[[Tensor, Tensor, Tensor, float], Tensor] = next_token_loss
+        self.known: int | None = None
+        self.predict: Callable[..., Tensor] = next_token_loss
         self.logits: Callable[[Tensor, Tensor, float], Tensor] = logits
 
     @property
@@ -208,7 +210,8 @@ class GPT(nn.Module):
         if self.norm is not None:
             x_BTC = self.norm(x_BTC)
         if labels_BT is not None:
-            return self.predict(x_BTC, self.head_weight, labels_BT, self.config.logit_scale)
+            known = None if torch.is_grad_enabled() else self.known
+            return self.predict(x_BTC, self.head_weight, labels_BT, self.config.logit_scale, known=known)
         return self.logits(x_BTC, self.head_weight, self.config.logit_scale)
 
     def masks(self, past: int, span: int, docs_BS: Tensor | None, queries_T: Tensor | None, like: Tensor) -> dict[int, Mask]:

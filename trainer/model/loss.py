@@ -38,12 +38,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_NC: Tensor, w_VC: Tensor, labels_N: Tensor, scale: float, rows: int, part: Vocabulary | None
-    ) -> Tensor:
+        ctx: Any, x_NC: Tensor, w_VC: Tensor, labels_N: Tensor, scale: float, rows: int, part: Vocabulary | None,
+        known: int | None,
+    ) -> Tensor:  # fmt: skip
         want_x, want_w = ctx.needs_input_grad[:2]
         total = x_NC.new_zeros((), dtype=torch.float32)
         grad_x = torch.empty_like(x_NC) if want_x else None
         grad_w = torch.zeros(w_VC.shape, dtype=torch.float32, device=w_VC.device) if want_w else None
+        here_known = None if known is None else max(0, known - (0 if part is None else part.first))
         # Two buffers serve every chunk: fresh ones would be paged in anew each time.
         logits_buffer = x_NC.new_empty(min(rows, len(x_NC)), w_VC.shape[0])
         log_p_buffer = torch.empty_like(logits_buffer, dtype=torch.float32)
@@ -53,6 +55,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             counted = labels != IGNORED
             target = labels.clamp(min=0)[:, None]
             torch.mm(x, w_VC.T, out=logits)
+            if here_known is not None:
+                logits[:, here_known:] = -torch.inf
             if part is None:
                 torch.log_softmax(logits.float() * scale if scale != 1.0 else logits, -1, dtype=torch.float32, out=log_p)
                 here, log_p_target = None, log_p.gather(1, target)[:, 0]
@@ -84,13 +88,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
         (upstream,) = grads
         factor = upstream if ctx.scale is None else upstream / ctx.scale
         ctx.scale = upstream
         # In place: nothing else holds them, and the second matrix the size of the vocabulary would be the peak.
         scaled = [None if g is None else g.mul_(factor.to(g.dtype)) for g in ctx.gradients]
-        return scaled[0], scaled[1], None, None, None, None
+        return scaled[0], scaled[1], None, None, None, None, None
 
 
 def _log_softmax_of_part(logits: Tensor, scale: float, target: Tensor, here: Tensor, part: Vocabulary, out: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ def _log_softmax_of_part(logits: Tensor, scale: float, target: Tensor, here: Ten
     wherever it is (Shoeybi et al. 2019, arXiv:1909.08053, section 3)."""
     torch.mul(logits, scale, out=out)
     out -= part.largest(out.amax(-1, keepdim=True))
-    mine = torch.stack((out.exp().sum(-1), (out.gather(1, target) * here)[:, 0]))
+    mine = torch.stack((out.exp().sum(-1), out.gather(1, target).masked_fill(~here, 0.0)[:, 0]))
     mass, chosen = part.total(mine).unbind()
     log_mass = mass.log()
     out -= log_mass[:, None]
@@ -106,17 +110,19 @@ def _log_softmax_of_part(logits: Tensor, scale: float, target: Tensor, here: Ten
 
 
 def next_token_loss(
-    x_BTC: Tensor, w_VC: Tensor, labels_BT: Tensor, scale: float = 1.0, part: Vocabulary | None = None
-) -> Tensor:
+    x_BTC: Tensor, w_VC: Tensor, labels_BT: Tensor, scale: float = 1.0, part: Vocabulary | None = None,
+    known: int | None = None,
+) -> Tensor:  # fmt: skip
     """Sum over all counted positions of -log p(label), in nats, fp32 scalar.
 
     `w_VC`: the head's weight, V vocabulary rows; logits are x w^T x `scale`. Labels equal to IGNORED add nothing.
     A sum, not a mean: the engine divides by the count of the whole batch, whichever ranks hold it. `part`: `w_VC` has a
-    part of the vocabulary only, and the gradient of `x_BTC` is that part's share.
+    part of the vocabulary only, and the gradient of `x_BTC` is that part's share. `known`: p is over the first so many
+    tokens of the whole vocabulary, as if the rows beyond were not there.
     """
     x_NC, labels_N = x_BTC.flatten(0, 1), labels_BT.flatten()
     if not torch.is_grad_enabled():  # autograd would still report that a parameter wants its gradient
         x_NC, w_VC = x_NC.detach(), w_VC.detach()
     rows = chunk_rows(w_VC.shape[0], x_BTC.device)
-    total: Tensor = _ChunkedCrossEntropy.apply(x_NC, w_VC, labels_N, scale, rows, part)  # type: ignore[no-untyped-call]
+    total: Tensor = _ChunkedCrossEntropy.apply(x_NC, w_VC, labels_N, scale, rows, part, known)  # type: ignore[no-untyped-call]
     return total
