@@ -22,6 +22,7 @@ from launch.cluster import SlurmCluster
 from launch.private_env import PRIVATE, chosen, write_private
 from launch.record import Attempt, Request, Submitted
 from launch.slurm_call import ask, gpu_request, queue
+from parallel.nodelist import expand
 from trainer.errors import LaunchError, TooFewError
 
 SCRIPT = """\
@@ -59,7 +60,7 @@ class SlurmBackend:
             raise LaunchError("image: not for kind = slurm: give python the path of a wrapper that starts it in the container")
         partition = self._partition()
         name = partition["PartitionName"]
-        avoided = _avoided(cluster, request) & set(slurm_text.expand(partition.get("Nodes", "")))
+        avoided = _avoided(cluster, request) & set(expand(partition.get("Nodes", "")))
         usable = int(partition.get("TotalNodes", "0")) - len(avoided)
         back = sorted(avoided - {*cluster.exclude})
         more = f"; avoided are {', '.join(back)}, which --include-node takes back" if back else ""

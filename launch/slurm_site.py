@@ -16,6 +16,7 @@ from launch.record import Attempt, Request, Result, Submitted
 from launch.setup import LOGIN, setup_file
 from launch.slurm import SlurmBackend
 from launch.slurm_call import ask, gpu_request, left, own_job, take_back
+from parallel.nodelist import expand
 from trainer.errors import LaunchError, TooFewError
 from trainer.runfolder import read_jsonl
 from trainer.stop import heard
@@ -46,7 +47,7 @@ class SlurmSite:
             raise LaunchError("not inside a Slurm job (SLURM_JOB_ID is not set): start it with `mikoshi submit`")
 
     def nodes(self) -> list[str]:
-        return slurm_text.expand(self.names)
+        return expand(self.names)
 
     def command(self, node: str) -> list[str]:
         # --overlap, --mem=0 and no number of cores: the step has all that the job has of the node, beside other steps.
@@ -85,7 +86,7 @@ class SlurmSite:
         return preempted or left(job) < self.cluster.warning + _SAVING
 
     def _again(self, attempt: Attempt, result: Result, job: dict[str, str]) -> Result:
-        avoided, always = set(slurm_text.expand(job.get("ExcNodeList", ""))), {*self.cluster.exclude, *attempt.request.exclude}
+        avoided, always = set(expand(job.get("ExcNodeList", ""))), {*self.cluster.exclude, *attempt.request.exclude}
         bad = {*avoided, *attempt.request.bad, *result.bad_nodes} - always
         wanted = self._wanted(attempt, bad)
         again = result.model_copy(update={"next": "requeued"})

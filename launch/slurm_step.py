@@ -68,7 +68,8 @@ def watch(job: str) -> None:
     """Have the job queued again once Slurm has taken the node of its batch script from it. Returns when that is done, or is no
     matter of this node any more: the job was queued again by others, has ended, or an hour is over."""
     from launch.slurm_call import ask, own_job
-    from launch.slurm_text import expand, fields
+    from launch.slurm_text import fields
+    from parallel.nodelist import expand
     from trainer.errors import LaunchError
 
     job = own_job(job)

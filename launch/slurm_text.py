@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 
 from launch.backend import JobState
+from parallel.nodelist import expand
 from trainer.errors import LaunchError
 
 QUEUED = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
@@ -15,30 +15,7 @@ LISTED = "%i|%T|%N|%r"
 """How squeue is to print a job for job_states()."""
 
 _PREFIX = re.compile(r"^(?:\w+: )?(?:error|fatal|info): ")
-_GROUP = re.compile(r"\[([0-9,-]+)\]")
 _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
-
-
-def expand(nodelist: str) -> list[str]:
-    """The host names of a list as Slurm writes it, in its order: n[01-03,7],login -> n01, n02, n03, n7, login."""
-    names: list[str] = []
-    for part in re.split(r",(?![^\[]*\])", nodelist):
-        if part and part != "(null)":
-            pieces = _GROUP.split(part)
-            choices = [_numbers(piece) if place % 2 else [piece] for place, piece in enumerate(pieces)]
-            names += ["".join(chosen) for chosen in itertools.product(*choices)]
-    return names
-
-
-def _numbers(ranges: str) -> list[str]:
-    found: list[str] = []
-    for item in ranges.split(","):
-        first, dash, last = item.partition("-")
-        if dash:
-            found += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-        else:
-            found.append(first)
-    return found
 
 
 def seconds(limit: str) -> float:

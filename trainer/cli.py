@@ -13,7 +13,7 @@ import typer
 
 from trainer import cli_chaos, cli_checkpoint, cli_cluster, cli_compare, cli_data, cli_interop, cli_megatron, cli_watch
 from trainer.cli_data import Config, Overrides
-from trainer.rank import generate_rank, outage, say, told, train_rank, train_supervised
+from trainer.rank import generate_rank, outage, place_here, say, told, train_rank, train_supervised
 from trainer.stop import stopping_is_no_crash
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def train(
 ) -> None:
     """Train, from the newest valid checkpoint of the run if there is one.
 
-    Starts its own ranks, watches them and starts them again after a fault; under torchrun, srun or any launcher that sets
-    RANK and WORLD_SIZE it takes its place instead. SIGTERM, SIGUSR1, SIGUSR2 or Ctrl-C finish the step, save, and exit with
-    code 75: the same command goes on from there.
+    Starts its own ranks, watches them and starts them again after a fault; under torchrun, srun, mpirun or any launcher that
+    sets RANK and WORLD_SIZE it takes its place instead, and refuses --ranks of another number. SIGTERM, SIGUSR1, SIGUSR2 or
+    Ctrl-C finish the step, save, and exit with code 75: the same command goes on from there.
     """
     with stopping_is_no_crash():
         raise typer.Exit(_train(config, overrides or [], ranks))
@@ -78,13 +78,15 @@ def _train(config: Path, overrides: list[str], ranks: int | None) -> int:
     from trainer.config import load_config
 
     run = load_config(config, overrides)
-    from parallel.world import World, world_from
+    place = place_here(ranks)
+    from parallel.world import World
     from trainer.errors import ConfigError
     from trainer.interop.accelerate_start import lone_of_several
     from trainer.preflight import preflight
 
-    place = world_from(os.environ)
     if place is not None:
+        if place.size == 1 and ranks is None and (gpus := _local_gpus(run)) > 1:
+            print(f"note: {place.source}: one rank, which uses one of the {gpus} GPUs here", file=sys.stderr)
         return train_rank(run, place)
     if why := lone_of_several(os.environ):
         raise ConfigError(why)
@@ -121,7 +123,9 @@ def generate(
     top_p: Annotated[float, typer.Option(help="choose among the likeliest that together reach p")] = 0.95,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="the same seed writes the same text")] = 0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="where the model runs")] = "auto",
-    ranks: Annotated[int, typer.Option(min=1, help="ranks that carry the model together")] = 1,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="ranks that carry the model together (default: 1)", show_default=False)
+    ] = None,
     tp: Annotated[int, typer.Option(min=1, help="of them, tensor parallel")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="and pipeline parallel; the rest hold shards (ZeRO)")] = 1,
 ) -> None:
@@ -139,10 +143,10 @@ def generate(
     except UnicodeError:
         raise ConfigError("--prompt is not UTF-8 text") from None
     folder, sampling = open_run(run), Sampling(temperature, top_k, top_p, seed)
-    from parallel.world import World, pick_device, world_from
+    place = place_here(ranks)
+    from parallel.world import World, pick_device
 
-    place = world_from(os.environ)
-    degrees = {"tp": tp, "pp": pp}
+    ranks, degrees = ranks or 1, {"tp": tp, "pp": pp}
     if place is not None:
         raise typer.Exit(generate_rank(folder, device, prompt, tokens, sampling, degrees))
     if ranks > 1 or tp * pp > 1:

@@ -14,6 +14,7 @@ import typer
 
 from trainer.cli_data import AsJson, Config, Overrides
 from trainer.exit_codes import FAULT
+from trainer.rank import refuse_several
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,6 +58,7 @@ def chaos(
     from trainer.config import load_config
 
     run = load_config(config, overrides or [])
+    refuse_several("chaos")
     from rich.console import Console
 
     from launch.chaos import comparable, setting_of, suffer

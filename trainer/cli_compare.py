@@ -14,6 +14,7 @@ import typer
 
 from trainer.cli_data import AsJson, Overrides
 from trainer.exit_codes import DONE, FAULT, USER_ERROR
+from trainer.rank import refuse_several
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -65,6 +66,7 @@ def compare(
         _nothing_more(context, config)
         _tell(config, as_json)
         return
+    refuse_several("compare")
     folder = _plan(config, overrides or [], engines, layouts or [], ranks, steps, rounds, out, as_json)
     from launch.turns import take_turns
 

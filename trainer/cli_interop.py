@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from trainer.cli_data import AsJson, Config, Overrides
+from trainer.rank import refuse_several
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -47,6 +48,7 @@ def fit_batch(
     from trainer.config import load_config
 
     run = load_config(config, overrides or [])
+    refuse_several("fit-batch")
     from launch.fitting import attempts
     from parallel.world import check_device
     from trainer.engines.carry import layout_of

@@ -34,6 +34,35 @@ if TYPE_CHECKING:
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 
+def place_here(ranks: int | None = None) -> World | None:
+    """The place that a launcher has given this process; None where it is to start `ranks` ranks itself, or as many as it likes.
+    Raises LayoutError for a place that cannot be, and ConfigError where --ranks asks for another number of ranks."""
+    from parallel.world import world_from
+    from trainer.errors import ConfigError
+
+    place = world_from(os.environ)
+    if place is not None and ranks not in (None, place.size):
+        names = " and ".join(f"`{word.partition('=')[0]}`" for word in place.source.split())
+        raise ConfigError(
+            f"--ranks {ranks}: {place.source} say that a launcher started this process as rank {place.rank} of {place.size}: "
+            f"leave out --ranks, or unset {names} to have {ranks} rank{'s' * (ranks != 1)} started here"
+        )
+    return place
+
+
+def refuse_several(verb: str) -> None:
+    """Refuse a command that starts its own ranks and that a launcher has started several times: all would write to one folder.
+    Raises ConfigError and LayoutError."""
+    place = place_here()
+    if place is not None and place.size > 1:
+        from trainer.errors import ConfigError
+
+        raise ConfigError(
+            f"{place.source}: `mikoshi {verb}` starts its ranks itself: run it once, with --ranks, without torchrun, srun or "
+            "mpirun"
+        )
+
+
 def train_rank(run: RunConfig, place: World) -> int:
     """This process's part of a run, as one rank that no supervisor of ours started; its exit code."""
     from parallel.lifeline import die_with_parent

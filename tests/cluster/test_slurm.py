@@ -11,10 +11,10 @@ import pytest
 import clusterrun
 import slurmcluster
 from clusterrun import SLOW, digests, ended, events, mikoshi, opened, step_of, until, write_cluster, write_run
-from launch import slurm_text
 from launch.cluster import load_cluster
 from launch.record import Request, create, new_spec
 from launch.slurm import SlurmBackend
+from parallel.nodelist import expand
 from runs import run_config
 from trainer.errors import LaunchError
 
@@ -296,7 +296,7 @@ def test_what_slurm_refuses_is_one_line_and_nothing_is_queued(slurm, dataset, tm
 
 def test_names_of_nodes_are_read_as_slurm_reads_them(slurm):
     for text in ("n[1-3]", "n[01-03,7],login", "gpu[098-101]", "r[1-2]n[1-2]", "a,b[3]"):
-        assert slurm_text.expand(text) == slurm.call("scontrol", "show", "hostnames", text).split()
+        assert expand(text) == slurm.call("scontrol", "show", "hostnames", text).split()
 
 
 def test_jobs_that_slurm_does_not_know_do_not_hide_those_it_does(slurm, tmp_path):

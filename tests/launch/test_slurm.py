@@ -21,6 +21,7 @@ from launch.record import Request, Result, Started, Submitted, create, new_spec
 from launch.slurm import SCRIPT, SlurmBackend, array_folder, submit_array
 from launch.slurm_call import environment
 from launch.slurm_site import SlurmSite, allocated, barren
+from parallel.nodelist import expand
 from runs import run_config
 from trainer.errors import LaunchError
 from trainer.runfolder import RunFolder
@@ -100,7 +101,7 @@ def check(folder, request, **fields):
     ],
 )
 def test_a_list_of_nodes_is_read(text, names):
-    assert slurm_text.expand(text) == names
+    assert expand(text) == names
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,10 @@
 """A launcher's variables are read as it means them; a group of CPU tensors does not write to freed memory."""
 
+import os
+import shutil
+import socket
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -8,8 +13,10 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from launch.bandwidth import Plan, _group
-from parallel import gloo
-from parallel.world import World, first_host, join, leave, world_from
+from parallel import gloo, world
+from parallel.errors import LayoutError
+from parallel.nodelist import expand
+from parallel.world import World, join, leave, meet, one_gpu_each, pick_device, world_from
 
 
 def test_nobody_launched_it():
@@ -39,11 +46,153 @@ def test_srun():
     assert world_from({**env, "SLURM_STEP_ID": "1"}).master != place.master
 
 
+STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "n[1-2]"}
+OMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+TORCH = {"RANK": "0", "WORLD_SIZE": "2"}
+
+LISTS = {
+    "n1": "n1", "n1,n2": "n1 n2", "n[1-3]": "n1 n2 n3", "gpu[07-09,12],x1": "gpu07 gpu08 gpu09 gpu12 x1", "[1-2]": "1 2",
+    "rack[1-2]node[3-4]": "rack1node3 rack1node4 rack2node3 rack2node4", "n[098-101]": "n098 n099 n100 n101",
+    "n[00-01,4]ib[1-2],m": "n00ib1 n00ib2 n01ib1 n01ib2 n4ib1 n4ib2 m", "n[1-2][3-4]": "n13 n14 n23 n24",
+    "n[9-11],": "n9 n10 n11",
+    "n[1-2]x[4],n[7]": "n1x4 n2x4 n7", "n1, n2,,n3": "n1 n2 n3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nodes", LISTS)
+def test_slurms_compressed_lists(nodes):
+    assert expand(nodes) == LISTS[nodes].split()
+    place = world_from({**STEP, "SLURM_STEP_NODELIST": nodes})
+    assert place.master[0] == LISTS[nodes].split()[0], "rank 0 is on the first node"
+
+
 @pytest.mark.parametrize(
-    ("nodes", "first"), [("n1", "n1"), ("n1,n2", "n1"), ("n[1-3]", "n1"), ("gpu[07-09,12],x", "gpu07"), ("a[2,5]-ib", "a2-ib")]
+    ("nodes", "names"), [("a[2,5]-ib", "a2-ib a5-ib"), ("", ""), ("(null)", ""), ("n[1-", "n[1-"), ("n[]", "n[]")]
 )
-def test_first_of_slurms_compressed_lists(nodes, first):
-    assert first_host(nodes) == first
+def test_lists_that_not_every_slurm_takes(nodes, names):
+    assert expand(nodes) == names.split()
+
+
+@pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs Slurm's commands")
+def test_slurm_reads_its_lists_the_same(tmp_path):
+    (tmp_path / "slurm.conf").write_text("ClusterName=none\nSlurmctldHost=localhost\n")
+    env = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
+    text = ",".join(LISTS)
+    told = subprocess.run(["scontrol", "show", "hostnames", text], env=env, capture_output=True, text=True, timeout=60)
+    assert told.stdout.split() == expand(text), told.stderr
+
+
+@pytest.mark.parametrize(
+    ("env", "place"),
+    [
+        (OMPI | {"MASTER_ADDR": "a", "MASTER_PORT": "7"}, World(1, 4, 1, ("a", 7))),
+        (OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, World(1, 4, 1, ("127.0.0.1", 29500))),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2", "MASTER_PORT": "7"},
+         World(1, 2, 1, ("127.0.0.1", 7))),
+        ({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "b"}, World(0, 2, None, ("b", 29500))),
+        ({"PMI_RANK": "0", "PMI_SIZE": "1", "PMIX_RANK": "0"}, None),
+        (OMPI | TORCH, World(0, 2, None, ("127.0.0.1", 29500))),
+        # mpirun's daemons are tasks of Slurm, whose variables its ranks inherit.
+        (OMPI | {"MASTER_ADDR": "a"} | STEP, World(1, 4, 1, ("a", 29500))),
+        # srun --mpi=pmi2: as srun has it.
+        ({"PMI_RANK": "3", "PMI_SIZE": "4"} | STEP, World(3, 4, 1, ("n1", 20000))),
+        (STEP | {"WORLD_SIZE": "4"}, World(3, 4, 1, ("n1", 20000))),
+        ({"WORLD_SIZE": "1"}, None),
+    ],
+)  # fmt: skip
+def test_mpirun(env, place):
+    assert world_from(env) == place
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        (TORCH | {"RANK": ""}, "RANK is empty"),
+        (TORCH | {"WORLD_SIZE": " "}, "WORLD_SIZE is empty"),
+        (TORCH | {"RANK": "-1"}, "RANK=-1"),
+        (TORCH | {"RANK": "one"}, "RANK=one"),
+        (TORCH | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0"),
+        (TORCH | {"WORLD_SIZE": "2.0"}, "WORLD_SIZE=2.0"),
+        (TORCH | {"RANK": "2"}, "RANK=2 and WORLD_SIZE=2: ranks are numbered from 0 to 1"),
+        (TORCH | {"LOCAL_RANK": ""}, "LOCAL_RANK is empty"),
+        (TORCH | {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK=1 and LOCAL_WORLD_SIZE=1"),
+        (TORCH | {"LOCAL_RANK": "2"}, "LOCAL_RANK=2 and WORLD_SIZE=2"),
+        (TORCH | {"MASTER_PORT": "x"}, "MASTER_PORT=x"),
+        (TORCH | {"MASTER_PORT": "0"}, "MASTER_PORT=0"),
+        (TORCH | {"MASTER_PORT": "65536"}, "MASTER_PORT=65536"),
+        (TORCH | {"MASTER_ADDR": ""}, "MASTER_ADDR=''"),
+        ({"RANK": "1"}, "RANK=1 is set and WORLD_SIZE is not"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE=4 is set and RANK is not"),
+        ({"PMIX_RANK": "1"}, "PMIX_RANK=1"),
+        (OMPI, "pass MASTER_ADDR"),
+        (OMPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "pass MASTER_ADDR"),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE is not"),
+        ({"PMI_RANK": "4", "PMI_SIZE": "4"}, "PMI_RANK=4 and PMI_SIZE=4"),
+        (STEP | {"SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS is empty"),
+        (STEP | {"SLURM_PROCID": "4"}, "SLURM_PROCID=4 and SLURM_STEP_NUM_TASKS=4"),
+        (STEP | {"SLURM_PROCID": ""}, "SLURM_PROCID is empty"),
+        (STEP | {"SLURM_LOCALID": ""}, "SLURM_LOCALID is empty"),
+        (STEP | {"SLURM_STEP_NODELIST": ""}, "SLURM_STEP_NODELIST=''"),
+        (STEP | {"SLURM_STEP_NODELIST": "n[1-"}, "SLURM_STEP_NODELIST='n[1-'"),
+        (STEP | {"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID=x"),
+    ],
+)
+def test_a_place_that_cannot_be_is_one_line(env, said):
+    with pytest.raises(LayoutError) as told:
+        world_from(env)
+    assert said in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def test_a_task_that_sees_its_own_gpu_alone_uses_it(monkeypatch):
+    def device(env, seen):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+        return pick_device("auto", world_from(env))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    fourth = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}
+    assert device(STEP | {"SLURM_LOCALID": "3"}, 1) == device(fourth, 1) == torch.device("cuda", 0)
+    assert device(STEP | {"SLURM_LOCALID": "3"}, 4) == device(fourth, 4) == torch.device("cuda", 3)
+    for env, seen in ((fourth | {"TORCHELASTIC_RUN_ID": "x"}, 1), (fourth, 2)):
+        with pytest.raises(LayoutError, match=f"local rank 3 has no GPU: this process sees {seen}"):
+            device(env, seen)
+
+
+@pytest.mark.parametrize(("gpus", "said"), [("abc", None), ("aba", "ranks 0 and 2: both have the GPU a"), ("aaa", "GPU a")])
+def test_one_gpu_of_two_ranks_is_refused_by_all(gpus, said):
+    store = dist.HashStore()
+
+    def told(rank):
+        try:
+            one_gpu_each(store, World(rank, 3), gpus[rank], timedelta(seconds=30))
+        except LayoutError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(3) as pool:
+        found = set(pool.map(told, range(3)))
+    assert found == {None} if said is None else len(found) == 1 and (said in found.pop() or gpus == "aba")
+
+
+def test_ranks_meet_where_no_agent_keeps_the_store():
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+    with ThreadPoolExecutor(2) as pool:
+        places = [World(rank, 2, master=("127.0.0.1", port)) for rank in (1, 0)]
+        later, first = pool.map(lambda place: meet(place, timedelta(seconds=60)), places)
+        first.set("a", "b")
+        assert later.get("a") == b"b"
+
+
+def test_a_port_of_another_program_is_one_line_at_once(monkeypatch):
+    monkeypatch.setattr(world, "_ANSWER", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(LayoutError, match=f"MASTER_PORT={port}: rank 0 cannot listen there: address already in use"):
+            meet(World(0, 2, master=("127.0.0.1", port)), timedelta(minutes=10))
+        with pytest.raises(LayoutError, match=f"MASTER_PORT={port}: what answers there is not rank 0"):
+            meet(World(1, 2, master=("127.0.0.1", port)), timedelta(seconds=2))
+        assert isinstance(meet(World(0, 1, master=("127.0.0.1", port)), timedelta(minutes=10)), dist.HashStore), "needs no port"
 
 
 def workers(group):

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from disks import small_disk
+from parallel.world import World
 from runs import VOCAB, run_config, text_folder
 from trainer import checkpoint
 from trainer.config import to_toml
+from trainer.rank import place_here
 
 
 @pytest.fixture
@@ -224,6 +226,48 @@ def test_a_lone_rank_under_a_launcher_is_checked_like_any(config_file, tmp_path)
     assert done.returncode == 2
     assert "no prepared dataset" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+LONE = {"RANK": "0", "WORLD_SIZE": "1"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-4]"}
+
+
+@pytest.mark.parametrize(
+    ("env", "command", "said"),
+    [
+        (LONE, "train --ranks 2", "--ranks 2: RANK=0 WORLD_SIZE=1 say that a launcher started this process as rank 0 of 1"),
+        (LONE, "train --ranks 2", "leave out --ranks, or unset `RANK` and `WORLD_SIZE` to have 2 ranks started here"),
+        (SRUN, "train --ranks 1", "--ranks 1: SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=4 say"),
+        (LONE, "generate --ranks 2", "--ranks 2: RANK=0 WORLD_SIZE=1 say"),
+        (
+            SRUN,
+            "compare --ranks 4",
+            "SLURM_STEP_NUM_TASKS=4: `mikoshi compare` starts its ranks itself: run it once",
+        ),
+        (SRUN, "chaos", "`mikoshi chaos` starts its ranks itself"),
+        (SRUN, "fit-batch", "`mikoshi fit-batch` starts its ranks itself"),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "train", "RANK is empty"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "generate", "RANK=2 and WORLD_SIZE=2"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "fit-batch", "RANK=x"),
+    ],
+)
+def test_a_launcher_that_contradicts_the_command_is_refused(run, config_file, tmp_path, monkeypatch, env, command, said):
+    verb, *options = command.split()
+    target = config_file
+    if verb == "generate":
+        target = tmp_path / "test"
+        target.mkdir()
+        shutil.copy(config_file, target / "config.toml")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    one_error(run(verb, target, *options), said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ranks_that_agree_with_the_launcher_are_its_ranks(monkeypatch):
+    for name, value in LONE.items():
+        monkeypatch.setenv(name, value)
+    assert place_here() == place_here(1) == World(0, 1, None, ("127.0.0.1", 29500))
 
 
 def test_a_changed_tokenizer_is_noticed(run, config_file, tmp_path):

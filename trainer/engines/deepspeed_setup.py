@@ -25,9 +25,12 @@ def bring_in(device: torch.device) -> Any:
     """The `deepspeed` package, for this process's device. Its log goes to stderr, warnings and up."""
     # It takes a GPU where it sees one; only the environment, read at import, says otherwise.
     os.environ["DS_ACCELERATOR"] = device.type
-    # It asks the environment alone which device of the node is this rank's; not every launcher says.
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
-    if device.type == "cpu":
+    # It asks the environment alone which of the GPUs seen here is this rank's; not every launcher says, and where each task
+    # sees its own alone, that is number 0 whatever the launcher says.
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+    else:
+        os.environ.setdefault("LOCAL_RANK", "0")
         # Not told how many of a node's ranks there are, it starts a program that counts the node's memories, at every
         # reduction of ZeRO 3.
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -20,11 +20,6 @@ def lone_of_several(env: Mapping[str, str]) -> str | None:
     """
     if "ACCELERATE_MIXED_PRECISION" not in env or "MASTER_ADDR" not in env or "RANK" in env:
         return None
-    if (ranks_told(env) or 1) > 1:
-        return (
-            "accelerate launch: MPI's ranks are not those of torch: leave --mpirun_hostfile out, and use "
-            "`accelerate launch --multi_gpu --num_processes N`, or `mikoshi submit`"
-        )
     return (
         "accelerate launch: several processes were asked for, and this is the only one (--cpu and distributed_type: MULTI_CPU "
         "start no more): use `accelerate launch --multi_gpu --num_processes N`, which does on CPUs too, or `mikoshi train "
