@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,13 +13,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 LOCK = ".lock"
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What flock says on a file system that knows no locks."""
+
+_LINKLESS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL)
+_ABANDONED = 60.0  # seconds after which an empty file is no longer about to be written
 
 
 def flush(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable (fsync)."""
+    """Make a file's bytes, or a folder's names, durable (fsync), as far as the file system knows that of folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP) or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -87,7 +96,7 @@ def _flock(handle: int) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):  # a file system that knows no locks does without
+        if error.errno not in LOCKLESS:  # a file system that knows no locks does without
             raise
 
 
@@ -129,7 +138,46 @@ def alone_in(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise
         yield
     finally:
         os.close(handle)
+
+
+def create_file(target: Path, content: bytes) -> None:
+    """Make `target` with this content where there is none, durably. Of several processes at once one does; the others get
+    FileExistsError.
+
+    A reader sees the file whole or not at all. On a file system without hard links, such as GCS FUSE or SMB, it may see an
+    empty one for a moment; if its maker is killed in that moment, the next one takes its place after a minute.
+    """
+    built = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
+    try:
+        with new_file(built) as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        try:
+            os.link(built, target)
+        except OSError as error:
+            if error.errno not in _LINKLESS:
+                raise
+            _take_name(target, built.stat().st_mtime)
+            built.rename(target)
+    finally:
+        with suppress(OSError):
+            built.unlink()
+    flush(target.parent)
+
+
+def _take_name(target: Path, now: float) -> None:
+    """Make an empty file, which no one else then can. `now`: by the clock of the file system."""
+    with suppress(FileNotFoundError):
+        found = target.stat()
+        if not found.st_size and now - found.st_mtime > _ABANDONED:
+            target.unlink()
+    os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))

@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.atomic import LOCKLESS
+
 _PREFIX = "mikoshi-ranks-"
 _YOUNG = 1.0  # seconds in which its owner may not have locked it yet
 _ROOM = 1 << 20
@@ -26,7 +28,11 @@ def private_folder() -> Iterator[Path]:
             _sweep(left)
     folder = _fresh()
     lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in LOCKLESS:  # where there are no locks, the next one removes nothing either
+            raise
     try:
         yield folder
     finally:

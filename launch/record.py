@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import time
 import uuid
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
 
-from data.atomic import write_file
+from data.atomic import create_file, write_file
 from launch.cluster import Cluster
 from launch.names import Host
 from launch.typed import named, typed
@@ -137,7 +136,10 @@ class Attempt:
     @property
     def asked_for(self) -> bool:
         """Whether its request is there: its folder is made a moment before."""
-        return is_there(self.path / "request.json")
+        try:
+            return (self.path / "request.json").stat().st_size > 0
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     @property
     def request(self) -> Request:
@@ -221,20 +223,23 @@ class Submitted:
         return []
 
     def add(self, request: Request) -> Attempt:
-        """The folder of a new attempt. Two that ask at once get one each."""
+        """The folder of a new attempt, the one after the last. Two that ask at once get one each. What makes an attempt is its
+        request: a folder without one, whose maker was killed, is taken."""
+        number = max((attempt.number for attempt in self.attempts), default=0) + 1
         while True:
-            number = max((attempt.number for attempt in self._folders()), default=0) + 1
-            path = self.folder.path / "attempts" / str(number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                path.mkdir()
-                attempt = Attempt(path)
-                try:
-                    attempt.write(request)
-                except BaseException:
-                    with contextlib.suppress(OSError):
-                        path.rmdir()
-                    raise
+            attempt = Attempt(self.folder.path / "attempts" / str(number))
+            attempt.path.mkdir(parents=True, exist_ok=True)
+            try:
+                create_file(attempt.path / "request.json", request.model_dump_json(indent=2).encode())
+            except FileExistsError:
+                number += 1
+            except FileNotFoundError:  # an attempt that could not be handed over, and its folder, have just been removed
+                continue
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    attempt.path.rmdir()
+                raise
+            else:
                 return attempt
 
 
@@ -259,13 +264,8 @@ def create(spec: Spec, at: Path | None = None) -> Submitted:
         path.mkdir(parents=True, exist_ok=True)
         if (path / "config.toml").exists() and not (path / "spec.json").exists():
             raise FileExistsError
-        # A link to a file that is whole: of two that submit one name at once, one is told so.
-        draft = path / f".spec-{spec.id}.partial"
-        write_file(draft, spec.model_dump_json(indent=2, exclude_none=True).encode())
-        try:
-            os.link(draft, path / "spec.json")
-        finally:
-            draft.unlink()
+        # Of two that submit one name at once, one is told so.
+        create_file(path / "spec.json", spec.model_dump_json(indent=2, exclude_none=True).encode())
     except FileExistsError:
         raise LaunchError(
             f"{named(path)}: a run of this name is there already: `mikoshi resume {typed(path)}` goes on with it, "

@@ -24,7 +24,7 @@ shared file systems may show an old file for up to so long."""
 
 @dataclass(frozen=True)
 class Records:
-    """What an attempt has left in its folder."""
+    """What an attempt has left in its folder. handed_over: whether there is a record of its job, also a damaged one."""
 
     number: int
     request: Request
@@ -33,6 +33,7 @@ class Records:
     status: Status | None = None
     stop: Stop | None = None
     result: Result | None = None
+    handed_over: bool = True
 
     @property
     def open(self) -> bool:
@@ -45,7 +46,8 @@ def records_of(attempt: Attempt, ended: tuple[Mapping[str, str], Result] | None 
     is damaged."""
     request, started, status, stop = attempt.request, attempt.started, attempt.status, attempt.stop
     job, result = (attempt.job, attempt.result) if ended is None else ended
-    return Records(attempt.number, request, job, started, status, stop, result)
+    handed_over = started is not None or (attempt.path / "job.json").exists()
+    return Records(attempt.number, request, job, started, status, stop, result, handed_over)
 
 
 def state_of(records: Records | None, job: JobState | None, now: float) -> tuple[State, str]:
@@ -108,6 +110,9 @@ def _vanished(records: Records, why: str) -> tuple[State, str]:
 
 def _unanswered(records: Records, now: float, why: str) -> tuple[State, str]:
     """No scheduler can tell: what the folder's last sign of life is worth."""
+    if records.started is None and not records.handed_over and now - records.request.time > SIGN:
+        # Should there be a job of it all the same, it ends where another attempt is led: see launch.entitled.
+        return "lost", "it was cut off while it was handed to the cluster"
     if records.started is None:
         return "queued", why
     last = max(records.started.time, records.status.time if records.status is not None else 0.0)

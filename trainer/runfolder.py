@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data.atomic import write_file
+from data.atomic import LOCKLESS, write_file
 from trainer.errors import RunError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -105,9 +105,11 @@ class RunFolder:
                     raise RunError(f"{self.path}: another process is training this run: wait for it, or stop it") from None
                 time.sleep(0.1)
             except OSError as error:
-                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                if error.errno not in LOCKLESS:
                     raise
-                return file  # a file system without locks: two trainings of one run are then the user's to avoid
+                why = f"this file system has no locks ({error.strerror})"
+                print(f"warning: {self.path}: {why}: see to it that no other process trains this run", file=sys.stderr)
+                return file
 
 
 @contextlib.contextmanager

@@ -1,10 +1,14 @@
 """What is written under a name is a file of its own: a link that someone left there is neither followed nor filled."""
 
+import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
-from data.atomic import LOCK, alone_in, locked_folder, new_file, partial_path, write_file
+from data import atomic
+from data.atomic import LOCK, alone_in, create_file, locked_folder, new_file, partial_path, write_file
 from data.errors import StorageError
 from data.store import CacheLimits, open_store
 
@@ -68,3 +72,69 @@ def test_the_locks_of_a_cache_neither(tmp_path):
     with pytest.raises((ValueError, StorageError), match=r"data\.cache\.folder: cannot use"):
         open_store(f"file://{tmp_path}", CacheLimits(tmp_path / "cache"))
     assert not (tmp_path / "victim").exists()
+
+
+def refuse(number):
+    def refused(*_args, **_named):
+        raise OSError(number, os.strerror(number))
+
+    return refused
+
+
+@pytest.mark.parametrize("number", [None, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK])
+def test_a_file_is_created_once_also_where_there_are_no_links(tmp_path, monkeypatch, number):
+    if number is not None:
+        monkeypatch.setattr(os, "link", refuse(number))
+
+    def create(who):
+        try:
+            create_file(tmp_path / "spec.json", who)
+        except FileExistsError:
+            return None
+        return who
+
+    names = [b"%d" % number * 100 for number in range(16)]
+    with ThreadPoolExecutor(16) as pool:
+        made = [who for who in pool.map(create, names) if who is not None]
+    assert [path.name for path in tmp_path.iterdir()] == ["spec.json"]
+    assert made == [(tmp_path / "spec.json").read_bytes()]
+
+
+def test_no_room_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space"):
+        create_file(tmp_path / "spec.json", b"x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("age", "made"), [(0, False), (120, True)])
+def test_what_a_killed_maker_left_without_links_is_taken_after_a_while(tmp_path, monkeypatch, age, made):
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    (tmp_path / "spec.json").touch()
+    now = (tmp_path / "spec.json").stat().st_mtime - age
+    os.utime(tmp_path / "spec.json", (now, now))
+    if made:
+        create_file(tmp_path / "spec.json", b"x")
+    else:
+        with pytest.raises(FileExistsError):
+            create_file(tmp_path / "spec.json", b"x")
+    assert (tmp_path / "spec.json").read_bytes() == b"x" * made
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(atomic.fcntl, "flock", refuse(number))
+    with locked_folder(tmp_path / "data", 0) as (built, _):
+        assert built.is_dir()
+    with alone_in(tmp_path):
+        pass
+
+
+def test_a_file_system_that_flushes_no_folders_is_used_all_the_same(tmp_path, monkeypatch):
+    def fsync(handle, flush=os.fsync):
+        return refuse(errno.EINVAL)() if Path(f"/proc/self/fd/{handle}").is_dir() else flush(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_file(tmp_path / "a", b"x")
+    create_file(tmp_path / "b", b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]

@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -8,7 +11,7 @@ import pytest
 from launch import steer
 from launch.backend import JobState
 from launch.cluster import KubernetesCluster, LocalCluster, SlurmCluster, SshCluster
-from launch.record import Attempt, Request, Result, Started, Status, Submitted, open_submitted
+from launch.record import Attempt, Request, Result, Started, Status, Submitted, create, open_submitted
 from launch.steer import Standing, ask_to_stop, next_request, resume, standing, wait_for_end
 from launch.submit import axis, check, make_plan, submit, submit_all, sweep_plans
 from parallel.errors import LayoutError
@@ -150,6 +153,87 @@ def test_of_two_that_submit_one_name_at_once_one_is_told_so(config, tmp_path):
     for thread in threads:
         thread.join()
     assert len(refused) == 7 and cluster.jobs == ["test"] and len(open_submitted(tmp_path / "runs" / "test").attempts) == 1
+
+
+CALLS = ("mkdir", "open", "fsync", "link", "rename", "unlink")
+
+
+def killed_at(call, work):
+    """In a process of its own, killed before its call number `call` that may change a disk; whether it has come so far."""
+    child = os.fork()
+    if child == 0:
+        left = call
+
+        def counted(real):
+            def count(*args, **named):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    os._exit(9)
+                return real(*args, **named)
+
+            return count
+
+        for name in CALLS:
+            setattr(os, name, counted(getattr(os, name)))
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_kill_at_any_point_leaves_a_run_that_can_be_resumed(config, cluster, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    run, attempt = submit(make_plan(config, LOCAL), cluster)
+    end(attempt)
+    seen, call = standing(run.folder.path), 0
+    while killed_at(call, lambda: run.add(attempt.request)):
+        for path in run.folder.path.glob("attempts/*/request.json"):
+            os.utime(path, (1.0, 1.0))  # as after a while
+        if len(run.attempts) == 1:
+            second, _ = resume(seen, Cluster(), None, None, [], [])
+            assert second.number == 2, call
+        shutil.rmtree(run.folder.path / "attempts" / "2")
+        call += 1
+    assert call > 5
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_kill_at_any_point_leaves_no_half_of_a_spec(config, tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    plan, call = make_plan(config, LOCAL), 0
+    spec = tmp_path / "runs" / "test" / "spec.json"
+    while killed_at(call, lambda: create(plan.spec, plan.folder)):
+        if spec.exists():
+            os.utime(spec, (1.0, 1.0))
+        if spec.exists() and spec.stat().st_size:
+            with pytest.raises(LaunchError, match="a run of this name is there already"):
+                create(plan.spec, plan.folder)
+        else:
+            create(plan.spec, plan.folder)
+        assert open_submitted(plan.folder).spec == plan.spec
+        shutil.rmtree(plan.folder)
+        call += 1
+    assert call > 5
+
+
+def no_links(*_args, **_named):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def test_a_run_that_was_cut_off_before_it_had_a_job_can_be_resumed(config, cluster):
+    plan = make_plan(config, LOCAL)
+    run = create(plan.spec, plan.folder)
+    run.add(plan.request)
+    assert standing(run.folder.path).state == "queued", "perhaps it is being handed over"
+    run.attempts[0].write(plan.request.model_copy(update={"time": time.time() - 300}))
+    seen = standing(run.folder.path)
+    assert (seen.state, seen.why) == ("lost", "it was cut off while it was handed to the cluster")
+    assert resume(seen, cluster, None, None, [], [])[0].number == 2
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_one_line(config, tmp_path):
