@@ -1,4 +1,4 @@
-"""How fast nodes talk: all-reduce between every two of them and over all, by real ranks with the run's own backend."""
+"""How fast nodes talk: all-reduce between two of them at a time and over all, by real ranks with the run's own backend."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from launch.answers import leave
+from launch.pairing import MOST, tournament
 from parallel.gloo import one_worker
 from parallel.world import World, meet, pick_device, world_from
 from parallel.world import leave as leave_group
@@ -66,7 +67,7 @@ def measure(arguments: dict[str, Any]) -> int:
     store = meet(world, timedelta(seconds=plan.patience * 3))
     here = world.rank // plan.per_node
     pairs: dict[str, dict[str, Any]] = {}
-    for number, pairing in enumerate(tournament(len(plan.nodes))):
+    for number, pairing in enumerate(tournament(len(plan.nodes), MOST)):
         _together(store, f"round {number}", world, plan)
         for pair in pairing:
             if here in pair:
@@ -79,18 +80,6 @@ def measure(arguments: dict[str, Any]) -> int:
     with contextlib.suppress(RuntimeError):  # whoever keeps the store may be gone already
         _together(store, "done", world, plan)
     return DONE
-
-
-def tournament(count: int) -> list[list[tuple[int, int]]]:
-    """Rounds in which everyone meets everyone else once, in disjoint pairs: as few rounds as can be (the circle method)."""
-    seats: list[int | None] = [*range(count), *([None] if count % 2 else [])]
-    rounds = []
-    for _ in range(len(seats) - 1 if count > 1 else 0):
-        half = len(seats) // 2
-        met = [(a, b) for a, b in zip(seats[:half], reversed(seats[half:]), strict=True) if a is not None and b is not None]
-        rounds.append(sorted((min(pair), max(pair)) for pair in met))
-        seats = [seats[0], seats[-1], *seats[1:-1]]
-    return rounds
 
 
 def _pair(pair: tuple[int, int], world: World, plan: Plan, store: Store, device: torch.device) -> dict[str, Any]:

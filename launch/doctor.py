@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from launch import checks
 from launch.checks import Check, Facts, verdict
 from launch.cluster import Base
+from launch.pairing import MOST, tournament
 from launch.probe import see
 from launch.settings import Degrees, Setting, check_order, settings
 from trainer.errors import LaunchError
@@ -198,7 +199,7 @@ def _bandwidth(
     backend, wrong, began = "", "no rank has answered: see the logs of the ranks", time.monotonic()
     for tries in range(1, _TRIES + 1):
         try:
-            answers = nodes.ranks(able, per_node, WORK, arguments, _ASK + (len(able) + 1) * _MEET)
+            answers = nodes.ranks(able, per_node, WORK, arguments, _ASK + (len(tournament(len(able), MOST)) + 2) * _MEET)
         except LaunchError as error:
             answers, wrong = {}, str(error)
         if not answers:

@@ -9,6 +9,7 @@ two steps when it has nothing else to do.
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,13 +87,29 @@ class Stragglers:
 
 
 def slow(times: Sequence[float], peers: Sequence[int]) -> list[Slow]:
-    """Of each rank's time, 0 where it knows none, and each one's group: who is slow. A rank without peers is not judged."""
+    """Of each rank's time, 0 where it knows none, and each one's group: who is slow. A rank without peers is not judged. Each
+    group is sorted once: every rank of thousands does this every few steps."""
+    groups: dict[int, list[float]] = {}
+    for time_taken, peer in zip(times, peers, strict=True):
+        if time_taken > 0:
+            groups.setdefault(peer, []).append(time_taken)
+    for group in groups.values():
+        group.sort()
     found = []
-    for rank, mine in enumerate(times):
-        others = [t for other, t in enumerate(times) if other != rank and peers[other] == peers[rank] and t > 0]
-        if others and mine >= _SLOW * median(others):
-            found.append(Slow(rank, mine / median(others)))
+    for rank, (mine, peer) in enumerate(zip(times, peers, strict=True)):
+        usual = _median_without(groups.get(peer, []), mine) if mine > 0 else 0.0
+        if usual and mine >= _SLOW * usual:
+            found.append(Slow(rank, mine / usual))
     return found
+
+
+def _median_without(ordered: Sequence[float], one: float) -> float:
+    """The median of the others of a group, given in order; 0 where there are none."""
+    count, at = len(ordered) - 1, bisect_left(ordered, one)
+    if count < 1:
+        return 0.0
+    low, high = ((count - 1) // 2, count // 2)
+    return (ordered[low + (low >= at)] + ordered[high + (high >= at)]) / 2
 
 
 class _Probe:

@@ -4,25 +4,28 @@ What this machine cannot have (GPUs, a clock that is wrong, a cut link) is writt
 """
 
 import io
+import itertools
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median_high
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from launch import answers, checks
-from launch.bandwidth import tournament
 from launch.cluster import LocalCluster
 from launch.doctor import Inputs, examine
 from launch.doctor_text import show_report
 from launch.gathering import gathered
 from launch.network import interface_of
+from launch.pairing import tournament
 from launch.probe import answer
 from trainer.errors import LaunchError
 
@@ -345,6 +348,50 @@ def test_everyone_meets_everyone_once_in_as_few_rounds_as_can_be(count):
     assert sorted(met) == [(a, b) for a in range(count) for b in range(a + 1, count)]
     assert all(len({one for pair in pairing for one in pair}) == 2 * len(pairing) for pairing in rounds)
     assert len(rounds) == (0 if count < 2 else count - 1 + count % 2)
+
+
+@pytest.mark.parametrize(("count", "most"), [(256, 64), (257, 64), (1024, 64), (9, 3), (8, 64)])
+def test_of_many_nodes_a_sample_of_the_pairs_is_measured_and_said(count, most):
+    rounds = tournament(count, most)
+    met = [pair for pairing in rounds for pair in pairing]
+    assert len(rounds) == min(most, count - 1 + count % 2)
+    assert len(set(met)) == len(met) == len(rounds) * (count // 2)
+    assert all(len({one for pair in pairing for one in pair}) == 2 * len(pairing) for pairing in rounds)
+    nodes = [f"n{i}" for i in range(count)]
+    pairs = {(nodes[a], nodes[b]): {"bus_gb_s": 1.0 if 7 in (a, b) else 10.0, "latency_us": 9.0} for a, b in met}
+    row = checks.check_pairs(pairs, nodes)
+    assert (f"a sample: {len(met)} of {count * (count - 1) // 2} pairs" in row.found) == (most < count - 1)
+    assert len(row.todo) == 1 and row.todo[0].startswith("n7: slow: 1.00 GB/s to the others, which have 10.00")
+
+
+def test_slow_nodes_are_those_of_the_definition():
+    by_chance = random.Random(1)
+    for count in (2, 3, 4, 5, 9, 12) * 10:
+        nodes = [f"n{i}" for i in range(count)]
+        pairs = {
+            (a, b): by_chance.choice((1.0, 2.0, 3.0)) for a, b in itertools.combinations(nodes, 2) if by_chance.random() < 0.9
+        }
+        wanted = {}
+        for node in nodes:
+            own = [speed for pair, speed in pairs.items() if node in pair]
+            others = [speed for pair, speed in pairs.items() if node not in pair]
+            if own and others and median_high(own) < checks.SLOW * median_high(others):
+                wanted[node] = (median_high(own), median_high(others))
+        assert checks.slow_nodes(pairs, nodes) == wanted
+
+
+def test_to_find_slow_nodes_every_pair_is_looked_at_a_few_times_alone():
+    class Counted(float):
+        looks = 0
+
+        def __lt__(self, other):
+            Counted.looks += 1
+            return float(self) < float(other)
+
+    nodes = [f"n{i}" for i in range(64)]
+    pairs = {pair: Counted(random.Random(str(pair)).random()) for pair in itertools.combinations(nodes, 2)}
+    checks.slow_nodes(pairs, nodes)
+    assert Counted.looks < 20 * len(pairs), "sorted once, not for each node"
 
 
 def test_tensor_parallelism_across_nodes_is_a_note(tmp_path):

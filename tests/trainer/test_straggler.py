@@ -4,6 +4,7 @@ import random
 import subprocess
 import sys
 import time
+from statistics import median
 from unittest import mock
 
 import pytest
@@ -23,6 +24,37 @@ def test_who_is_slow():
     assert slow([1.0, 1.0, 9.0], [0, 0, 1]) == [], "alone it has no peers"
     assert slow([3.0, 1.0, 1.0, 3.0], [0, 0, 0, 0]) == [Slow(0, 3.0), Slow(3, 3.0)]
     assert slow([0.0, 0.0, 1.0, 0.0], [0, 0, 0, 0]) == [], "nothing is known of the others"
+
+
+def test_who_is_slow_is_who_the_definition_says():
+    by_chance = random.Random(1)
+    for count in (1, 2, 3, 4, 7, 16) * 20:
+        peers = [by_chance.randrange(3) for _ in range(count)]
+        times = [by_chance.choice((0.0, 1.0, 1.0, 1.4, 2.0, 5.0)) for _ in range(count)]
+        wanted = []
+        for rank, mine in enumerate(times):
+            others = [t for at, t in enumerate(times) if at != rank and peers[at] == peers[rank] and t > 0]
+            if others and mine >= 1.5 * median(others):
+                wanted.append(Slow(rank, mine / median(others)))
+        assert slow(times, peers) == wanted
+
+
+def test_thousands_of_ranks_are_compared_in_thousands_of_looks():
+    class Counted(float):
+        looks = 0
+
+        def __lt__(self, other):
+            Counted.looks += 1
+            return float(self) < float(other)
+
+        def __gt__(self, other):
+            Counted.looks += 1
+            return float(self) > float(other)
+
+    times = [Counted(1.0 + random.Random(rank).random() / 4) for rank in range(4096)]
+    times[77] = Counted(3.0)
+    assert [one.rank for one in slow(times, [rank % 2 for rank in range(4096)])] == [77]
+    assert Counted.looks < 40 * 4096
 
 
 def test_who_is_slow_once_is_not_named():
