@@ -11,7 +11,7 @@ from typing import Any
 from launch.board import Row
 from launch.standing import FINAL
 from launch.typed import typed
-from trainer.console import clock
+from trainer.clock import clock
 
 COLOURS = {
     "running": "green", "done": "bold green", "starting": "cyan", "queued": "cyan", "requeued": "cyan",

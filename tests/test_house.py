@@ -67,6 +67,20 @@ def test_help_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", check], capture_output=True, cwd=ROOT).returncode == 0
 
 
+def test_runs_are_shown_without_what_that_does_not_need(tmp_path):
+    """`mikoshi runs` and `status` are asked often: no rich, no torch, and no validator of a config that is not read."""
+    check = (
+        "import sys, trainer.cli as c\n"
+        "sys.argv = ['mikoshi', 'runs', '--folder', sys.argv[1]]\n"
+        "try: c.main()\n"
+        "except SystemExit: pass\n"
+        "from trainer.config import RunConfig\n"
+        "sys.exit(bool({'torch', 'numpy', 'plotly', 'rich.progress'} & set(sys.modules)) or RunConfig.__pydantic_complete__)"
+    )
+    done = subprocess.run([sys.executable, "-c", check, str(tmp_path)], capture_output=True, cwd=ROOT, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path}: there is no run yet\n"), done.stderr
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "runs").glob("*.toml")), ids=lambda p: p.stem)
 def test_every_shipped_run_is_a_valid_config(path):
     from trainer.config import load_config

@@ -180,7 +180,7 @@ def _shown(console: Console) -> Iterator[Show]:
     from rich import progress as rich
 
     from launch.turns import Progress
-    from trainer.console import clock
+    from trainer.clock import clock
 
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(bar_width=24), rich.MofNCompleteColumn(),
                rich.TextColumn("{task.fields[told]}"))  # fmt: skip

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from trainer.clock import clock
 
 _FAR = 5.0
 """Times `optim.clip` from which on a clipped step is named on the console."""
@@ -91,9 +92,3 @@ def _nobody_may_listen() -> Iterator[None]:
         yield
     except OSError:
         return
-
-
-def clock(seconds: float) -> str:
-    whole = time.gmtime(max(0, round(seconds)))
-    days, rest = divmod(max(0, round(seconds)), 86400)
-    return (f"{days}d " if days else "") + time.strftime("%H:%M:%S" if rest >= 3600 or days else "%M:%S", whole)

@@ -14,7 +14,8 @@ Format = Literal["auto", "jsonl", "parquet", "arrow", "text", "webdataset"]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # A validator is built when it is first needed: a command that reads no config waits for none.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class MixedSection(Section):

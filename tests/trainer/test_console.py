@@ -5,7 +5,8 @@ import pty
 import subprocess
 import sys
 
-from trainer.console import TrainConsole, clock
+from trainer.clock import clock
+from trainer.console import TrainConsole
 
 VALUES = {"loss": 3.25, "tokens": 4096, "step_seconds": 0.5, "memory_bytes": 3 << 29}
 

@@ -89,8 +89,9 @@ def encode(manifest: Manifest) -> bytes:
     return b'{"sha256":"%s","content":%s}\n' % (_sha256(body).encode(), body)
 
 
-def parse(raw: bytes, where: str) -> Manifest:
-    """`where` is the file's name for messages. Raises CheckpointError that names it and the key at fault."""
+def parse(raw: bytes, where: str, tensors: bool = True) -> Manifest:
+    """`where` is the file's name for messages. Without `tensors` those are neither checked nor returned, which is most of the
+    work. Raises CheckpointError that names the file and the key at fault."""
     head, body = _PREFIX.match(raw), raw.removesuffix(b"\n").removesuffix(b"}")
     if head is None:
         raise CheckpointError(f"{where}: damaged: it does not begin with its own digest")
@@ -103,13 +104,13 @@ def parse(raw: bytes, where: str) -> Manifest:
         if type(found) is int and found != FORMAT:
             told = f"format {found} is not {FORMAT}: another version of Mikoshi wrote it; go on with that version"
         else:
-            return _checked(content)
+            return _checked(content, tensors)
     except (ValueError, RecursionError) as error:
         told = f"damaged: {error}"
     raise CheckpointError(f"{where}: {told}")
 
 
-def _checked(content: dict[str, Any]) -> Manifest:
+def _checked(content: dict[str, Any], with_tensors: bool) -> Manifest:
     """Raises ValueError whose message begins with the key that is not as it must be."""
     _keys("content", content, {"format", "record", "made", "files", "tensors"})
     _count("format", content["format"])
@@ -127,6 +128,8 @@ def _checked(content: dict[str, Any]) -> Manifest:
         for digest, digits in DIGITS.items():
             if not isinstance(entry[digest], str) or len(entry[digest]) != digits or not _HEX.fullmatch(entry[digest]):
                 raise ValueError(f"{key}.{digest}: not {digits} hexadecimal digits")
+    if not with_tensors:
+        return Manifest(record, files, {}, made)
     for name, entry in tensors.items():
         _check_tensor(f"tensors.{name!r}", entry, room)
     return Manifest(record, files, tensors, made)

@@ -69,12 +69,13 @@ def steps_in(folder: Path) -> list[Path]:
     return [step_folder(folder, step) for step in LocalStore(folder).steps()]
 
 
-def read_manifest(where: Store | Saved | Path, step: int | None = None) -> Manifest:
-    """Raises CheckpointError if the manifest is missing, altered, of another format or step, or says what cannot be."""
+def read_manifest(where: Store | Saved | Path, step: int | None = None, tensors: bool = True) -> Manifest:
+    """Raises CheckpointError if the manifest is missing, altered, of another format or step, or says what cannot be. Without
+    `tensors` it is quick: they are left out."""
     saved = at(where, step)
     file = file_of(saved)
     try:
-        manifest = parse(saved.store.manifest(saved.step), file)
+        manifest = parse(saved.store.manifest(saved.step), file, tensors)
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing") from None
     if manifest.step != saved.step:

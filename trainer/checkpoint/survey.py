@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
 
 from trainer.checkpoint.digests import Both, differing
 from trainer.checkpoint.keep import Keep, kept
@@ -55,23 +55,25 @@ def survey(store: Store, keep: Keep) -> list[Entry]:
 
 def _entry(store: Store, step: int, why: str) -> Entry:
     try:
-        manifest = _manifest(store, step)
+        manifest = _manifest(store, step, tensors=False)
         sizes = store.sizes(step)
     except (CheckpointError, OSError) as error:
         told, written = _told(error), None
         with suppress(CheckpointError, OSError):
             written = store.written(step)
         return Entry(step, written, 0, 0, None, "", [told], why)
-    ranks = manifest.made.get("ranks")
+    ranks, layout = manifest.made.get("ranks"), _layout(manifest.record.get("config", ""))
     return Entry(
         step, store.written(step), sum(size for size in sizes.values() if size > 0), len(sizes),
-        ranks if type(ranks) is int else None, _layout(manifest.record), _mismatches(store, step, manifest, sizes), why,
+        ranks if type(ranks) is int else None, layout, _mismatches(store, step, manifest, sizes), why,
     )  # fmt: skip
 
 
-def _layout(record: Mapping[str, Any]) -> str:
+@cache
+def _layout(config: str) -> str:
+    """Of a config as a checkpoint has it, which is nearly always that of its neighbours."""
     try:
-        parallel = tomllib.loads(record.get("config", "")).get("parallel")
+        parallel = tomllib.loads(config).get("parallel")
     except (tomllib.TOMLDecodeError, RecursionError):
         return ""
     if not isinstance(parallel, dict):
@@ -89,10 +91,10 @@ def _told(error: CheckpointError | OSError) -> str:
     return f"{error.filename}: cannot be read: {error.strerror}"
 
 
-def _manifest(store: Store, step: int) -> Manifest:
+def _manifest(store: Store, step: int, tensors: bool = True) -> Manifest:
     """Raises CheckpointError for what is wrong with it; FileNotFoundError if the whole checkpoint is gone."""
     try:
-        return read_manifest(store, step)
+        return read_manifest(store, step, tensors)
     except CheckpointError:
         if step not in store.steps():
             raise FileNotFoundError(store.describe(step)) from None
@@ -116,7 +118,7 @@ def _mismatches(store: Store, step: int, manifest: Manifest, sizes: Mapping[str,
 def bytes_of(store: Store, step: int) -> int:
     """Bytes that `faults` reads; 0 where that cannot be said."""
     with suppress(CheckpointError, FileNotFoundError):
-        return sum(entry["size"] for entry in _manifest(store, step).files.values())
+        return sum(entry["size"] for entry in _manifest(store, step, tensors=False).files.values())
     return 0
 
 
