@@ -135,6 +135,7 @@ _WORDS = {
     "start": "started on {ranks} rank(s), after step {step}",
     "resume": "went on from the checkpoint of step {step}",
     "save": "saved step {step}",
+    "save-plan": "{told}",
     "save-failed": "could not save step {step}: {why}",
     "eval": "held-out loss {loss:.4f} at step {step}",
     "skip": "step {step} changed nothing: {why}",

@@ -73,7 +73,7 @@ def setting_of(run: RunConfig, ranks: int) -> Setting:
     several = layout.state_grid[0] > 1 or layout.tp > 1
     guard, recovery = run.guard, run.recovery
     own = run.engine.kind != "deepspeed"
-    return Setting(run.train.steps, ranks, run.checkpoint.every, guard.compare, several, recovery.restarts, own)
+    return Setting(run.train.steps, ranks, run.checkpoint.regular, guard.compare, several, recovery.restarts, own)
 
 
 def beside(run: RunConfig, kind: str) -> RunConfig:

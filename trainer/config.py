@@ -153,7 +153,7 @@ class RunConfig(Section):
                 f'engine.recompute "selective" cannot go with parallel.schedule "{self.parallel.schedule}", whose backward '
                 'pass runs in two halves: use engine.recompute "full" or "none", or another schedule'
             )
-        if self.guard.spike == "rewind" and not self.checkpoint.every:
+        if self.guard.spike == "rewind" and not self.checkpoint.regular:
             raise ValueError('guard.spike = "rewind" goes back to a checkpoint: set checkpoint.every, the steps between them')
         schedule = self.optim.schedule
         if schedule.kind == "wsd" and not schedule.decay:

@@ -93,6 +93,7 @@ def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
     config, log, saves, steps, start = run.config, run.log, run.saves, run.config.train.steps, going.start
     log.begin(start, going.feed, going.refused, going.changed)
     saves.begin_at(start)
+    log.plan_of_saves(*saves.schedule.at_start())
     expect_silence(config, going.feed)
     other_kinds = {step + 1 for step, _ in config.data.warmup}  # the first to be read in pieces of another length
     if start and config.eval.every and start % config.eval.every == 0 and not log.evaluated(start):
@@ -113,7 +114,7 @@ def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
             if not _sound(run, going, result, done):
                 return None
             beat("agree")
-            agreed = agree(bool(stop.asked), *saves.saver.flags())
+            agreed = agree(bool(stop.asked), *saves.flags(done))
             stopping = agreed.stop and done < steps
             if done == steps or (config.eval.every and done % config.eval.every == 0 and not stopping):
                 _evaluate(run, going, done)

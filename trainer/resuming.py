@@ -179,7 +179,7 @@ def go_back(config: RunConfig, going: Going, done: int, store: Store) -> bool:
     else the run has been through. False where there is none. No save may be under way. Collective. Raises RunError when it
     has gone back too often."""
     beat("load")
-    folder, asked, every = RunFolder(config.run.path), config.guard, config.checkpoint.every
+    folder, asked, every = RunFolder(config.run.path), config.guard, config.checkpoint.regular
     rewinds = _rewinds(folder)
     if len(rewinds) >= asked.rewinds:
         raise RunError(

@@ -134,6 +134,11 @@ class RunLog:
         if not self.silent:
             self.folder.event(kind, **fields)
 
+    def plan_of_saves(self, text: str, figures: Mapping[str, float]) -> None:
+        """How often the run is saved, and what a fault would cost."""
+        self.console.say(text)
+        self.event("save-plan", told=text, **figures)
+
     def rested(self) -> None:
         """What has passed since the last step's end was not waiting for data."""
         self.started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""When a run is saved: every so many steps, again after one that failed, and at its end; never where replicas differ."""
+"""A run is saved when its schedule says so, again after a save that failed, and at its end; never where replicas differ."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from trainer.checkpoint import Outcome, Saver
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.runlog import RunLog
+from trainer.save_schedule import SaveSchedule
 from trainer.stop import Agreement
 
 _LAST_TRIES = (1.0, 5.0)
@@ -25,7 +26,8 @@ class Saves:
     def __init__(
         self, config: RunConfig, saver: Saver, log: RunLog, state: Callable[[], dict[str, Any]], check: Callable[[int], None]
     ) -> None:
-        self.every, self.saver, self.log, self.state, self.check = config.checkpoint.every, saver, log, state, check
+        self.saver, self.log, self.state, self.check = saver, log, state, check
+        self.schedule = SaveSchedule(config, log.layout.world)
         self.background, self.saved = config.checkpoint.background, 0
         self._under_way: dict[str, Any] = {}
         self._failures, self._again, self._done = 0, 0, 0
@@ -34,6 +36,12 @@ class Saves:
     def begin_at(self, step: int) -> None:
         """The run goes on after `step`, which is saved."""
         self.saved, self._failures, self._again = step, 0, 0
+        self.schedule.begin_at(step, time.perf_counter())
+
+    def flags(self, done: int) -> tuple[bool, bool, bool]:
+        """(failed here, pending here, due by this rank's clock), for all to agree on. By time it is due by the first rank's."""
+        decides = not (self.schedule.by_time and self.log.silent)
+        return *self.saver.flags(), decides and self.schedule.due(done, time.perf_counter())
 
     def after(self, done: int, agreed: Agreement, record: Callable[[int], dict[str, Any]], sound: bool = True) -> None:
         """What is to be done about saving after step `done`. Not `sound`: it was not applied, nor perhaps others before it,
@@ -41,14 +49,16 @@ class Saves:
         with self._standing_still():
             self._done = done
             self._ended(self.saver.advance(agreed.failed, agreed.pending))
-            due = bool(self.every) and done % self.every == 0
             if not sound:
-                self._again = self._again or (done + 1 if due else 0)
-            elif due:
+                self._again = self._again or (done + 1 if agreed.save else 0)
+            elif agreed.save:
                 self._wait()  # slower than the steps between two saves
                 self._begin(done, record)
             elif self._again and self._again <= done and not self.saver.busy:
                 self._begin(done, record)  # the one before has failed, or was not to be
+        news = self.schedule.news(done, time.perf_counter())
+        if news is not None:
+            self.log.plan_of_saves(*news)
 
     def now(self, done: int, record: Callable[[int], dict[str, Any]], sound: bool = True) -> None:
         """Save step `done` and wait until it is safe. Not `sound`: see `after`; then nothing has to go for it. Raises
@@ -85,6 +95,7 @@ class Saves:
 
     def _begin(self, done: int, record: Callable[[int], dict[str, Any]], prune: bool = True) -> None:
         beat("save")
+        self.schedule.begun(time.perf_counter())
         self.check(done)
         self._under_way = record(done)
         self.saver.begin(done, self.state(), self._under_way, prune)
@@ -99,9 +110,11 @@ class Saves:
         if outcome is None:
             return
         now = time.perf_counter()
-        self.log.saved(outcome, self._stall + now - self._since, self._under_way)
+        stall = self._stall + now - self._since
+        self.log.saved(outcome, stall, self._under_way)
         self._stall, self._since = 0.0, now
         if outcome.error is None:
+            self.schedule.measured(stall, outcome.seconds)
             self.saved, self._failures, self._again = outcome.step, 0, 0
         else:  # soon, then later and later: a disk that is full does not stay so for one step only
             self._why, self._again = outcome.error, self._done + 2**self._failures - 1

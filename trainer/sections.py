@@ -157,9 +157,14 @@ class DataSection(Section):
 
 
 class CheckpointSection(Section):
-    every: Natural = Field(0, description="steps between checkpoints; 0: only at the end")
+    every: Natural | None = Field(
+        None, description="steps between checkpoints; 0: only at the end (default: by time, some minutes apart or more, as "
+        "often as loses least to saves and faults together, see recovery.mtbf)",
+    )  # fmt: skip
     keep: Count = Field(2, description="newest checkpoints that are kept")
-    keep_every: Natural = Field(0, description="checkpoints of steps that this divides are kept for good; 0: none")
+    keep_every: Natural = Field(
+        0, description="checkpoints of steps that this divides are kept for good, and saved where `every` is not given; 0: none"
+    )
     folder: str = Field(
         "", description="where they go: a folder, or a URL such as s3://bucket/runs/x (default: in the run folder)"
     )
@@ -167,6 +172,11 @@ class CheckpointSection(Section):
     verify: Literal["digests", "sizes"] = Field(
         "digests", description="what is compared before one is loaded: every byte, or sizes"
     )
+
+    @property
+    def regular(self) -> int:
+        """Every so many steps there is a checkpoint whenever the run is started and however fast it is; 0: there is none."""
+        return self.every or 0
 
 
 class GuardSection(Section):
@@ -202,6 +212,10 @@ class RecoverySection(Section):
     backoff: float = Field(
         1.0, ge=0, description="seconds before the second restart in a row, doubled from one to the next up to 60"
     )
+    mtbf: float | None = Field(
+        None, gt=0, le=1e6, description="hours between two faults of the whole run, assumed where saves go by time (default: "
+        "50,000 hours over the number of ranks, 24 at most)",
+    )  # fmt: skip
     silence: float = Field(
         60.0, gt=0, description="seconds without a sign of life within a step before a rank counts as hung; 12 times the "
         "longest of its latest steps if that is longer. Steps are judged so once 8 undisturbed ones are known",

@@ -60,18 +60,19 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The same on every rank. `failed`, `pending`: of any rank's part of the save under way."""
+    """The same on every rank. `failed`, `pending`: of any rank's part of the save under way. `save`: the next one is due."""
 
     stop: bool
     failed: bool
     pending: bool
+    save: bool
 
 
-def agree(stop: bool, failed: bool = False, pending: bool = False) -> Agreement:
+def agree(stop: bool, failed: bool = False, pending: bool = False, save: bool = False) -> Agreement:
     """What any rank says, all know. Collective; on CPU tensors, so that no GPU waits for it."""
     import torch
     import torch.distributed as dist
 
-    flags = torch.tensor([stop, failed, pending], dtype=torch.int32)
+    flags = torch.tensor([stop, failed, pending, save], dtype=torch.int32)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return Agreement(*map(bool, flags.tolist()))

@@ -7,7 +7,7 @@ import time
 
 from parallel import pulse
 from parallel.sharding import local
-from trainer import loop
+from trainer import loop, save_schedule
 from trainer.checkpoint.store import LocalStore
 from trainer.rank import train_supervised
 
@@ -24,6 +24,12 @@ def on_a_slow_disk(run, seconds):
             time.sleep(seconds)
 
     LocalStore.create = slow
+    return train_supervised(run)
+
+
+def saved_soon(run, seconds):
+    """Saves by time need not be minutes apart."""
+    save_schedule.SOONEST = seconds
     return train_supervised(run)
 
 

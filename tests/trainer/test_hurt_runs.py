@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 import hurt
@@ -74,6 +75,25 @@ def test_a_stop_while_a_save_is_under_way_is_saved_too(config_file):
     (stop,) = events(config_file, "stopped", "stop")
     assert [e["step"] for e in events(config_file, "stopped", "save")] == [300, stop["step"]]
     assert stop["step"] >= asked
+
+
+@pytest.mark.slow
+def test_a_run_that_says_nothing_of_saves_loses_little_to_a_fault(config_file):
+    config_file.write_text(config_file.read_text().replace("every = 3\n", ""))
+    asked = ("train.steps=120", "recovery.mtbf=0.0001")
+    ended(begin(config_file, "saved_soon", 1e9, "run.name=quiet", *asked, ranks=2))
+    assert [e["step"] for e in events(config_file, "quiet", "save")] == [120], "a short run is saved at its end alone"
+    process = begin(config_file, "saved_soon", 0.2, "run.name=killed", *asked, ranks=2)
+    wait_for_step(process, config_file, "killed", 80)
+    saved = [e["step"] for e in events(config_file, "killed", "save")]
+    assert saved
+    (victim, *_) = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name().startswith("mikoshi-rank")]
+    victim.kill()
+    out = ended(process)
+    assert "saves by time, the first one after" in out
+    (back,) = events(config_file, "killed", "resume")
+    assert back["step"] >= saved[-1]
+    assert weights(config_file, "killed") == weights(config_file, "quiet")
 
 
 @pytest.fixture(scope="module")

@@ -20,5 +20,5 @@ def checkpoints_of(run: RunFolder, config: RunConfig, reader: bool = False) -> S
 def keep_of(config: RunConfig) -> Keep:
     """Which checkpoints the config asks to keep; where its loss guard goes back, those that it may go back to as well."""
     asked, guard = config.checkpoint, config.guard
-    back = (guard.rewind, asked.every) if guard.spike == "rewind" else (0, 0)
+    back = (guard.rewind, asked.regular) if guard.spike == "rewind" else (0, 0)
     return Keep(asked.keep, asked.keep_every, *back)
