@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +96,11 @@ def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
     log.plan_of_saves(*saves.schedule.at_start())
     expect_silence(config, going.feed)
     other_kinds = {step + 1 for step, _ in config.data.warmup}  # the first to be read in pieces of another length
-    if start and config.eval.every and start % config.eval.every == 0 and not log.evaluated(start):
-        _evaluate(run, going, start)  # a stop came first
+    # Where a stop came before the evaluation of the step, or within it, it is made now.
+    owed = start > 0 and _to_be_evaluated(config, start) and not log.evaluated(start)
+    stopped = owed and not _evaluate(run, going, start, stop)
     with contextlib.closing(going.loader.stream(start, steps, pinned(run.device), config.data.prefetch)) as batches:
-        for done in range(start + 1, steps + 1):
+        for done in () if stopped else range(start + 1, steps + 1):
             if done in other_kinds:
                 expect_silence(config, going.feed)
             beat("data", done)
@@ -113,22 +114,34 @@ def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
             log.step(done, result, lr)
             if not _sound(run, going, result, done):
                 return None
-            beat("agree")
-            agreed = agree(bool(stop.asked), *saves.flags(done))
-            stopping = agreed.stop and done < steps
-            if done == steps or (config.eval.every and done % config.eval.every == 0 and not stopping):
-                _evaluate(run, going, done)
-            _look_around(run, done)
-            if stopping or done == steps:
-                saves.now(done, going.record, sound=result.applied)
-            else:
-                saves.after(done, agreed, going.record, sound=result.applied)
-            if stopping:
-                log.event("stop", step=done, asked=stop.asked or "another rank")
+            stopped = _stopped_after(run, going, done, stop, sound=result.applied)
+            if stopped:
                 break
+    if stopped:
+        log.event("stop", step=saves.saved, asked=stop.asked or "another rank")
     beat("end")
-    log.finish(saves.saved, getattr(going.loader, "names", []))
-    return saves.saved == steps
+    log.finish(saves.saved, getattr(going.loader, "names", []), finished=not stopped)
+    return not stopped
+
+
+def _stopped_after(run: _Run, going: Going, done: int, stop: StopRequest, sound: bool) -> bool:
+    """What follows step `done`; whether the run, asked to stop, is to end here, saved.
+
+    The save of a step comes before its evaluation: what ends a long evaluation ends nothing else."""
+    saves, last = run.saves, done == run.config.train.steps
+    beat("agree")
+    agreed = agree(bool(stop.asked), *saves.flags(done))
+    _look_around(run, done)
+    if agreed.stop or last:
+        saves.now(done, going.record, sound)
+    else:
+        saves.after(done, agreed, going.record, sound)
+    if agreed.stop and not last:
+        return True
+    if _to_be_evaluated(run.config, done) and not _evaluate(run, going, done, stop):
+        saves.now(done, going.record, sound)
+        return True
+    return False
 
 
 def expect_silence(config: RunConfig, feed: Feed) -> None:
@@ -191,13 +204,35 @@ def _compare(engine: Engine, log: RunLog, done: int) -> None:
         raise DivergedError(f"step {done}: replicas have come apart: {told}")
 
 
-def _evaluate(run: _Run, going: Going, done: int) -> None:
+def _to_be_evaluated(config: RunConfig, done: int) -> bool:
+    return done == config.train.steps or (config.eval.every > 0 and done % config.eval.every == 0)
+
+
+def _evaluate(run: _Run, going: Going, done: int, stop: StopRequest) -> bool:
+    """Whether it came to its end. Between two batches all ranks agree whether any was asked to stop: then there is no result.
+    A save under way goes on meanwhile."""
     beat("evaluate")
-    here = run.layout.coordinates(run.rank)
+    begun, stopped = time.perf_counter(), False
+
+    def until_stopped(batches: Iterable[Batch]) -> Iterator[Batch]:
+        nonlocal stopped
+        for rows in batches:
+            agreed = agree(bool(stop.asked), *run.saves.saver.flags())
+            if agreed.stop:
+                stopped = True
+                return
+            run.saves.go_on(agreed)
+            beat("evaluate")
+            yield rows
+
+    losses = {}
     known = going.feed.tokenizer.vocab  # the rows beyond pad the model's vocabulary: nothing is ever predicted to be one
-    batches = going.feed.evaluation(run.layout, here)
-    losses = {name: run.engine.evaluate(some, known) for name, some in batches.items()}
-    run.log.evaluation(done, losses, going.feed.weights(going.continued, done))
+    for name, batches in going.feed.evaluation(run.layout, run.layout.coordinates(run.rank)).items():
+        losses[name] = run.engine.evaluate(until_stopped(batches), known)
+        if stopped:
+            return False
+    run.log.evaluation(done, losses, going.feed.weights(going.continued, done), time.perf_counter() - begun)
+    return True
 
 
 def pinned(device: torch.device) -> Callable[[Batch], Batch]:

@@ -117,15 +117,15 @@ class RunLog:
         self.event("spike", step=done, why=why, positions=positions)
         self.warn(f"step {done}: {why}")
 
-    def evaluation(self, done: int, losses: dict[str, float], weights: dict[str, float]) -> None:
-        """Of several sources, the loss that is told is the mean by their weights."""
-        begun, self.started = self.started, time.perf_counter()
+    def evaluation(self, done: int, losses: dict[str, float], weights: dict[str, float], seconds: float) -> None:
+        """Of several sources, the loss that is told is the mean by their weights. `seconds`: what it took."""
+        self.started = time.perf_counter()
         if self.silent:
             return
         loss = sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
         each = {f"eval_loss.{name}": value for name, value in losses.items() if name}
         self.metrics.record(done, {"eval_loss": loss, **each})
-        self.event("eval", step=done, loss=loss, seconds=round(self.started - begun, 6))
+        self.event("eval", step=done, loss=loss, seconds=round(seconds, 6))
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name)
         self.console.say(f"step {done}: held-out loss {loss:.4f}" + (f" ({parts})" if parts else ""))
 
@@ -159,14 +159,14 @@ class RunLog:
             seconds=round(outcome.seconds, 6), **({"documents": self.left_out} if self.left_out else {}),
         )  # fmt: skip
 
-    def finish(self, saved: int, unreadable: list[str]) -> None:
+    def finish(self, saved: int, unreadable: list[str], finished: bool) -> None:
         if self.silent:
             return
         steps = self.config.train.steps
         self.metrics.close()
-        self.event("end", step=saved, finished=saved == steps)
+        self.event("end", step=saved, finished=finished)
         spent = goodput(self.folder)
-        done = f"finished {steps} steps" if saved == steps else f"stopped and saved after step {saved} of {steps}"
+        done = f"finished {steps} steps" if finished else f"stopped and saved after step {saved} of {steps}"
         self.console.say(f"{done}: {self.folder.path}")
         if spent.starts > 1 or spent.wall > 60:  # else there is nothing to be learned from it
             self.console.say(spent.words())

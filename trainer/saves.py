@@ -60,6 +60,11 @@ class Saves:
         if news is not None:
             self.log.plan_of_saves(*news)
 
+    def go_on(self, agreed: Agreement) -> None:
+        """The same between two batches of an evaluation, to whose time it belongs: for the save under way alone."""
+        self._since = time.perf_counter()
+        self._ended(self.saver.advance(agreed.failed, agreed.pending))
+
     def now(self, done: int, record: Callable[[int], dict[str, Any]], sound: bool = True) -> None:
         """Save step `done` and wait until it is safe. Not `sound`: see `after`; then nothing has to go for it. Raises
         CheckpointError when that cannot be done."""

@@ -7,7 +7,7 @@ import time
 
 from parallel import pulse
 from parallel.sharding import local
-from trainer import loop, save_schedule
+from trainer import feed, loop, save_schedule
 from trainer.checkpoint.store import LocalStore
 from trainer.rank import train_supervised
 
@@ -30,6 +30,20 @@ def on_a_slow_disk(run, seconds):
 def saved_soon(run, seconds):
     """Saves by time need not be minutes apart."""
     save_schedule.SOONEST = seconds
+    return train_supervised(run)
+
+
+def evaluates_for_long(run, seconds):
+    """The held-out text has a hundred times the batches, and each takes so long."""
+    once = feed.Feed.evaluation
+
+    def slow(batches):
+        for rows in batches:
+            for _ in range(100):
+                time.sleep(seconds)
+                yield rows
+
+    feed.Feed.evaluation = lambda self, *place: {name: slow(rows) for name, rows in once(self, *place).items()}
     return train_supervised(run)
 
 

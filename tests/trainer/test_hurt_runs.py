@@ -11,6 +11,7 @@ import pytest
 
 import hurt
 from datarun import events, folder_of, noisy_sources, records, run, wait_for_step, write_run
+from stores import until
 from trainer.checkpoint import newest_valid
 from trainer.runfolder import read_jsonl
 
@@ -75,6 +76,30 @@ def test_a_stop_while_a_save_is_under_way_is_saved_too(config_file):
     (stop,) = events(config_file, "stopped", "stop")
     assert [e["step"] for e in events(config_file, "stopped", "save")] == [300, stop["step"]]
     assert stop["step"] >= asked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [12, 6])
+def test_a_stop_within_a_long_evaluation_is_saved_and_what_was_not_evaluated_is_at_the_next_start(config_file, steps):
+    asked = (f"train.steps={steps}", "eval.every=6", "eval.batches=2", "recovery.grace=20")
+    ended(begin(config_file, "on_a_slow_disk", 0.0, "run.name=quiet", *asked))
+    process = begin(config_file, "evaluates_for_long", 0.5, "run.name=long", *asked, ranks=2)
+    wait_for_step(process, config_file, "long", 6)
+    if steps > 6:  # written in the background, it is committed while the evaluation goes on
+        until(lambda: [e["step"] for e in events(config_file, "long", "save")] == [3, 6])
+    process.send_signal(signal.SIGTERM)
+    out = ended(process, code=75)
+    assert f"stopped and saved after step 6 of {steps}" in out
+    assert [e["step"] for e in events(config_file, "long", "save")] == [3, 6]
+    assert [e["step"] for e in events(config_file, "long", "stop")] == [6]
+    assert not events(config_file, "long", "eval"), "a part of an evaluation is none"
+    assert not events(config_file, "long", "fault"), out
+    ended(begin(config_file, "on_a_slow_disk", 0.0, "run.name=long", *asked))
+    found, wanted = (
+        {e["step"]: e["loss"] for e in events(config_file, name, "eval")} for name in ("long", "quiet")
+    )  # fmt: skip
+    assert found.keys() == wanted.keys() == {6, steps}
+    assert found == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.slow
