@@ -94,7 +94,7 @@ def _check_parts(parts: Sequence[Any], where: str) -> None:
 
 def _learned(message: Mapping[str, Any], where: str) -> bool:
     """Whether the message is an answer that is learned: all are but those with `weight` 0 or `train` false."""
-    answer = message["role"] == "assistant"
+    answer = bool(message["role"] == "assistant")
     for key in _LEARNED:
         value = message.get(key)
         if value is None:

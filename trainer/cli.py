@@ -112,11 +112,16 @@ def _local_gpus(run: RunConfig) -> int:
 
 @app.command(
     epilog='Examples: `mikoshi generate runs/quickstart --prompt "def main():" --tokens 200 --seed 1`, '
-    "`mikoshi generate runs/big --ranks 4 --tp 2 --pp 2`"
+    '`mikoshi generate runs/talk --chat --prompt "What is 2+2?"`, `mikoshi generate runs/big --ranks 4 --tp 2 --pp 2`'
 )
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="text to go on from; empty: the start of a document")] = "",
+    chat: Annotated[bool, typer.Option("--chat", help="the prompt is a user's turn: apply the run's chat template")] = False,
+    special: Annotated[
+        bool | None,
+        typer.Option(help="special tokens written out in the prompt are real ones (default: in a run of conversations)"),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="tokens to write, at most")] = 200,
     temperature: Annotated[float, typer.Option(help="0: always the likeliest token")] = 0.8,
     top_k: Annotated[int, typer.Option(help="choose among the k likeliest; 0: all")] = 0,
@@ -129,7 +134,7 @@ def generate(
     tp: Annotated[int, typer.Option(min=1, help="of them, tensor parallel")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="and pipeline parallel; the rest hold shards (ZeRO)")] = 1,
 ) -> None:
-    """Write text with a run's newest checkpoint.
+    """Write text with a run's newest checkpoint, up to the end of a document or, in a conversation, of a turn.
 
     On one rank keys and values are kept from token to token. A model too large for that is carried by several `--ranks`,
     and each token is a pass of the whole window through all of them.
@@ -148,20 +153,23 @@ def generate(
 
     ranks, degrees = ranks or 1, {"tp": tp, "pp": pp}
     if place is not None:
-        raise typer.Exit(generate_rank(folder, device, prompt, tokens, sampling, degrees))
+        raise typer.Exit(generate_rank(folder, device, prompt, chat, special, tokens, sampling, degrees))
     if ranks > 1 or tp * pp > 1:
         _check_generation(folder, ranks, degrees)
     if ranks > 1:
         from launch.supervisor import Job, supervise
 
-        raise typer.Exit(supervise(Job(ranks, generate_rank, (folder, device, prompt, tokens, sampling, degrees))))
+        raise typer.Exit(
+            supervise(Job(ranks, generate_rank, (folder, device, prompt, chat, special, tokens, sampling, degrees)))
+        )
     from trainer.generate import generate as write
     from trainer.generate import known_ids, load_model
+    from trainer.prompt import start_of
 
     model, tokenizer, _, _ = load_model(folder, pick_device(device, World()))
-    start, known = tokenizer.start(tokenizer.encode(prompt)), known_ids(tokenizer)
-    typer.echo(prompt, nl=False)
-    for piece in text_stream(tokenizer, start, write(model, start, tokens, sampling, tokenizer.stops, known)):
+    (start, stops), known = start_of(folder, tokenizer, prompt, chat, special), known_ids(tokenizer)
+    typer.echo(prompt + "\n" * chat, nl=False)
+    for piece in text_stream(tokenizer, start, write(model, start, tokens, sampling, stops, known)):
         typer.echo(piece, nl=False)
     typer.echo()
 

@@ -122,10 +122,14 @@ def _fit(run: RunConfig, place: World, device: torch.device, plan: Plan | None =
     return DONE if fit(run, place, device, plan) else PREEMPTED
 
 
-def generate_rank(folder: RunFolder, device: str, prompt: str, tokens: int, sampling: Sampling, degrees: dict[str, int]) -> int:
+def generate_rank(
+    folder: RunFolder, device: str, prompt: str, chat: bool, special: bool | None, tokens: int, sampling: Sampling,
+    degrees: dict[str, int],
+) -> int:  # fmt: skip
     """The part of a generation of the rank that the environment says; rank 0 writes the text. Its exit code."""
     from parallel.world import join, leave, pick_device, world_from
     from trainer.generate import generate_together, known_ids, load_engine, text_stream
+    from trainer.prompt import start_of
 
     place = world_from(os.environ)
     assert place is not None, "a launcher says which rank this is"
@@ -133,10 +137,10 @@ def generate_rank(folder: RunFolder, device: str, prompt: str, tokens: int, samp
         here = pick_device(device, place)
         join(place, here)
         engine, tokenizer = load_engine(folder, degrees, place, here)
-        start, known = tokenizer.start(tokenizer.encode(prompt)), known_ids(tokenizer)
-        ids = generate_together(engine, start, tokens, sampling, tokenizer.stops, known)
+        (start, stops), known = start_of(folder, tokenizer, prompt, chat, special), known_ids(tokenizer)
+        ids = generate_together(engine, start, tokens, sampling, stops, known)
         pieces = text_stream(tokenizer, start, ids)
-        for piece in itertools.chain([prompt], pieces, ["\n"]):
+        for piece in itertools.chain([prompt + "\n" * chat], pieces, ["\n"]):
             if place.rank == 0:
                 typer.echo(piece, nl=False)
         leave()

@@ -3,6 +3,7 @@
 runs/NAME/
     config.toml      the resolved config of the newest start
     tokenizer.json   so that text can be generated wherever the data has gone
+    chat.json        the chat template of its conversations, where they have one
     events.jsonl     starts, resumes, saves, evaluations, skipped steps, faults, restarts: appended, never rewritten
     metrics.jsonl    one record a step
     checkpoints/     step-NNNNNNNN, see trainer.checkpoint
@@ -46,6 +47,10 @@ class RunFolder:
     @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer.json"
+
+    @property
+    def chat(self) -> Path:
+        return self.path / "chat.json"
 
     @property
     def events(self) -> Path:

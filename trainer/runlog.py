@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data.atomic import write_file
+from data.chat import write_chat
 from parallel.layout import Layout
 from trainer.checkpoint import Outcome, on_first_rank
 from trainer.config import RunConfig, to_toml
@@ -18,6 +19,7 @@ from trainer.feed import Feed
 from trainer.goodput import goodput, process_began, repetition
 from trainer.hardware import gpu_named
 from trainer.metrics import MetricLog, flops_per_token, memory_bytes, peak_flops
+from trainer.prompt import chat_of
 from trainer.runfolder import RunFolder, read_jsonl
 
 
@@ -60,6 +62,8 @@ class RunLog:
         config, device = self.config, self.device
         write_file(self.folder.config, to_toml(config).encode())
         feed.tokenizer.save(self.folder.tokenizer)
+        if (template := chat_of(config.data)) is not None:
+            write_file(self.folder.chat, write_chat(template).encode())
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         self.event(
             "start", step=start, ranks=self.layout.world, zero=self.layout.zero, device=name, torch=torch.__version__,
