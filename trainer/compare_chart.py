@@ -11,9 +11,9 @@ from string import Template
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
 from data.atomic import write_file
+from trainer.chart import SCRIPT, STYLE, chart
 from trainer.compare import WARM_UP, Comparison, Row, difference
 from trainer.compare_text import table, words
 from trainer.errors import RunError
@@ -31,7 +31,8 @@ def write_page(found: Comparison, target: Path) -> None:
         command=html.escape(found.plan.command),
         table=_table(found),
         charts="\n".join(_charts(found)),
-        plotly=get_plotlyjs(),
+        style=STYLE,
+        script=SCRIPT,
         made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     )
     try:
@@ -177,7 +178,7 @@ def _chart(
         else:
             figure.add_vrect(x0=0.5, x1=WARM_UP + 0.5, fillcolor="#8a8f98", opacity=0.12, line_width=0,
                              annotation_text="not timed", annotation_position="bottom left")  # fmt: skip
-    body = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
+    body = chart(figure, wide=bool(wide))
     return f'<section class="chart{wide}"><h2>{html.escape(title)}</h2>{body}{below}</section>'
 
 
@@ -255,13 +256,14 @@ _PAGE = Template("""<!doctype html>
  td { white-space: nowrap; } td.layout, td.why { white-space: normal; overflow-wrap: anywhere; } td.layout { min-width: 130px; }
  small { display: block; font-size: 12px; font-weight: 400; color: var(--soft); }
  tr.refused td { color: var(--soft); } tr.failed td.why { color: #c0392b; }
+$style
  @media (max-width: 760px) { .grid { grid-template-columns: 1fr; } }
 </style>
-<script>$plotly</script></head>
+</head>
 <body><main>
 <h1>$title</h1><p class="made">Mikoshi compare, page made $made</p>
 <p><code>$command</code></p><ul>$words</ul>
 <section class="scroll">$table</section>
 <div class="grid">$charts</div>
-</main><script>window.dispatchEvent(new Event("resize"));</script></body></html>
+</main><script>$script</script></body></html>
 """)

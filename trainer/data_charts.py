@@ -9,6 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from data.shards import HELD_OUT, TRAIN
+from trainer.chart import chart
 from trainer.data_stats import SourceStats, Stats, bucket, drawn, packing_words, report_lines, stats
 from trainer.data_view import View, open_view
 from trainer.errors import USER_ERRORS
@@ -27,13 +28,14 @@ def data_section(folder: RunFolder) -> str:
         found = stats(view)
     except USER_ERRORS as error:
         return f"<p>The run's data cannot be looked at from here: {html.escape(str(error).splitlines()[0])}</p>"
-    charts = [_lengths(found)] if any(s.lengths for s in found.sources) else []
-    if len(found.sources) > 1 and found.steps:
-        charts.append(_mixture(view, found))
+    mixed, known = len(found.sources) > 1 and found.steps > 0, any(s.lengths for s in found.sources)
+    charts = [_lengths(found, wide=not mixed)] if known else []
+    if mixed:
+        charts.append(_mixture(view, found, wide=not known))
     return f"{_table(found)}<div class='pair'>{''.join(charts)}</div>{''.join(_words(s, found) for s in found.sources)}"
 
 
-def _lengths(found: Stats) -> str:
+def _lengths(found: Stats, wide: bool) -> str:
     """Of several sources the share of each source's own documents: they differ much in number."""
     lone = len(found.sources) == 1
     sizes = sorted({size for s in found.sources for size in s.lengths})
@@ -50,7 +52,7 @@ def _lengths(found: Stats) -> str:
         ))  # fmt: skip
     title = "Documents by tokens, from so many on" + ("" if lone else ", % of each source")
     x = {"title": "tokens", "type": "category", "tickangle": 0, "tickfont": {"size": 10}}
-    return _chart(title, lines, x, {"rangemode": "tozero"})
+    return _chart(title, lines, x, {"rangemode": "tozero"}, wide)
 
 
 def _short(size: int) -> str:
@@ -60,7 +62,7 @@ def _short(size: int) -> str:
     return str(size)
 
 
-def _mixture(view: View, found: Stats) -> str:
+def _mixture(view: View, found: Stats, wide: bool) -> str:
     """What was, and will be, read of each source: rows drawn between neighbouring points."""
     history, skipped, batch = view.continued.history, view.feed.skipped, view.loader.global_batch
     points = max(1, min(_POINTS, found.steps, found.rows // _ROWS_A_POINT))
@@ -77,10 +79,10 @@ def _mixture(view: View, found: Stats) -> str:
             hovertemplate="%{y:.2f} %<extra>" + html.escape(name) + "</extra>",
         ))  # fmt: skip
     done = view.done if view.done is not None and view.done < found.steps else None
-    return _chart("Mixture over training, % of rows", lines, {"title": "step"}, {"range": [0, 100]}, done)
+    return _chart("Mixture over training, % of rows", lines, {"title": "step"}, {"range": [0, 100]}, wide, done)
 
 
-def _chart(title: str, lines: list[Any], x: dict[str, Any], y: dict[str, Any], done: int | None = None) -> str:
+def _chart(title: str, lines: list[Any], x: dict[str, Any], y: dict[str, Any], wide: bool, done: int | None = None) -> str:
     figure = go.Figure(lines)
     figure.update_layout(
         template="plotly_white", height=280, margin={"l": 56, "r": 16, "t": 12, "b": 36}, showlegend=len(lines) > 1,
@@ -91,7 +93,7 @@ def _chart(title: str, lines: list[Any], x: dict[str, Any], y: dict[str, Any], d
     figure.update_yaxes(**y)
     if done is not None:
         figure.add_vline(x=done, line={"color": "#1d2129", "width": 1, "dash": "dot"}, annotation_text="newest checkpoint")
-    body = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
+    body = chart(figure, wide)
     return f'<section class="chart"><h2>{html.escape(title)}</h2>{body}</section>'
 
 

@@ -6,6 +6,7 @@ import html
 
 import plotly.graph_objects as go
 
+from trainer.chart import chart
 from trainer.goodput import CAUSES, Goodput
 
 _COLOURS = {
@@ -35,7 +36,7 @@ def goodput_section(found: Goodput) -> str:
     )  # fmt: skip
     figure.update_xaxes(range=[0, 100], ticksuffix=" %")
     figure.update_yaxes(visible=False)
-    body = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
+    body = chart(figure, wide=True)
     return f"<div class='time'>{body}</div>{_table(found)}"
 
 

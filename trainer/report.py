@@ -11,10 +11,10 @@ from string import Template
 from typing import Any
 
 import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
 from data.atomic import write_file
 from parallel.errors import LayoutError
+from trainer.chart import SCRIPT, STYLE, chart
 from trainer.config import RunConfig, parse_config
 from trainer.data_charts import data_section
 from trainer.errors import RunError
@@ -50,7 +50,8 @@ def write_report(folder: RunFolder, target: Path) -> None:
         layout=_layout(config, events),
         events=_event_rows(events),
         config=html.escape(config_text),
-        plotly=get_plotlyjs(),
+        style=STYLE,
+        script=SCRIPT,
         made=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()),
     )
     try:
@@ -85,7 +86,8 @@ def _charts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], even
         mfu = [_line(x, [100 * r.get("mfu", math.nan) for r in steps], "MFU", _BLUE)]
         charts.append(_chart("Model FLOPs utilisation, % of peak", mfu, events, zero=True))
     waited = [_line(x, [100 * r["data_seconds"] / r["step_seconds"] for r in steps], "waiting", _BLUE)]
-    charts.append(_chart("Step time spent waiting for data, %", waited, events, zero=True))
+    alone = len(charts) % 2 == 1  # in the last row
+    charts.append(_chart("Step time spent waiting for data, %", waited, events, zero=True, wide=alone))
     return charts
 
 
@@ -106,11 +108,14 @@ def _line(x: Sequence[float], y: Sequence[float], name: str, colour: str, marker
     x, y = _thin(x, y)
     return go.Scatter(
         x=x, y=y, name=name, mode="lines+markers" if markers else "lines", line={"color": colour, "width": 1.8},
-        hovertemplate="step %{x}: %{y:.6g}<extra>" + name + "</extra>",
+        hovertemplate="%{y:.6g}<extra>" + name + "</extra>",
     )  # fmt: skip
 
 
-def _chart(title: str, lines: list[go.Scatter], events: list[dict[str, Any]], tall: bool = False, zero: bool = False) -> str:
+def _chart(
+    title: str, lines: list[go.Scatter], events: list[dict[str, Any]], tall: bool = False, zero: bool = False,
+    wide: bool = False,
+) -> str:  # fmt: skip
     figure = go.Figure(lines)
     figure.update_layout(
         template="plotly_white", height=380 if tall else 250, margin={"l": 56, "r": 16, "t": 12, "b": 36},
@@ -124,7 +129,7 @@ def _chart(title: str, lines: list[go.Scatter], events: list[dict[str, Any]], ta
         if event["event"] in ("resume", "skip"):
             colour = _GREY if event["event"] == "resume" else "#c0392b"
             figure.add_vline(x=event["step"], line={"color": colour, "width": 1, "dash": "dot"})
-    body = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
+    body = chart(figure, wide=tall or wide)
     return f'<section class="chart{" tall" if tall else ""}"><h2>{html.escape(title)}</h2>{body}</section>'
 
 
@@ -209,9 +214,10 @@ _PAGE = Template("""<!doctype html>
  .grid section:last-child:nth-child(even) { grid-column: 1 / -1; }
  .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(340px, 1fr)); gap: 14px; margin-top: 14px; }
  .pair section { min-width: 0; }
+$style
  @media (max-width: 760px) { .grid { grid-template-columns: 1fr; } }
 </style>
-<script>$plotly</script></head>
+</head>
 <body><main>
 <h1>$title</h1><p class="made">Mikoshi run, page made $made</p>
 <div class="tiles">$tiles</div>
@@ -222,5 +228,5 @@ _PAGE = Template("""<!doctype html>
 <section class="below"><h2>Events</h2><div class="scroll"><table>
 <tr><th>time, UTC</th><th>event</th><th>step</th><th></th></tr>$events</table></div></section>
 <section class="below"><h2>Resolved config</h2><div class="scroll"><pre>$config</pre></div></section>
-</main><script>window.dispatchEvent(new Event("resize"));</script></body></html>
+</main><script>$script</script></body></html>
 """)
