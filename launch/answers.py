@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import write_file
+from data.jsontext import dumps
 
 VARIABLE = "MIKOSHI_ANSWER"
 
@@ -16,7 +17,7 @@ VARIABLE = "MIKOSHI_ANSWER"
 def leave(answer: Mapping[str, Any]) -> None:
     """Leave this rank's answer for its node agent; without one nobody has asked, and nothing is written."""
     if path := os.environ.get(VARIABLE):
-        write_file(Path(path), json.dumps(answer).encode(), durable=False)
+        write_file(Path(path), dumps(answer).encode(), durable=False)
 
 
 def read(path: Path) -> dict[str, Any]:

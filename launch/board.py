@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -255,7 +256,8 @@ def _pace(path: Path, steps: int, state: State) -> dict[str, Any]:
     times = [record["time"] for record in (*metrics[-1:], *events[-1:]) if isinstance(record.get("time"), int | float)]
     found["seen"] = max(times, default=0.0)
     if taken:
-        found["loss"] = taken[-1]["loss"]
+        loss = taken[-1]["loss"]
+        found["loss"] = math.nan if loss is None else loss  # a step whose loss is not finite
         seconds = sum(record["step_seconds"] for record in taken)
         if seconds > 0 and going:
             found["tokens_per_second"] = sum(record.get("tokens", 0) for record in taken) / seconds

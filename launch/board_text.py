@@ -140,6 +140,7 @@ _WORDS = {
     "eval": "held-out loss {loss:.4f} at step {step}",
     "skip": "step {step} changed nothing: {why}",
     "spike": "step {step}: {why}",
+    "non-finite": "step {step}: not finite: {values}",
     "retry": "step {step} was computed again: {why}",
     "rewind": "went back from step {step} to {to}",
     "straggler": "rank {rank} takes {ratio} times as long as the others",

@@ -22,6 +22,7 @@ from typing import Any, get_args
 import torch
 
 from data.atomic import write_file
+from data.jsontext import dumps
 from parallel.errors import LayoutError
 from trainer.config import ParallelSection, RunConfig, load_config, to_toml
 from trainer.engine_section import Kind
@@ -29,7 +30,7 @@ from trainer.engines.carry import compiles
 from trainer.errors import ConfigError, RunError
 from trainer.exit_codes import DONE
 from trainer.preflight import preflight
-from trainer.runfolder import RunFolder, read_jsonl
+from trainer.runfolder import RunFolder, read_jsonl, read_metrics
 
 PLAN, RUNS, OUTPUT, CONTESTANT = "plan.json", "runs.jsonl", "output.txt", "contestant.toml"
 WARM_UP = 3
@@ -161,7 +162,7 @@ def write_plan(plan: Plan, configs: Sequence[RunConfig], out: Path) -> None:
         for one, config in zip(plan.contestants, configs, strict=True):
             (out / one.folder).mkdir(parents=True, exist_ok=True)
             write_file(out / one.folder / CONTESTANT, to_toml(config).encode())
-        write_file(out / PLAN, json.dumps(asdict(plan), indent=2).encode())
+        write_file(out / PLAN, dumps(asdict(plan), indent=2).encode())
     except OSError as error:
         raise RunError(f"--out {out}: cannot be written: {error.strerror}: give another folder") from None
 
@@ -290,7 +291,7 @@ def _rounds(folder: Path, rounds: int) -> list[Round]:
     found = []
     for number in range(1, rounds + 1):
         run = RunFolder(folder / f"round-{number}")
-        steps = [record for record in read_jsonl(run.metrics) if "loss" in record]
+        steps = [record for record in read_metrics(run.metrics) if "loss" in record]
         end = next((event for event in read_jsonl(run.events) if event["event"] == "end"), {})
         if len(steps) > WARM_UP:
             memory = end.get("memory") or [steps[-1]["memory_bytes"]]  # one that was cut short has told of rank 0 alone

@@ -6,7 +6,6 @@ is started again, none strikes twice. All faults of one plan, of all ranks, stan
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from data.jsontext import dumps
 from parallel import pulse
 from parallel.sharding import local
 from trainer.faultplan import SLOW_STEPS, Fault, Plan
@@ -93,7 +93,7 @@ class Injector:
 
     def _record(self, number: int, fault: Fault, target: Path | None) -> None:
         damaged = {} if target is None else _of_checkpoints(target.parent, fired(self.log))
-        line = json.dumps({"number": number, "time": time.time(), **asdict(fault), **damaged}) + "\n"
+        line = dumps({"number": number, "time": time.time(), **asdict(fault), **damaged}) + "\n"
         handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             os.write(handle, line.encode())

@@ -22,7 +22,7 @@ from trainer.goodput import Goodput, account
 from trainer.goodput_chart import goodput_section
 from trainer.layout_svg import draw
 from trainer.layout_view import layout_view
-from trainer.runfolder import RunFolder, read_jsonl
+from trainer.runfolder import RunFolder, read_jsonl, read_metrics
 
 _BLUE, _ORANGE, _GREY = "#2457a6", "#d9762b", "#8a8f98"
 _MOST_POINTS = 2000
@@ -30,7 +30,7 @@ _MOST_POINTS = 2000
 
 def write_report(folder: RunFolder, target: Path) -> None:
     """Make the page of the run at `target`. Raises RunError if no step has been recorded yet."""
-    records = read_jsonl(folder.metrics)
+    records = read_metrics(folder.metrics)
     steps = [r for r in records if "loss" in r]
     if not steps:
         raise RunError(f"{folder.metrics}: no step has been recorded yet; wait for the first")

@@ -8,6 +8,7 @@ runs/NAME/
     metrics.jsonl    one record a step
     checkpoints/     step-NNNNNNNN, see trainer.checkpoint
     guard.json       where the loss guard has gone back, and which batches it left out
+    wandb.json       which of Weights & Biases' runs the history goes to
     stacks/          what every rank was doing when one was found hung
     .lock            held by rank 0 while it trains
     tensorboard/
@@ -20,6 +21,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from data.atomic import LOCKLESS, write_file
+from data.jsontext import dumps
 from trainer.errors import RunError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -69,6 +72,10 @@ class RunFolder:
         return self.path / "guard.json"
 
     @property
+    def wandb(self) -> Path:
+        return self.path / "wandb.json"
+
+    @property
     def stacks(self) -> Path:
         return self.path / "stacks"
 
@@ -93,7 +100,7 @@ class RunFolder:
         """Append to the events. A disk that is full costs the event, not the run."""
         record = {"time": round(time.time(), 3), "event": kind, **fields}
         with disk_may_be_full(self.events), self.events.open("a+", encoding="utf-8") as out:
-            out.write("\n" * _cut_short(self.events) + json.dumps(record) + "\n")
+            out.write("\n" * _cut_short(self.events) + dumps(record) + "\n")
 
     def lock(self, patience: float = 5.0) -> IO[bytes]:
         """Hold the run for this process until the file returned is closed, or the process dies. Raises RunError if
@@ -157,8 +164,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a run's steps and evaluations, in which a number that was not finite is NaN."""
+    return [{key: math.nan if value is None else value for key, value in record.items()} for record in read_jsonl(path)]
+
+
 def drop_after(path: Path, step: int) -> None:
     """Forget the metrics of steps that a resumed run is about to make again."""
     if path.exists():
         kept = [record for record in read_jsonl(path) if record.get("step", 0) <= step]
-        write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        write_file(path, "".join(dumps(record) + "\n" for record in kept).encode())

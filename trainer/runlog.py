@@ -10,6 +10,7 @@ import torch
 
 from data.atomic import write_file
 from data.chat import write_chat
+from data.jsontext import non_finite
 from parallel.layout import Layout
 from trainer.checkpoint import Outcome, on_first_rank
 from trainer.config import RunConfig, to_toml
@@ -101,8 +102,13 @@ class RunLog:
         }  # fmt: skip
         if self.peak:
             values["mfu"] = self.flops * values["tokens_per_second"] / self.peak
-        self.metrics.record(done, values)
+        self._record(done, values)
         self.console.step(done, values)
+
+    def _record(self, done: int, values: dict[str, Any]) -> None:
+        self.metrics.record(done, values)
+        if found := non_finite(values):  # null in the metrics
+            self.folder.event("non-finite", step=done, values=found)
 
     def retried(self, done: int, why: str, cured: bool, seconds: float) -> None:
         if not self.silent:  # within the step: its clock goes on
@@ -128,7 +134,7 @@ class RunLog:
             return
         loss = sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
         each = {f"eval_loss.{name}": value for name, value in losses.items() if name}
-        self.metrics.record(done, {"eval_loss": loss, **each})
+        self._record(done, {"eval_loss": loss, **each})
         self.event("eval", step=done, loss=loss, seconds=round(seconds, 6))
         parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name)
         self.console.say(f"step {done}: held-out loss {loss:.4f}" + (f" ({parts})" if parts else ""))
