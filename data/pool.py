@@ -31,11 +31,6 @@ _START = "import sys; sys.path[:] = sys.argv[2:]; from data.pool import serve; s
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def run(
     task: Callable[[C, J, Tell], R],
     context: C,

@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 
 from data.assemble import Unusable, assemble, report_of
 from data.atomic import commit_folder, locked_folder, write_file
+from data.cores import cores
 from data.errors import DataError, of_storage
 from data.marks import AUTO
-from data.pool import Tell, cores, run
+from data.pool import Tell, run
 from data.progress import Meter, Progress, Show, quiet
 from data.quality import Filters, find_doubles
 from data.shards import HELD_OUT, INDEX, TOKENIZER, TRAIN, DatasetInfo, read_index, verify_shard

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 import resource
 import secrets
@@ -19,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from data.cores import cores
 from launch.gpus import gpus
 from launch.network import interface_of
 from trainer.errors import LaunchError
@@ -51,7 +51,7 @@ def about(question: dict[str, Any]) -> dict[str, Any]:
         "versions": {**_versions(), "driver": seen.pop("driver"), "kernel": platform.release()},
         **seen,
         "torch_gpus": _torch_gpus(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory": psutil.virtual_memory().total,
         "disk": _disks(str(question["workdir"])),
         "limits": {"nofile": _limit(resource.RLIMIT_NOFILE), "memlock": _limit(resource.RLIMIT_MEMLOCK)},

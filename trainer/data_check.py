@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from data.cores import cores
 from data.dataset import is_megatron, is_remote, open_dataset
 from data.errors import DataError, StorageError, of_storage
 from data.packing import plan_name, read_plan, verify_plan
-from data.pool import cores
 from data.progress import Progress, Show, quiet
 from data.shards import HELD_OUT, TOKENIZER, TRAIN, DatasetInfo, ShardInfo, read_index, verify_shard
 from data.store import CacheLimits

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 
 from rich.console import Console
 from rich.table import Table
 
+from data.cores import cores
 from trainer.config import RunConfig, parse_config, to_toml
 from trainer.dryrun import KINDS, DryRun, dry_run, ranks_of
 from trainer.engines.carry import layout_of
@@ -29,7 +29,7 @@ def run_ranks(config: RunConfig, world: int, which: str) -> list[DryRun]:
     ranks = ranks_of(layout_of(config, world), which)
     if len(ranks) == 1:
         return [dry_run(config, world, ranks[0])]
-    text, at_once = to_toml(config), min(len(ranks), os.cpu_count() or 1)
+    text, at_once = to_toml(config), min(len(ranks), cores())
     with ProcessPoolExecutor(at_once, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(_in_process, [text] * len(ranks), [world] * len(ranks), ranks))
 

@@ -7,7 +7,6 @@ so that the bytes are shared out evenly. Files and how they are read and written
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_planned
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from data.cores import cores
 from trainer.checkpoint.agree import cause, from_first_rank, place, to_first_rank
 from trainer.checkpoint.manifest import Manifest, PieceEntry, TensorEntry
 from trainer.checkpoint.pieces import DTYPES, Contents, PieceFile, dtype_name, dtype_named, lay_out, piece_file
@@ -230,7 +230,7 @@ class _Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         reads: list[Callable[[], None]] = []
-        with ExitStack() as held, ThreadPoolExecutor(min(4, os.cpu_count() or 1), "load") as pool:
+        with ExitStack() as held, ThreadPoolExecutor(min(4, cores()), "load") as pool:
             files: dict[str, PieceFile] = {}
             for item in plan.items:
                 name = self._piece(item.storage_index)["file"]

@@ -5,7 +5,6 @@ A disk or a store that fails is no damage: then nothing is refused, nothing set 
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from xxhash import xxh3_128
 
+from data.cores import cores
 from trainer.checkpoint.agree import cause, of_all_ranks, on_first_rank, place
 from trainer.checkpoint.manifest import FileEntry, Manifest, file_of, parse
 from trainer.checkpoint.pieces import read_through
@@ -105,7 +105,7 @@ def verify(
     for name, entry in mine:
         _check_size(f"{saved}/{name}", there.get(name), entry["size"])
     if digests:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "verify") as pool:
+        with ThreadPoolExecutor(min(8, cores()), "verify") as pool:
             list(pool.map(lambda item: _check_bytes(saved, *item), mine))
     return manifest
 

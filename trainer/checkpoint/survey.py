@@ -5,7 +5,6 @@ Nothing here is collective: one process looks, beside a run that may be writing 
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
+from data.cores import cores
 from trainer.checkpoint.digests import Both, differing
 from trainer.checkpoint.keep import Keep, kept
 from trainer.checkpoint.keep import surplus as beside_sizes
@@ -136,7 +136,7 @@ def faults(store: Store, step: int, digests: bool = True, seen: Seen | None = No
     def fault(name: str) -> str | None:
         return _altered(store, step, name, manifest.files[name], seen or (lambda _: None))
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(8, cores())) as pool:
         altered = [told for told in pool.map(fault, whole) if told is not None]
     if altered and step not in store.steps():
         raise FileNotFoundError(store.describe(step))

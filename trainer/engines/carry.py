@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any
@@ -14,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
+from data.cores import cores
 from parallel import pulse
 from parallel.context import exchanged_heads, gathered_keys
 from parallel.expert import expert_parallel, experts_in, share_balance
@@ -173,7 +173,7 @@ def cores_per_rank(device: torch.device) -> int:
     """Threads that this rank may use on its host for filling weights."""
     if device.type == "cpu":
         return torch.get_num_threads()
-    return max(1, (os.cpu_count() or 1) // max(1, torch.cuda.device_count()))
+    return max(1, cores() // max(1, torch.cuda.device_count()))
 
 
 def stage_layers(model: ModelConfig, context: int, stages: int) -> list[range]:
