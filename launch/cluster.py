@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, field_validator
 
 from launch.gpus import gpus_here
 from launch.hostfile import read_hostfile
-from launch.names import Host, Interface, Line, Plain, Variable, Word
+from launch.names import Host, Interface, Line, Plain, Variable, Word, same_host
 from trainer.errors import ConfigError, LaunchError
 from trainer.sections import Count, Natural, Section
 from trainer.tomlfile import override, read, validate
@@ -86,8 +86,11 @@ class SshCluster(Base):
     @field_validator("hosts")
     @classmethod
     def _once_each(cls, hosts: list[str]) -> list[str]:
-        if twice := sorted({host for host in hosts if hosts.count(host) > 1}):
-            raise ValueError(f"{twice[0]} stands there twice")
+        seen: dict[str, str] = {}
+        for host in hosts:
+            if (other := seen.get(same_host(host))) is not None:
+                raise ValueError(f"{host} stands there twice{'' if other == host else f', as {other}'}")
+            seen[same_host(host)] = host
         return hosts
 
 
@@ -169,7 +172,8 @@ def load_cluster(name: str, overrides: tuple[str, ...] = ()) -> Cluster:
         known = sorted({file.stem for folder in (OWN, SHIPPED) for file in folder.glob("*.toml")})
         raise ConfigError(f"--on {name}: no such cluster file: {path}; there are {', '.join(known) or 'none'}")
     values, origin = read(path)
-    override(values, origin, overrides)
+    kind = next((text[5:] for text in reversed(overrides) if text.startswith("kind=")), values.get("kind"))
+    override(KINDS.get(kind, Base) if isinstance(kind, str) else Base, values, origin, overrides)
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"{path}: kind = {kind!r}: one of {', '.join(KINDS)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from launch.names import host_name
+from launch.names import host_name, same_host
 from trainer.errors import LaunchError
 
 
@@ -17,6 +17,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise LaunchError(f"hostfile {path}: cannot be read: {why}") from None
     hosts: dict[str, int] = {}
+    seen: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         text = line.partition("#")[0].strip()
         if not text:
@@ -28,8 +29,10 @@ def read_hostfile(path: Path) -> dict[str, int]:
             name = host_name(found.group(1))
         except ValueError as error:
             raise LaunchError(f"{path}:{number}: {error}") from None
-        if name in hosts:
-            raise LaunchError(f"{path}:{number}: {name} stands there twice")
+        if other := seen.get(same_host(name)):
+            also = "" if other == name else f", as {other}"
+            raise LaunchError(f"{path}:{number}: {name} stands there twice{also}")
+        seen[same_host(name)] = name
         hosts[name] = int(found.group(2))
     if not hosts:
         raise LaunchError(f"hostfile {path}: it names no host")

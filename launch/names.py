@@ -29,6 +29,15 @@ def host_name(text: str) -> str:
     return text
 
 
+def same_host(name: str) -> str:
+    """What all spellings of a host's name have in common: DNS knows neither case nor a dot at the end, and an IP address can
+    be written in several ways."""
+    try:
+        return str(ipaddress.ip_address(name))
+    except ValueError:
+        return name.lower().rstrip(".")
+
+
 def variable_name(text: str) -> str:
     """The name of an environment variable. Raises ValueError."""
     if not _VARIABLE.fullmatch(text):

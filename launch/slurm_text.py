@@ -20,7 +20,7 @@ _TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 
 def seconds(limit: str) -> float:
     """A time limit as Slurm writes or reads it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:…]].
-    Infinite for UNLIMITED. Raises LaunchError."""
+    Infinite for UNLIMITED and for no time at all, by which Slurm means the same. Raises LaunchError."""
     if limit.upper() in ("UNLIMITED", "INFINITE"):
         return float("inf")
     found = _TIME.fullmatch(limit)
@@ -34,7 +34,7 @@ def seconds(limit: str) -> float:
         hours, minutes, rest_seconds = parts
     else:
         hours, (minutes, rest_seconds) = 0, (*parts, 0)[:2]
-    return ((days or 0) * 24 + hours) * 3600.0 + minutes * 60 + rest_seconds
+    return ((days or 0) * 24 + hours) * 3600.0 + minutes * 60 + rest_seconds or float("inf")
 
 
 def fields(text: str) -> dict[str, str]:

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from trainer.engine_section import EngineSection
 from trainer.errors import ConfigError
 from trainer.model.config import ModelConfig
 from trainer.sections import CheckpointSection, Count, DataSection, GuardSection, Natural, RecoverySection, Section
-from trainer.tomlfile import override, read, validate
+from trainer.tomlfile import is_unicode, override, read, validate
 
 LONGEST_NAME = 100
-"""Signs of a run's name: file systems take 255 bytes, of which a job's and a file's own names need some."""
+MOST_BYTES = 200
+"""Signs and bytes of a run's name: file systems take 255 bytes, of which a job's and a file's own names need some."""
 
 
 class RunSection(Section):
@@ -30,6 +31,13 @@ class RunSection(Section):
     )
     folder: Path = Field(Path("runs"), description="where run folders are kept")
     seed: Natural = 1
+
+    @field_validator("name")
+    @classmethod
+    def _short(cls, name: str) -> str:
+        if (size := len(name.encode())) > MOST_BYTES:
+            raise ValueError(f"{size} bytes: {MOST_BYTES} at most: file systems count bytes, of which a sign may need 4")
+        return name
 
     @property
     def path(self) -> Path:
@@ -171,9 +179,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's TOML, its `base` files beneath it and `a.b=c` overrides above it. Raises ConfigError."""
     path = path / "config.toml" if path.is_dir() else path  # a run folder keeps its own
     values, origin = read(path)
-    override(values, origin, overrides)
+    override(RunConfig, values, origin, overrides)
     run = values.setdefault("run", {})
     if isinstance(run, dict) and not run.get("name"):
+        if not is_unicode(path.stem):
+            raise ConfigError(f"{str(path)!a}: the file's name is not UTF-8 text: rename it, or give run.name")
         run["name"] = path.stem
     return validate(RunConfig, values, origin)
 

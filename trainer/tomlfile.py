@@ -8,8 +8,9 @@ import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from pathlib import Path, PurePath
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -51,13 +52,20 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Origi
     return merged, origin | {key: (str(path), line) for key, line in _lines(text).items()}
 
 
-def override(values: dict[str, Any], origin: Origin, texts: Sequence[str]) -> None:
-    """Set `a.b=c` overrides of the command line in place. Raises ConfigError."""
+def override(model: type[BaseModel], values: dict[str, Any], origin: Origin, texts: Sequence[str]) -> None:
+    """Set `a.b=c` overrides of the command line in place. A value is read as TOML; where `model` has a text, it is the text as
+    typed, so that a name may look like a number. Raises ConfigError."""
+    kinds = dict(_fields(model))
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"{text!r}: an override is written section.key=value")
-        _set(values, key.strip(), _override_value(value), text)
+        if not is_unicode(text):
+            raise ConfigError(f"{text!a}: an override is UTF-8 text")
+        read_as = _override_value(value)
+        if not isinstance(read_as, str) and _is_text(_kind_of(kinds, key.strip())):
+            read_as = value.strip()
+        _set(values, key.strip(), read_as, text)
         origin[key.strip()] = ("command line", 0)
 
 
@@ -88,6 +96,30 @@ def _override_value(text: str) -> Any:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text  # a bare word: a string
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a word of the command line or a file's name was UTF-8: Python keeps other bytes as halves of characters."""
+    return not any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
+def _kind_of(kinds: Mapping[str, Any], key: str) -> Any:
+    """What the schema has for a dotted key, in tables whose keys the user names too."""
+    if (field := kinds.get(key)) or (field := kinds.get(_NAMED.sub(r"\1*.", key))):
+        return field.annotation
+    table = kinds.get(key.rpartition(".")[0])
+    return get_args(table.annotation)[1] if table is not None and get_origin(table.annotation) is dict else None
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a value of this type can be nothing but text, or be left out."""
+    if get_origin(kind) is Annotated:
+        return _is_text(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return all(isinstance(one, str) for one in get_args(kind))
+    if get_origin(kind) in (Union, UnionType):
+        return all(one is NoneType or _is_text(one) for one in get_args(kind))
+    return isinstance(kind, type) and issubclass(kind, str | PurePath)
 
 
 def _set(tree: dict[str, Any], key: str, value: Any, text: str) -> None:

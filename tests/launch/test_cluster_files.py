@@ -66,6 +66,8 @@ def test_the_local_cluster_works_as_it_is_shipped(monkeypatch):
         ('kind = "slurm"\nnodes = "2"\n', r"mine\.toml:2: nodes"),
         ('kind = "ssh"\nhosts = ["-oProxyCommand=x"]\n', r"mine\.toml:2: hosts.*no host name"),
         ('kind = "ssh"\nhosts = ["a", "b", "a"]\n', r"mine\.toml:2: hosts.*a stands there twice"),
+        ('kind = "ssh"\nhosts = ["Node1", "b", "node1"]\n', r"hosts.*node1 stands there twice, as Node1"),
+        ('kind = "ssh"\nhosts = ["::1", "0:0::1"]\n', r"hosts.*0:0::1 stands there twice, as ::1"),
         ('kind = "slurm"\noptions = ["-N 2"]\n', r"mine\.toml:2: options.*long option"),
         ('kind = "slurm"\noptions = ["--qos"]\n', r"mine\.toml:2: options.*'--qos': a long option with its value after ="),
         ('kind = "slurm"\noptions = ["--hold", "--expor=ALL"]\n', r"mine\.toml:2: options.*--export is set by Mikoshi: leave"),
@@ -101,3 +103,20 @@ def test_hosts_of_a_hostfile_beside_the_cluster_file_are_taken_in_its_order(tmp_
     (tmp_path / "hosts").write_text("b slots=4\na slots=8\n")
     with pytest.raises(LaunchError, match="every node must carry as many ranks"):
         load_cluster(write(tmp_path, 'kind = "ssh"\nhostfile = "hosts"\n'))
+
+
+def test_two_spellings_of_a_host_in_a_hostfile_are_one_host(tmp_path):
+    (tmp_path / "hosts").write_text("Node1 slots=4\nnode2 slots=4\nnode1 slots=4\n")
+    with pytest.raises(LaunchError, match=r"hosts:3: node1 stands there twice, as Node1"):
+        load_cluster(write(tmp_path, 'kind = "ssh"\nhostfile = "hosts"\n'))
+
+
+def test_text_of_the_command_line_stays_as_it_was_typed(tmp_path):
+    """Also what TOML would read as a number, a truth, a time or a date."""
+    given = {"account": "123456", "partition": "1e5", "qos": "true", "reservation": "00123", "time": "00:00:00",
+             "memory": "0", "gpu_type": "2024-01-02", "constraint": "inf", "env.FLAG": "1"}  # fmt: skip
+    cluster = load_cluster(write(tmp_path, 'kind = "slurm"\n'), tuple(f"{key}={text}" for key, text in given.items()))
+    assert {key: getattr(cluster, key) for key in given if "." not in key} == {k: v for k, v in given.items() if "." not in k}
+    assert cluster.env == {"FLAG": "1"}
+    quoted = load_cluster(write(tmp_path, 'kind = "slurm"\n'), ("time='1-00:00:00'", "nodes=3", "exclusive=true"))
+    assert (quoted.time, quoted.nodes, quoted.exclusive) == ("1-00:00:00", 3, True)

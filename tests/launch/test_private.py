@@ -1,6 +1,7 @@
 """A private folder is in memory where there is room, else on disk; what its owner cannot remove any more, the next one does."""
 
 import os
+import subprocess
 import tempfile
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from disks import small_disk
 from launch import private
 from launch.private import private_folder
+from launch.supervisor import Job, supervise
 
 
 @pytest.fixture
@@ -54,3 +56,23 @@ def test_what_a_killed_owner_left_is_removed_from_both_and_what_a_living_one_has
         with private_folder() as other:
             assert mine.exists()
             assert other != mine
+
+
+def test_a_long_folder_for_temporary_files_is_no_place_for_sockets(places, monkeypatch):
+    """As where /dev/shm cannot be used, and TMPDIR is a job's own."""
+    places[0].rmdir()
+    long = places[1] / ("x" * 90)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with private_folder() as folder:
+        assert folder.parent == long
+    assert supervise(Job(1, len, ((),))) == 0, "a rank was forked, and has ended with this code"
+    assert not list(long.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a disk that is read-only")
+def test_memory_that_cannot_be_written_is_none(places):
+    with small_disk(places[0], 1 << 21) as memory:
+        subprocess.run(["mount", "-o", "remount,ro", str(memory)], check=True)
+        with private_folder() as folder:
+            assert folder.parent == places[1]

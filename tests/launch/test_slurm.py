@@ -108,7 +108,8 @@ def test_a_list_of_nodes_is_read(text, names):
     ("text", "seconds"),
     [
         ("90", 5400), ("1:30", 90), ("12:00:00", 43200), ("2-00:00:00", 172800), ("1-6", 108000), ("1-6:30", 109800),
-        ("UNLIMITED", float("inf")), ("infinite", float("inf")),
+        ("UNLIMITED", float("inf")), ("infinite", float("inf")), ("00:00:00", float("inf")), ("0", float("inf")),
+        ("0-0", float("inf")), ("1-00:00:00", 86400), ("0:01", 1),
     ],
 )  # fmt: skip
 def test_a_time_limit_is_read(text, seconds):

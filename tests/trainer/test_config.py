@@ -89,3 +89,29 @@ def test_differences_are_dotted_keys(run):
     assert differences(old, new) == {
         "model.rope.theta": (10_000.0, 5.0), "data.tokenizer": (None, "x"), "optim.lr": (3e-4, 1.0),
     }  # fmt: skip
+
+
+def test_text_of_the_command_line_stays_as_it_was_typed(run):
+    given = {"run.name": "2024", "run.folder": "00123", "log.wandb": "true", "data.source": "1e5", "checkpoint.folder": "0x10"}
+    config = load_config(run, [*(f"{key}={text}" for key, text in given.items()), "optim.lr=1e-3", "run.seed=7"])
+    assert (config.run.name, str(config.run.folder), config.log.wandb) == ("2024", "00123", "true")
+    assert (str(config.data.source), config.checkpoint.folder) == ("1e5", "0x10")
+    assert (config.optim.lr, config.run.seed) == (1e-3, 7)
+    assert parse_config(to_toml(config), "again") == config
+    with pytest.raises(ConfigError, match="valid integer"):
+        load_config(run, ["run.seed=x7"])
+
+
+def test_a_name_is_measured_in_bytes(run):
+    assert load_config(run, [f"run.name=a{'字' * 66}"]).run.name == f"a{'字' * 66}"
+    with pytest.raises(ConfigError, match=r"run\.name.*298 bytes: 200 at most"):
+        load_config(run, [f"run.name=a{'字' * 99}"])
+
+
+def test_bytes_that_are_no_text_are_refused_in_one_line(run):
+    with pytest.raises(ConfigError, match=r"caf\\udce9.*UTF-8"):
+        load_config(run, ["run.name=caf\udce9"])
+    (run.parent / "caf\udce9.toml").write_bytes((run).read_bytes())
+    with pytest.raises(ConfigError, match=r"caf\\udce9.*UTF-8"):
+        load_config(run.parent / "caf\udce9.toml")
+    assert load_config(run.parent / "caf\udce9.toml", ["run.name=cafe"]).run.name == "cafe"
