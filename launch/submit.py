@@ -20,9 +20,10 @@ from launch.private_env import applied, chosen
 from launch.record import Attempt, Request, Spec, Submitted, create, new_spec
 from launch.typed import named, typed
 from parallel.errors import LayoutError
-from trainer.config import LONGEST_NAME, RunConfig, load_config
+from trainer.config import LONGEST_NAME, MOST_BYTES, RunConfig, load_config
 from trainer.errors import ConfigError, LaunchError
 from trainer.runfolder import RunFolder
+from trainer.tomlfile import is_unicode
 
 LARGEST_SWEEP = 1000
 _TRIED = 64
@@ -76,6 +77,8 @@ def make_plan(
     wanted = nodes or cluster.nodes
     request = Request(nodes=wanted, min_nodes=least(config, wanted, min_nodes), time=time.time())
     workdir = str(Path(cluster.workdir).expanduser().absolute()) if cluster.workdir else str(Path.cwd())
+    if not is_unicode(workdir):
+        raise LaunchError(f"workdir = {workdir!a}: not UTF-8 text: rename the folder")
     spec = new_spec(config, cluster, Path(workdir))
     layout, fewer = layouts(config, cluster, request)
     unseen = look_ahead(spec, wanted)
@@ -115,11 +118,28 @@ def layouts(config: RunConfig, cluster: Base, request: Request) -> tuple[str, tu
     return told, tuple(reversed(fewer))
 
 
+def _check_wandb(spec: Spec) -> None:
+    """Raises ConfigError where ranks will have no key for Weights & Biases: of the one who submits they see, but on the same
+    machine, only the variables that the cluster file names, and in a pod no file."""
+    from trainer.wandb_log import check_key
+
+    cluster = spec.cluster
+    env = {name: os.environ.get(name, "") for name in cluster.secrets} | cluster.env
+    if cluster.kind == "local":
+        check_key(spec.config.log.wandb, os.environ | env, Path.home())
+    else:
+        home = None if isinstance(cluster, KubernetesCluster) else Path.home()
+        way = 'set WANDB_API_KEY and give secrets = ["WANDB_API_KEY"] in the cluster file'
+        check_key(spec.config.log.wandb, env, home, way)
+
+
 def look_ahead(spec: Spec, nodes: int) -> str:
     """Check data, tokenizer and vocabulary where the nodes see them; why not, where the folder is on the disk of pods alone.
     Raises LaunchError where it should be on this machine too."""
     from trainer.preflight import foresee
 
+    if spec.config.log.wandb and "WANDB" not in spec.cluster.setup:
+        _check_wandb(spec)
     workdir = Path(spec.workdir)
     if not workdir.is_dir():
         if not isinstance(spec.cluster, KubernetesCluster):
@@ -236,8 +256,9 @@ def sweep_plans(
         swept = dict(zip(axes, values, strict=True))
         config = load_config(path, [*overrides, *(f"{key}={value}" for key, value in swept.items())])
         name = f"{config.run.name}-{number:03d}"
-        if len(name) > LONGEST_NAME:
-            raise LaunchError(f"run.name = {config.run.name!r}: with its number too long: {LONGEST_NAME - 4} signs at most")
+        if len(name) > LONGEST_NAME or len(name.encode()) > MOST_BYTES:
+            most = f"{LONGEST_NAME - 4} signs at most, of {MOST_BYTES - 4} bytes"
+            raise LaunchError(f"run.name = {config.run.name!r}: with its number too long: {most}")
         run = config.run.model_copy(update={"name": name})
         plans.append(make_plan(config.model_copy(update={"run": run}), cluster, nodes, min_nodes, swept))
     return plans

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import resource
 import sys
 import time
@@ -11,11 +9,13 @@ from typing import Any
 
 import torch
 
-from trainer.config import RunConfig, to_toml
+from data.jsontext import dumps
+from trainer.config import RunConfig
 from trainer.hardware import gpu_named
 from trainer.model.config import ModelConfig
 from trainer.model.gpt import GPT
-from trainer.runfolder import FULL, RunFolder, disk_may_be_full, drop_after
+from trainer.runfolder import FULL, RunFolder, disk_may_be_full, drop_after, read_jsonl
+from trainer.wandb_log import WandbLog, segment_of
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -57,31 +57,31 @@ class MetricLog:
     def __init__(self, folder: RunFolder, config: RunConfig, start: int) -> None:
         """Go on after step `start`: what a previous attempt recorded beyond it is dropped."""
         self._path = folder.metrics
+        segment = None
+        if config.log.wandb:
+            last = max((record.get("step", 0) for record in read_jsonl(self._path)), default=0)
+            segment = segment_of(folder, config, start, last)
         with disk_may_be_full(self._path):
             drop_after(self._path, start)
         self._lines = folder.metrics.open("ab", buffering=0)
         self._waiting = bytearray()  # what found no room on the disk yet
         self._full = False
         self._board: Any = None
-        self._wandb: Any = None
+        self._wandb: WandbLog | None = None
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(folder.tensorboard, purge_step=start + 1)
-        if config.log.wandb:
-            import wandb
-
-            self._wandb = wandb.init(
-                project=config.log.wandb, name=config.run.name, dir=folder.path, config={"toml": to_toml(config)},
-                id=f"{config.run.name}-{hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:12]}", resume="allow",
-            )  # fmt: skip
+            with disk_may_be_full(folder.tensorboard):
+                self._board = SummaryWriter(folder.tensorboard, purge_step=start + 1)
+        if segment is not None:
+            self._wandb = WandbLog(folder, config, segment)
 
     def record(self, step: int, values: dict[str, float]) -> None:
-        self._waiting += json.dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n"
+        self._waiting += dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n"
         self._write()
         self._draw(step, values)
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.record(step, values)
 
     def _write(self) -> None:
         try:
@@ -112,4 +112,4 @@ class MetricLog:
             with disk_may_be_full(self._path.parent):
                 self._board.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            self._wandb.close()

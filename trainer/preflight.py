@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,7 @@ from trainer.feed import check_cache, open_feed, places, recipes
 from trainer.precision import choose
 from trainer.runfolder import RunFolder
 from trainer.streamed import set_apart
+from trainer.wandb_log import check_key
 
 
 def preflight(config: RunConfig, ranks: int) -> None:
@@ -23,6 +26,8 @@ def preflight(config: RunConfig, ranks: int) -> None:
     _foresee(config, ranks, config.engine.device != "cpu" and torch.cuda.is_available(), here=True)
     if config.log.wandb and importlib.util.find_spec("wandb") is None:
         raise ConfigError(f'log.wandb = "{config.log.wandb}": the package wandb is not installed: pip install "mikoshi[wandb]"')
+    if config.log.wandb:
+        check_key(config.log.wandb, os.environ, Path.home())
     check_device("cuda" if config.parallel.async_tp else config.engine.device)
     RunFolder(config.run.path).make()
 
