@@ -11,7 +11,9 @@ import json
 import os
 import re
 import resource
+import sys
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -250,7 +252,7 @@ def main():
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--turns", type=int, help="port of the store that says when to take a step; default: at once")
     args = parser.parse_args()
-    from parallel.world import World, join, leave, pick_device, world_from
+    from parallel.world import World, join, pick_device, wait_for_all, world_from
 
     place = world_from(os.environ) or World()
     device = pick_device("auto", place)
@@ -279,8 +281,24 @@ def main():
             peak = torch.cuda.max_memory_allocated()
         told = {"seconds": slowest.tolist()[args.skip :], "tokens": case.tokens, "peak_bytes": peak, "losses": losses}
         print(json.dumps(told))
-    leave()
+    wait_for_all()
+
+
+def run():
+    """Its figures are told, and the process is gone: torch's destructors of gloo groups can wait for ever at an interpreter's
+    end, with its lock held, for a thread that waits for that lock."""
+    code = 1
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    main()
+    run()

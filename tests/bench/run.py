@@ -9,12 +9,14 @@ same are refused: they would not do the same work.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +34,7 @@ NAMES = {
     "deepspeed": "DeepSpeed ZeRO-2",
 }  # fmt: skip
 SKIP = 2  # steps to warm up
+LIMIT = 600.0  # seconds
 # Of a loss of about 9: rounding, and what a few steps of AdamW make of it.
 SAME_LOSS = {"fp32": 1e-4, "bf16": 3e-2}
 
@@ -59,11 +62,12 @@ def start(contender, case, ranks, steps, precision, store, folder):
         command[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         env["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // ranks))
     with (folder / f"{contender}.out").open("w") as out, (folder / f"{contender}.err").open("w") as err:
-        return subprocess.Popen(command, stdout=out, stderr=err, env=env)
+        return subprocess.Popen(command, stdout=out, stderr=err, env=env, start_new_session=True)
 
 
-def race(contenders, case, ranks, steps, precision):
-    """What each contender says of itself, by name. All have taken a step before any takes the next."""
+def race(contenders, case, ranks, steps, precision, limit=LIMIT):
+    """What each contender says of itself, by name. All have taken a step before any takes the next. One that takes `limit`
+    seconds for a step, its first with all that it imports, or for its end, is named, and the race is over."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as name:
         folder, running, results = Path(name), {}, {}
@@ -74,19 +78,42 @@ def race(contenders, case, ranks, steps, precision):
                 for contender in contenders if number % 2 == 0 else contenders[::-1]:
                     store.set(f"{contender}/{number}", "")
                     done = [f"{contender}/{number}/{rank}" for rank in range(ranks)]
+                    until = time.monotonic() + limit
                     while not store.check(done) and running[contender].poll() is None:
+                        if time.monotonic() > until:
+                            late = [str(rank) for rank, key in enumerate(done) if not store.check([key])]
+                            raise SystemExit(f"{contender}: rank {', '.join(late)}: late: step {number} took over {limit:g} s")
                         time.sleep(0.002)
+            until = time.monotonic() + limit
             for contender, process in running.items():
-                if process.wait():
+                if code_of(contender, process, until):
                     error = (folder / f"{contender}.err").read_text()[-3000:]
                     raise SystemExit(f"{contender}, {ranks} rank(s) failed:\n{error}")
                 lines = (folder / f"{contender}.out").read_text().splitlines()
                 results[contender] = json.loads(next(line for line in reversed(lines) if line.startswith("{")))
         finally:
             for process in running.values():
-                process.terminate()
-                process.wait()
+                end(process)
     return results
+
+
+def code_of(contender, process, until):
+    """The exit code of a contender that has taken its last step."""
+    try:
+        return process.wait(max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise SystemExit(f"{contender}: late: it does not end after its last step") from None
+
+
+def end(process):
+    """End a contender with all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def check_losses(case, precision, ours, theirs, name):

@@ -212,6 +212,8 @@ def as_rank(rank, world, store, *arguments):
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     measure(*arguments)
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # without a last word of libraries' threads
 
 
 def in_world(world, args, root):

@@ -9,10 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
-from parallel.world import wait_for_all
 from trainer.config import load_config
 from trainer.errors import ConfigError
-from trainer.interop.accelerate_prepare import prepare
+from trainer.interop.accelerate_prepare import finish, prepare
 from trainer.interop.dataloader import training_batches
 
 STEPS = 4
@@ -88,8 +87,7 @@ def main():
     except ConfigError as error:
         told = {"error": str(error)}
     (out / f"{rank}.json").write_text(json.dumps(told))
-    wait_for_all()
-    os._exit(0)  # how libraries take their leave is not looked at
+    finish()
 
 
 ALONE = {"rank": 0, "world": 1, "micro_batches": 2}

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -22,9 +22,11 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from parallel.world import wait_for_all
 from trainer.errors import ConfigError
 from trainer.interop.accelerate_start import lone_of_several, ranks_told
 from trainer.interop.dataloader import TrainingBatches
+from trainer.rank import end_now
 
 Kind = Literal["alone", "ddp", "fsdp", "deepspeed"]
 
@@ -62,6 +64,17 @@ def prepare(
             f"use Accelerator(gradient_accumulation_steps={batches[0].micro_batches})"
         )
     return prepared
+
+
+def finish(code: int = 0) -> NoReturn:
+    """The end of a script that trained on several processes, after `accelerator.end_training()`: all wait for each other, then
+    each is gone at once.
+
+    An interpreter that ends by itself destroys DDP's reducer while it holds its lock, and with it gloo's group, which waits
+    for a thread that waits for the lock: such a script may never end. What is registered with atexit is not run.
+    """
+    wait_for_all()
+    end_now(code)
 
 
 def _ranks(given: int | None) -> int:
