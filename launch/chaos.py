@@ -27,6 +27,7 @@ from trainer.faults import LOG, fired
 from trainer.goodput import Goodput, goodput
 from trainer.preflight import preflight
 from trainer.runfolder import RunFolder, read_jsonl
+from trainer.streams import open_streams
 
 PLAN = "chaos-plan.toml"
 OUTPUT = "chaos-output.txt"
@@ -206,6 +207,7 @@ def main() -> int:
     from launch.supervisor import Job, supervise
     from trainer.rank import train_supervised
 
+    open_streams(unread=True)
     die_with_parent()
     run, ranks = load_config(Path(sys.argv[1])), int(sys.argv[2])
     plan = read_plan(Path(sys.argv[3]), ranks) if len(sys.argv) > 3 else None

@@ -32,6 +32,7 @@ from pathlib import Path
 from parallel.lifeline import die_with_parent
 from trainer.errors import LaunchError
 from trainer.exit_codes import DONE, FAULT, USER_ERROR
+from trainer.streams import open_streams
 
 PORTS = range(20480, 28672)
 """Where nodes listen: below the ports that kernels hand out (from 32768) and those of Kubernetes' services (from 30000)."""
@@ -340,6 +341,7 @@ def main(arguments: list[str]) -> int:
     serving.add_argument("command", nargs="*")
     connecting.add_argument("--wait", type=float, default=0.0)
     given = parser.parse_args(arguments)
+    open_streams(unread=True)
     try:
         token = read_token(given.token_file)
         if given.verb == "serve":

@@ -22,12 +22,14 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from data.cores import cores
 from launch.private import private_folder
 from launch.watch import DUMP
 from parallel import pulse
 from parallel.lifeline import die_with_parent
 from trainer.exit_codes import FAULT
 from trainer.stop import ASKING
+from trainer.streams import open_streams
 
 _PRELOADED = ["launch.nursery", "torch.distributed", "trainer.rank", "trainer.loop", "trainer.preflight", "launch.forked"]
 _PR_SET_NAME = 15  # from prctl.h
@@ -62,13 +64,13 @@ def warm(ranks: int) -> Iterator[None]:
         return
     # Read when torch's libraries are loaded, which is in the forkserver.
     threads = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, cores() // ranks))
     _context.set_forkserver_preload(_PRELOADED)
     config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     before = config.get("tempdir")
     tracker: Any = resource_tracker._resource_tracker
     tracked = tracker._pid is not None  # by something else in this process, whose children hold on to it
-    with private_folder() as folder:
+    with private_folder(sockets=True) as folder:
         config["tempdir"] = str(folder)  # else its socket's folder stays for good when this process is killed
         try:
             _launch()
@@ -150,6 +152,7 @@ def _rank(
     """The life of a rank. It never outlives the process that it is forked from, nor waits for a library's threads."""
     from launch import nursery
 
+    open_streams(unread=True)
     die_with_parent()
     if os.getppid() != nursery.PID:  # it died before that was said
         os._exit(FAULT)

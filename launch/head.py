@@ -40,6 +40,7 @@ from parallel.errors import LayoutError
 from trainer.errors import USER_ERRORS, LaunchError, OutageError
 from trainer.exit_codes import DONE, FAULT, PREEMPTED, USER_ERROR
 from trainer.runfolder import read_jsonl
+from trainer.streams import open_streams
 
 if TYPE_CHECKING:
     from launch.backend import Site
@@ -54,6 +55,7 @@ _FIRST = 10.0
 
 def main() -> None:
     """Entry point; exits with the attempt's code."""
+    open_streams(unread=True)
     requests = Requests(float("inf"))  # from the first moment on, a signal is a request
     with asked(requests):
         try:

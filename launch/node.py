@@ -20,8 +20,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from data.cores import cores
 from launch.requests import Requests
 from trainer.stop import ASKING
+from trainer.streams import open_streams
 
 _BEAT = 0.5
 _SHOWN = 10.0
@@ -188,7 +190,7 @@ class Agent:
         self.channel.send(
             hello={
                 "host": socket.gethostname(), "pid": os.getpid(), "mikoshi": version("mikoshi"),
-                "cores": len(os.sched_getaffinity(0)), "interface": self.interface, "address": self.address,
+                "cores": cores(), "interface": self.interface, "address": self.address,
                 "node": os.environ.get("MIKOSHI_NODE_NAME", ""),
             }
         )  # fmt: skip
@@ -239,6 +241,7 @@ def _see(witness: str) -> None:
 
 def main() -> None:
     """Entry point."""
+    open_streams(unread=True)
     agent = Agent(Channel())
     for number in ASKING:
         signal.signal(number, agent.ask)

@@ -19,6 +19,7 @@ import time
 from typing import IO
 
 from trainer.stop import ASKING
+from trainer.streams import open_streams
 
 _LONGEST = 100
 """Bytes of a line that may be a goodbye."""
@@ -48,6 +49,7 @@ class Talk:
 
 def main() -> None:
     """Entry point; exits as launch.node does."""
+    open_streams(unread=True)
     for number in ASKING:
         signal.signal(number, lambda *_: None)  # launch.node has it too, and tells the leader
     node = subprocess.Popen([sys.executable, "-P", "-m", "launch.node"], stdin=subprocess.PIPE)

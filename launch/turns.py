@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import sys
 import time
@@ -15,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from data.cores import cores
+from data.jsontext import dumps
 from launch.apart import run_apart
 from launch.gpus import gpus
 from launch.supervisor import Job, supervise, warm
@@ -23,6 +23,7 @@ from trainer.compare import CONTESTANT, OUTPUT, RUNS, Plan, read_plan, run_of
 from trainer.config import load_config
 from trainer.exit_codes import DONE
 from trainer.runfolder import RunFolder, read_jsonl
+from trainer.streams import open_streams
 from trainer.trial import trial_rank
 
 _PACKAGES = ("mikoshi", "torch", "deepspeed", "megatron-core", "transformer-engine", "numpy")
@@ -51,7 +52,7 @@ def machine() -> dict[str, Any]:
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "memory": psutil.virtual_memory().total,
         "gpus": [gpu["name"] for gpu in gpus()["gpus"]],
     }
@@ -94,6 +95,7 @@ def _progress(plan: Plan, out: Path) -> Progress:
 
 def main() -> int:
     """All runs of the plan in the folder OUT. It dies with the command that started it."""
+    open_streams(unread=True)
     die_with_parent()
     out = Path(sys.argv[1])
     plan = read_plan(out)
@@ -121,7 +123,7 @@ def _run(plan: Plan, out: Path, turn: int, number: int) -> int:
 
 def _note(out: Path, record: dict[str, Any]) -> None:
     with (out / RUNS).open("a", encoding="utf-8") as log:
-        log.write(json.dumps(record) + "\n")
+        log.write(dumps(record) + "\n")
 
 
 def _why(output: Path, start: int, code: int) -> str:

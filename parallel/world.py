@@ -37,6 +37,8 @@ _MPI = (
 _PORT = 29_500  # torchrun's
 _ANSWER = 30.0  # seconds in which a store has answered, however busy its machine is
 
+_joined = False
+
 
 @dataclass(frozen=True)
 class World:
@@ -175,6 +177,8 @@ def pick_device(wanted: str, place: World) -> torch.device:
 
 def join(world: World, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> None:
     """Make the process group: NCCL for CUDA tensors, gloo for CPU tensors, in one group. A lone rank opens no port."""
+    global _joined
+    _joined = True
     if device.type == "cpu":
         keep_freed_memory()
     one_worker()
@@ -198,6 +202,11 @@ def one_gpu_each(store: Store, world: World, gpu: str, timeout: timedelta) -> No
     store.wait(["all gpus told"], timeout)
     if store.check(["gpu shared"]):
         raise LayoutError(store.get("gpu shared").decode())
+
+
+def has_joined() -> bool:
+    """Whether this process was a rank at some time."""
+    return _joined
 
 
 def meet(world: World, timeout: timedelta) -> Store:

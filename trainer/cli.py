@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from data.jsontext import dumps
 from trainer import cli_chaos, cli_checkpoint, cli_cluster, cli_compare, cli_data, cli_interop, cli_megatron, cli_watch
 from trainer.cli_data import Config, Overrides
-from trainer.rank import generate_rank, outage, place_here, say, told, train_rank, train_supervised
+from trainer.exit_codes import DONE
+from trainer.rank import end_now, generate_rank, outage, place_here, say, told, train_rank, train_supervised
 from trainer.stop import stopping_is_no_crash
+from trainer.streams import go_on_unread, open_streams
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -70,6 +72,7 @@ def train(
     sets RANK and WORLD_SIZE it takes its place instead, and refuses --ranks of another number. SIGTERM, SIGUSR1, SIGUSR2 or
     Ctrl-C finish the step, save, and exit with code 75: the same command goes on from there.
     """
+    go_on_unread()
     with stopping_is_no_crash():
         raise typer.Exit(_train(config, overrides or [], ranks))
 
@@ -243,6 +246,7 @@ def dryrun(
     The engine's own code runs, on tensors without memory and among ranks that are not there. Peak memory is that of
     tensors: an allocator's fragmentation, CUDA's context and NCCL's buffers come on top (keep some GiB for them).
     """
+    go_on_unread()
     from rich.console import Console
 
     from trainer.config import load_config
@@ -252,7 +256,7 @@ def dryrun(
 
     results = run_ranks(run, world or _local_gpus(run), rank)
     if as_json:
-        typer.echo(json.dumps([result.as_json() for result in results], indent=2))
+        typer.echo(dumps([result.as_json() for result in results], indent=2))
     else:
         print_dry_runs(results, memory, Console(highlight=False, soft_wrap=True, width=500))
     if memory is not None and max(result.device_peak for result in results) > memory * 2**30:
@@ -302,7 +306,7 @@ def config(
     from trainer.errors import ConfigError
 
     if schema:
-        typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
+        typer.echo(dumps(RunConfig.model_json_schema(), indent=2))
         return
     if from_accelerate is not None:
         from trainer.interop.accelerate_config import convert
@@ -323,13 +327,31 @@ def config(
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 fault, 2 the user's mistake, 75 stopped on request and saved."""
+    open_streams()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
     except Exception as error:
         if told(error) is None and not outage(error):
             raise
         sys.exit(say(error, rank=0))
 
 
+def command() -> NoReturn:
+    """The program: main(). One that was a rank itself is gone after it, whatever threads and destructors of libraries want:
+    gloo's joins a thread that waits for the interpreter, which waits for it."""
+    try:
+        main()
+        code: object = DONE
+    except SystemExit as end:
+        code = end.code
+    world = sys.modules.get("parallel.world")
+    if world is not None and world.has_joined() and isinstance(code, int):
+        end_now(code)
+    sys.exit(code)  # type: ignore[arg-type]
+
+
 if __name__ == "__main__":
-    main()
+    command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from data.jsontext import dumps
 from trainer.cli_data import AsJson, Config, Overrides
 from trainer.exit_codes import FAULT
 from trainer.rank import refuse_several
+from trainer.streams import go_on_unread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +56,7 @@ def chaos(
     stopped and slowed down, weights and gradients spoiled, checkpoints damaged, the disk filled up. Exit code 0 if everything
     ended as promised, 1 if not.
     """
+    go_on_unread()
     from trainer.config import load_config
 
     run = load_config(config, overrides or [])
@@ -76,7 +78,7 @@ def chaos(
     with _shown(console, len(asked.faults)) as show:
         outcome = suffer(run, ranks, asked, compare, show)
     if as_json:
-        typer.echo(json.dumps(_as_json(outcome), indent=2))
+        typer.echo(dumps(_as_json(outcome), indent=2))
     else:
         _print(outcome, Console(highlight=False, soft_wrap=True, width=500))
     if not outcome.good:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from data.jsontext import dumps
+from trainer.streams import go_on_unread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,7 +46,7 @@ def list_(run: Run, as_json: Annotated[bool, typer.Option("--json", help="print 
         found, others = survey(store, keep_of(config)), store.others()
         if as_json:
             told = {"place": store.place, "checkpoints": [asdict(entry) for entry in found], "others": others}
-            typer.echo(json.dumps(told))
+            typer.echo(dumps(told))
         else:
             _print_list(_console(), store.place, found, others)
 
@@ -91,6 +93,7 @@ def verify(
 
     Nothing is changed. Remote files are fetched, a step at a time, to the folder for temporary files (TMPDIR).
     """
+    go_on_unread()
     from trainer.checkpoint.survey import bytes_of, faults
     from trainer.errors import CheckpointError
 
@@ -130,6 +133,7 @@ def prune(
 
     Not while the run trains, which removes them itself.
     """
+    go_on_unread()
     from trainer.checkpoint.of_run import keep_of
     from trainer.checkpoint.survey import bytes_of, surplus
 

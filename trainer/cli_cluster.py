@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from data.jsontext import dumps
 from trainer.cli_data import AsJson, Config, Overrides
 from trainer.cli_watch import Run, follow_run, quietly, tell_notes
+from trainer.streams import go_on_unread
 
 if TYPE_CHECKING:
     from launch.backend import Backend
@@ -305,6 +306,7 @@ def doctor(
 
     One table: green, or what to do. Exit code 0 where nothing is wrong, else 1.
     """
+    go_on_unread()
     from rich.console import Console
 
     from launch.doctor import Inputs, examine
@@ -322,7 +324,7 @@ def doctor(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     if as_json:
-        typer.echo(json.dumps(report.record(), indent=2))
+        typer.echo(dumps(report.record(), indent=2))
     else:
         show_report(Console(highlight=False, soft_wrap=True), report)
     raise typer.Exit(report.code)

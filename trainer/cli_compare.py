@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Iterator
@@ -12,9 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data.jsontext import dumps
 from trainer.cli_data import AsJson, Overrides
 from trainer.exit_codes import DONE, FAULT, USER_ERROR
 from trainer.rank import refuse_several
+from trainer.streams import go_on_unread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +61,7 @@ def compare(
     Exit code 1 if one failed, 2 if none could run, which leaves no folder; Ctrl-C ends all ranks and keeps what has been
     measured. Of a comparison's folder the table and the page are made once more, and nothing but --json can be given.
     """
+    go_on_unread()
     from rich.console import Console
 
     if (config / "plan.json").is_file():
@@ -149,7 +151,7 @@ def _tell(folder: Path, as_json: bool) -> Comparison:
     from trainer.compare_text import markdown
 
     found = read_comparison(folder)
-    write_file(folder / "summary.json", json.dumps(found.as_json(), indent=2).encode() + b"\n")
+    write_file(folder / "summary.json", dumps(found.as_json(), indent=2).encode() + b"\n")
     write_file(folder / "compare.md", markdown(found).encode())
     if found.first is not None:
         write_page(found, folder / "compare.html")
@@ -167,7 +169,7 @@ def _print(found: Comparison, as_json: bool) -> None:
     from trainer.compare_text import print_comparison
 
     if as_json:
-        typer.echo(json.dumps(found.as_json(), indent=2))
+        typer.echo(dumps(found.as_json(), indent=2))
     else:
         terminal = Console()
         fit = terminal.width if terminal.is_terminal else _WIDE

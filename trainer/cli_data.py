@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data.jsontext import dumps
 from trainer.exit_codes import PREEMPTED
+from trainer.streams import go_on_unread
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,6 +50,7 @@ def prepare(
 
     Stopped or killed, the same command goes on where it was; the result is the same to the byte, whatever the workers.
     """
+    go_on_unread()
     from rich.console import Console
 
     from data.corpus import open_corpus
@@ -180,7 +182,7 @@ def inspect(
     found = rows_at(view, step, row or 0, rows or (4 if row is None else 1))
     if as_json:
         consumed = None if view.done is None else step < view.done
-        typer.echo(json.dumps({"step": step, "consumed": consumed, "rows": [asdict(r) for r in found]}))
+        typer.echo(dumps({"step": step, "consumed": consumed, "rows": [asdict(r) for r in found]}))
     else:
         print_batch(view, step, found, _console(width))
 
@@ -198,7 +200,7 @@ def stats(run: Looked, overrides: Overrides = None, as_json: AsJson = False) -> 
 
     found = count(open_view(run, overrides or []))
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        typer.echo(dumps(asdict(found)))
     else:
         print_stats(found, Console(highlight=False, soft_wrap=True, width=500))
 
@@ -225,7 +227,7 @@ def sample(
     found = draw(view, source, number, seed, held_out, tokens)
     if as_json:
         decode = view.feed.tokenizer.decode
-        typer.echo(json.dumps([asdict(one) | {"text": decode(one.beginning.tokens)} for one in found]))
+        typer.echo(dumps([asdict(one) | {"text": decode(one.beginning.tokens)} for one in found]))
     else:
         print_drawn(found, view.feed.tokenizer, _console(width))
 
@@ -233,6 +235,7 @@ def sample(
 @data_app.command(epilog="Example: `mikoshi data verify configs/runs/quickstart.toml`")
 def verify(run: Looked, overrides: Overrides = None) -> None:
     """Read all of the prepared data and compare every digest; exit 2 and name every file that is not what it was."""
+    go_on_unread()
     from rich.console import Console
 
     from data.errors import DataError
@@ -267,6 +270,7 @@ def train(
     column: Annotated[str, typer.Option(help="column or key that holds the text")] = "text",
 ) -> None:
     """Train a byte-level BPE tokenizer on text: up to 64 MB of it, from all over the source."""
+    go_on_unread()
     from rich.console import Console
 
     from data.atomic import write_file

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import asdict
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data.jsontext import dumps
 from trainer.cli_data import AsJson, Config, Overrides
 from trainer.rank import refuse_several
+from trainer.streams import go_on_unread
 
 if TYPE_CHECKING:
     from trainer.config import RunConfig
@@ -45,6 +46,7 @@ def fit_batch(
     printed to `train`, or put it into the run's file. --memory: on a GPU the allocator's, on a CPU a process's whole data.
     Where none fits --json has `error`, and `micro_batch` is null.
     """
+    go_on_unread()
     from trainer.config import load_config
 
     run = load_config(config, overrides or [])
@@ -70,7 +72,7 @@ def fit_batch(
         print(f"train.micro_batch={attempt.micro_batch}: {how} ({attempt.seconds:.1f} s)", file=sys.stderr, flush=True)
 
     def show(found: int | None, **more: object) -> None:
-        typer.echo(json.dumps({"micro_batch": found, "ranks": count, **more, "tried": [asdict(one) for one in tried]}))
+        typer.echo(dumps({"micro_batch": found, "ranks": count, **more, "tried": [asdict(one) for one in tried]}))
 
     limit = None if memory is None else int(memory * 2**30)
     try:

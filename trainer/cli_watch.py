@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from data.jsontext import dumps
 from trainer.cli_data import AsJson
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def status(
     row, notes = look_at(path, now)
     events = last_records(path / "events.jsonl", 5)
     if as_json:
-        typer.echo(json.dumps(to_json(row, notes, events), indent=2))
+        typer.echo(dumps(to_json(row, notes, events), indent=2))
         return
     tell_notes(notes)
     for name, text in [("run", named(path)), *page(row, events, now)]:
@@ -73,7 +73,7 @@ def runs(
     now = time.time()
     board = look(all_runs(folder), now)
     if as_json:
-        typer.echo(json.dumps({"runs": [to_json(row, ()) for row in board.rows], "notes": list(board.notes)}, indent=2))
+        typer.echo(dumps({"runs": [to_json(row, ()) for row in board.rows], "notes": list(board.notes)}, indent=2))
         return
     tell_notes(board.notes)
     if not board.rows:
@@ -248,11 +248,8 @@ def _tell(text: str) -> None:
 
 
 def quietly(work: Callable[[], None]) -> None:
-    """A reader that has gone, or Ctrl-C while following, is no error."""
+    """Ctrl-C while following is no error."""
     try:
         work()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its flush at exit says so once more
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -16,6 +16,13 @@ _FAR = 5.0
 """Times `optim.clip` from which on a clipped step is named on the console."""
 
 
+class _Console(Console):
+    """Rich ends a process whose reader has gone; a run goes on."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
 class TrainConsole:
     """Progress of a run of `steps` steps on rank 0. Use as a context manager; a silent one is for other ranks.
 
@@ -26,7 +33,7 @@ class TrainConsole:
     def __init__(self, steps: int, every: int, silent: bool = False, clip: float = 0.0) -> None:
         self.steps, self.every, self.silent, self.clip = steps, every, silent, clip
         self.clipped = (0, 0.0)  # step, and how many times `clip` its norm was
-        self.console = Console(highlight=False, soft_wrap=True, quiet=silent)
+        self.console = _Console(highlight=False, soft_wrap=True, quiet=silent)
         self.recent: deque[tuple[int, float]] = deque(maxlen=50)
         self.progress: Progress | None = None
         self.task: Any = None

@@ -20,6 +20,10 @@ class LaunchError(ValueError):
     """A cluster that cannot be used, or that refuses or does not answer; the message is one line with the way out."""
 
 
+class OutputError(ValueError):
+    """What a command was asked to print cannot be written; the message says where and why."""
+
+
 class OutageError(LaunchError):
     """Nobody's mistake: nodes that did not come up, or storage that does not answer. Later, or elsewhere, it may work."""
 
@@ -36,4 +40,4 @@ class DivergedError(SpoiledError):
     """Ranks that hold the same piece of the state hold different bits; the message names them."""
 
 
-USER_ERRORS = (ConfigError, CheckpointError, RunError, DataError, LayoutError, LaunchError)
+USER_ERRORS = (ConfigError, CheckpointError, RunError, DataError, LayoutError, LaunchError, OutputError)

@@ -81,7 +81,7 @@ def train_rank(run: RunConfig, place: World) -> int:
         from trainer.preflight import preflight
 
         preflight(run, place.size)  # a launcher of another make has checked nothing
-        _end(_train(run, place, None))
+        end_now(_train(run, place, None))
     except Exception as error:
         _gone(error, place.rank)
 
@@ -130,6 +130,8 @@ def generate_rank(
     from parallel.world import join, leave, pick_device, world_from
     from trainer.generate import generate_together, known_ids, load_engine, text_stream
     from trainer.prompt import start_of
+    from trainer.stop import agree
+    from trainer.streams import reader_has_gone
 
     place = world_from(os.environ)
     assert place is not None, "a launcher says which rank this is"
@@ -143,6 +145,9 @@ def generate_rank(
         for piece in itertools.chain([prompt + "\n" * chat], pieces, ["\n"]):
             if place.rank == 0:
                 typer.echo(piece, nl=False)
+                sys.stdout.flush()
+            if agree(place.rank == 0 and reader_has_gone()).stop:
+                break
         leave()
         return DONE
     except Exception as error:
@@ -151,10 +156,10 @@ def generate_rank(
 
 def _gone(error: Exception, rank: int) -> NoReturn:
     """End this rank with no orderly leave, which would wait for peers that wait for it: gone at once, the launcher sees it."""
-    _end(say(error, rank))
+    end_now(say(error, rank))
 
 
-def _end(code: int) -> NoReturn:
+def end_now(code: int) -> NoReturn:
     """End this process now: what is to be kept is on disk, and no thread of a library has a say in how it ends."""
     with contextlib.suppress(OSError):  # whoever reads our output may be what is gone
         sys.stdout.flush()
@@ -195,6 +200,8 @@ def told(error: Exception) -> str | None:
     """The one line of a user's mistake; None for a fault of ours, which deserves its stack trace."""
     if isinstance(error, USER_ERRORS):
         return str(error)
+    if isinstance(error, UnicodeEncodeError) and "surrogates not allowed" in error.reason:
+        return f"{ascii(error.object)[:200]}: not UTF-8 text: rename what has it in its name"
     if isinstance(error, OSError) and error.errno in _DISK:
         name = f"{error.filename}: " if error.filename else ""
         return f"{name}{error.strerror}: make room, or choose a place that can be read and written, then start again"
