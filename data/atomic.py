@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
+import shutil
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from data.errors import DataError
 
 LOCK = ".lock"
 LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -18,6 +23,11 @@ LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 _LINKLESS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL)
 _ABANDONED = 60.0  # seconds after which an empty file is no longer about to be written
+
+_LONGEST = 200  # bytes of a name that a draft's repeats
+_DEAD = 3600.0  # seconds without a byte written
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
+_swept: set[Path] = set()
 
 
 def flush(path: Path) -> None:
@@ -33,13 +43,13 @@ def flush(path: Path) -> None:
 
 
 def partial_path(target: Path) -> Path:
-    """Where `target` is built before it exists: hidden, beside it, so that the rename stays on one file system."""
+    """Where the folder `target` is built before it exists: hidden, beside it, so that the rename stays on one file system.
+    Every writer has the same; `locked_folder` lets one at a time have it."""
     return target.with_name(f".{target.name}.partial")
 
 
-def commit_folder(target: Path, built: Path | None = None) -> None:
-    """Put the folder built at `built` (partial_path(target), unless given) in place. `target` must not exist."""
-    built = built or partial_path(target)
+def commit_folder(target: Path, built: Path) -> None:
+    """Put the folder built at `built` in place. `target` must not exist."""
     for path in built.iterdir():
         if path.is_file():
             flush(path)
@@ -61,6 +71,26 @@ def locked_folder(target: Path, patience: float) -> Iterator[tuple[Path, int]]:
         yield built, handle
     finally:
         os.close(handle)
+
+
+@contextmanager
+def built_alone(target: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `target` when the block ends well, and is gone otherwise. Raises DataError where another
+    process is building it, or has just done so."""
+    told = "is being written by another process: wait for it, or give another folder"
+    with ExitStack() as stack:
+        try:
+            work, _ = stack.enter_context(locked_folder(target, 0))
+        except BlockingIOError:
+            raise DataError(f"{target}: {told}") from None
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        built = work / "built"
+        shutil.rmtree(built, ignore_errors=True)  # what a killed process has left
+        built.mkdir()
+        yield built
+        if os.path.lexists(target):
+            raise DataError(f"{target}: {told}")
+        commit_folder(target, built)
 
 
 def _lock(built: Path, until: float) -> int:
@@ -100,10 +130,70 @@ def _flock(handle: int) -> None:
             raise
 
 
-def new_file(path: Path) -> BinaryIO:
-    """Open a file that is new, to write in: what has its name is removed, and a link is not followed."""
-    path.unlink(missing_ok=True)
-    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")
+def new_file(path: Path, mode: int = 0o666) -> BinaryIO:
+    """Open a file that is new, to write in: what has its name is removed, and a link is not followed. It is locked while it
+    is open, so that a sweep knows that its writer lives."""
+    while True:
+        path.unlink(missing_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.fstat(handle).st_nlink:
+            return os.fdopen(handle, "wb")
+        os.close(handle)  # swept between its making and its locking
+
+
+def draft_path(target: Path) -> Path:
+    """Where one writer builds the file `target`: hidden, beside it, under a name that no other writer has. What dead writers
+    left in the folder is swept the first time that this process writes there."""
+    folder = target.parent
+    if folder not in _swept:
+        _swept.add(folder)
+        with suppress(OSError):
+            _sweep(folder)
+    name = os.fsencode(target.name)[:_LONGEST].decode(errors="ignore")
+    return folder / f".{name}.{_HOST}-{secrets.token_hex(6)}.partial"
+
+
+def _sweep(folder: Path) -> None:
+    """Remove drafts of files whose writers are dead. Locks of other hosts may not be seen here, so what they left must have
+    been left alone for long."""
+    with os.scandir(folder) as entries:
+        found = [entry for entry in entries if entry.name.startswith(".") and entry.name.endswith(".partial")]
+    for entry in found:
+        with suppress(OSError):
+            idle = time.time() - entry.stat(follow_symlinks=False).st_mtime
+            if entry.is_file(follow_symlinks=False) and (f".{_HOST}-" in entry.name or idle > _DEAD):
+                _remove_unlocked(Path(entry.path))
+
+
+def _remove_unlocked(path: Path) -> None:
+    handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()  # while it is locked: who has just made it waits, and makes another
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def replacing(target: Path, durable: bool = True, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Yield a new file that is put in the place of `target` in one step when the block ends well, and is gone otherwise. Of
+    several writers at once, the last has written it, whole."""
+    built = draft_path(target)
+    try:
+        with new_file(built, mode) as out:
+            yield out
+            out.flush()
+            if durable:
+                os.fsync(out.fileno())
+            built.rename(target)
+    except BaseException:
+        with suppress(OSError):
+            built.unlink()
+        raise
+    if durable:
+        flush(target.parent)
 
 
 def write_file(target: Path, content: bytes, durable: bool = True) -> None:
@@ -112,20 +202,8 @@ def write_file(target: Path, content: bytes, durable: bool = True) -> None:
     Without `durable` that holds for processes that end at any moment, but not for a machine that loses its power: then the
     file may be there empty or damaged.
     """
-    built = partial_path(target)
-    try:
-        with new_file(built) as out:
-            out.write(content)
-            out.flush()
-            if durable:
-                os.fsync(out.fileno())
-        built.rename(target)
-    except BaseException:
-        with suppress(OSError):
-            built.unlink()
-        raise
-    if durable:
-        flush(target.parent)
+    with replacing(target, durable) as out:
+        out.write(content)
 
 
 @contextmanager
@@ -155,7 +233,7 @@ def create_file(target: Path, content: bytes) -> None:
     A reader sees the file whole or not at all. On a file system without hard links, such as GCS FUSE or SMB, it may see an
     empty one for a moment; if its maker is killed in that moment, the next one takes its place after a minute.
     """
-    built = target.with_name(f".{target.name}.{secrets.token_hex(8)}.partial")
+    built = draft_path(target)
     try:
         with new_file(built) as out:
             out.write(content)

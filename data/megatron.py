@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.atomic import flush, new_file, partial_path
+from data.atomic import draft_path, flush, new_file
 from data.errors import DataError, of_storage
 from data.shards import Shard, Tokens
 
@@ -309,27 +309,31 @@ def write_megatron(prefix: Path | str, shards: Iterable[Shard], width: int) -> M
     if idx_path.exists():
         raise DataError(f"{idx_path}: exists already; remove it or name another prefix")
     bin_path.parent.mkdir(parents=True, exist_ok=True)
-    built, built_idx = partial_path(bin_path), partial_path(idx_path)
-    lengths_path = partial_path(bin_path.with_suffix(".lengths"))
+    built, built_idx = draft_path(bin_path), draft_path(idx_path)
+    lengths_path = draft_path(bin_path.with_suffix(".lengths"))
     digest, documents, tokens = hashlib.sha256(), 0, 0
     with ExitStack() as stack:
         for path in (lengths_path, built, built_idx):
             stack.callback(_remove, path)
-        with new_file(built) as out, new_file(lengths_path) as spool:
-            for shard in shards:
-                if shard.learned is not None:
-                    raise DataError(f"{shard.path}: has tokens that are not predicted, which Megatron's files cannot say")
-                for raw in _encoded(shard, width):
-                    digest.update(raw)
-                    out.write(raw)
-                for lengths in _lengths(shard):
-                    spool.write(lengths.tobytes())
-                documents += len(shard.ends)
-                tokens += len(shard.tokens)
+        out, spool = (stack.enter_context(new_file(path)) for path in (built, lengths_path))
+        for shard in shards:
+            if shard.learned is not None:
+                raise DataError(f"{shard.path}: has tokens that are not predicted, which Megatron's files cannot say")
+            for raw in _encoded(shard, width):
+                digest.update(raw)
+                out.write(raw)
+            for lengths in _lengths(shard):
+                spool.write(lengths.tobytes())
+            documents += len(shard.ends)
+            tokens += len(shard.tokens)
+        out.flush()
+        spool.flush()
         if not tokens:
             raise DataError(f"{bin_path}: there is not one token to write")
         _write_idx(built_idx, lengths_path, documents, width)
         written = _whole_digest(built_idx, digest.digest())
+        if idx_path.exists():
+            raise DataError(f"{idx_path}: another process has just written it; remove it or name another prefix")
         for path, target in ((built, bin_path), (built_idx, idx_path)):
             flush(path)
             path.rename(target)

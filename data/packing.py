@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data.atomic import flush, new_file, partial_path, write_file
+from data.atomic import replacing, write_file
 from data.errors import DataError, of_storage
 from data.shards import DatasetInfo, Shard
 
@@ -147,7 +147,7 @@ def write_plan(
     paths = {kind: folder / f"{name}.{kind}" for kind in _KINDS}
     try:
         with ExitStack() as held:
-            outs = {kind: held.enter_context(new_file(partial_path(path))) for kind, path in paths.items()}
+            outs = {kind: held.enter_context(replacing(path)) for kind, path in paths.items()}
 
             def put(kind: str, array: npt.NDArray[Any]) -> None:
                 outs[kind].write(array.tobytes())
@@ -162,15 +162,10 @@ def write_plan(
                 put("pieces", plan)
                 show(number)
             put("starts", np.array([sizes["pieces"] // _RECORD.itemsize], dtype="<u8"))
-        for path in paths.values():
-            flush(partial_path(path))
-            partial_path(path).rename(path)
         files = {kind: {"bytes": sizes[kind], "sha256": digests[kind].hexdigest()} for kind in _KINDS}
         told = {"dataset": info.fingerprint, "context": context, "counts": counts, "files": files}
         write_file(folder / f"{name}.json", (json.dumps(told) + "\n").encode())
     except OSError as error:
-        for path in paths.values():
-            partial_path(path).unlink(missing_ok=True)
         what = f'data.packing = "fit": cannot write the plan of rows to {folder}: {error.strerror}'
         raise of_storage(error, what, "prepare the data with this setting where it can be written") from None
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data.atomic import flush, partial_path
+from data.atomic import replacing
 from launch.cluster import Base
 from trainer.errors import LaunchError
 
@@ -47,16 +47,9 @@ def applied(values: Mapping[str, str]) -> Iterator[None]:
 
 def write_private(path: Path, values: Mapping[str, str]) -> None:
     """Put variables in a file that its owner alone can read, whole or not at all. Raises LaunchError."""
-    built = partial_path(path)
     try:
-        built.unlink(missing_ok=True)
-        handle = os.open(built, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(handle, "wb") as out:
+        with replacing(path, mode=0o600) as out:
             out.write(json.dumps(dict(values)).encode("ascii"))
-            out.flush()
-            os.fsync(handle)
-        built.rename(path)
-        flush(path.parent)
     except OSError as error:
         raise LaunchError(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -1,15 +1,16 @@
 """What is written under a name is a file of its own: a link that someone left there is neither followed nor filled."""
 
 import errno
+import multiprocessing
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from data import atomic
-from data.atomic import LOCK, alone_in, create_file, locked_folder, new_file, partial_path, write_file
-from data.errors import StorageError
+from data.atomic import LOCK, alone_in, built_alone, create_file, draft_path, locked_folder, new_file, partial_path, write_file
+from data.errors import DataError, StorageError
 from data.store import CacheLimits, open_store
 
 
@@ -20,7 +21,7 @@ def test_a_link_in_the_place_of_the_part_is_not_followed(tmp_path, durable):
     partial_path(target).symlink_to(victim)
     write_file(target, b"new", durable)
     assert (victim.read_text(), target.read_bytes(), target.is_symlink()) == ("mine", b"new", False)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["record.json", "victim"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".record.json.partial", "record.json", "victim"]
 
 
 def test_nor_does_a_part_of_several_names_lend_its_bytes(tmp_path):
@@ -72,6 +73,62 @@ def test_the_locks_of_a_cache_neither(tmp_path):
     with pytest.raises((ValueError, StorageError), match=r"data\.cache\.folder: cannot use"):
         open_store(f"file://{tmp_path}", CacheLimits(tmp_path / "cache"))
     assert not (tmp_path / "victim").exists()
+
+
+def _hammer(target, number):
+    """Write the file over and over, and read it: how often it was not whole."""
+    torn = 0
+    for turn in range(150):
+        write_file(target, f"{number}:{turn};".encode() * 500, durable=False)
+        content = target.read_bytes()
+        torn += content != content[: content.index(b";") + 1] * 500
+    return torn
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """Each has a name of its own for what it builds: whoever is last has written the file, whole."""
+    with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as pool:
+        assert list(pool.map(_hammer, [tmp_path / "a"] * 4, range(4))) == [0] * 4
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_what_dead_writers_left_is_swept_and_what_lives_is_not(tmp_path):
+    here, elsewhere = draft_path(tmp_path / "a").name, ".a.00000000-0123456789ab.partial"
+
+    def left(name, seconds):
+        (tmp_path / name).write_bytes(b"half")
+        os.utime(tmp_path / name, (1e9, (tmp_path / name).stat().st_mtime - seconds))
+        return name
+
+    for name, seconds in ((here, 0), (elsewhere, 4000), (".of-before.partial", 4000)):
+        left(name, seconds)
+    kept = {left("b" + elsewhere, 9000), left(".b" + elsewhere, 100)}  # no draft; young
+    living = new_file(tmp_path / (".d" + here))
+    kept.add(left(".d" + here, 9000))
+    (tmp_path / ".folder.partial").mkdir()
+    atomic._swept.discard(tmp_path)
+    with living:
+        write_file(tmp_path / "a", b"new")
+        assert {p.name for p in tmp_path.iterdir()} == {"a", ".folder.partial", *kept}
+
+
+def test_a_long_name_has_a_draft_too(tmp_path):
+    name = "日" * 85
+    write_file(tmp_path / name, b"new")
+    assert (tmp_path / name).read_bytes() == b"new"
+
+
+def test_one_process_at_a_time_builds_a_folder(tmp_path):
+    with built_alone(tmp_path / "out") as built:
+        (built / "a").write_text("first")
+        with pytest.raises(DataError, match="out: is being written by another process"), built_alone(tmp_path / "out"):
+            pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "a").read_text() == "first"
+    with pytest.raises(DataError, match="out: is being written"), built_alone(tmp_path / "out"):
+        pass
+    with pytest.raises(KeyError), built_alone(tmp_path / "other"):
+        raise KeyError
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def refuse(number):

@@ -36,7 +36,7 @@ from obstore.exceptions import (
 )
 from obstore.store import from_url
 
-from data.atomic import alone_in, new_file, partial_path
+from data.atomic import alone_in, replacing
 from data.errors import DataError, StorageError
 from data.remote import open_remote
 from trainer.checkpoint.store import DAMAGED, LARGEST_MANIFEST, MANIFEST, checked, step_name, step_of
@@ -247,24 +247,23 @@ class RemoteStore:
         """Have the object at `target`, whole; False, and it is not there, if its bytes are not those of `sha256`."""
 
         def attempt() -> bool:
-            digest, built = hashlib.sha256(), partial_path(target)
+            digest = hashlib.sha256()
             try:
-                with new_file(built) as file:
+                with replacing(target) as file:
                     for chunk in obstore.get(self._handle, key).stream(min_chunk_size=_CHUNK):
                         digest.update(chunk)
                         file.write(chunk)
                     if file.tell() != size:
                         raise _Passing(f"{self._url}/{key}", f"{file.tell()} of {size} bytes arrived")
-                if sha256 is not None and digest.hexdigest() != sha256:
-                    return False
-                built.rename(target)
+                    if sha256 is not None and digest.hexdigest() != sha256:
+                        raise _Unlike
                 return True
+            except _Unlike:
+                return False
             except OSError as error:
                 if error.errno is None:  # the store's, not the disk's
                     raise
-                raise OSError(error.errno, error.strerror, str(built)) from None
-            finally:
-                built.unlink(missing_ok=True)
+                raise OSError(error.errno, error.strerror, str(target)) from None
 
         return self._again(key, attempt)
 
@@ -315,6 +314,10 @@ class _Passing(OSError):
     def __init__(self, address: str, why: str) -> None:
         super().__init__(f"{address}: {why}")
         self.why = why
+
+
+class _Unlike(Exception):
+    """What arrived is whole and not what was written."""
 
 
 class _Upload(io.RawIOBase):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import struct
 import warnings
 import zipfile
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from data.atomic import commit_folder, partial_path, write_file
+from data.atomic import built_alone, write_file
 from trainer.engines.megatron_names import names_of, rows_of
 from trainer.errors import CheckpointError
 from trainer.interop.committed import Committed
@@ -51,18 +50,11 @@ def export_megatron(source: Committed, target: Path, vocabulary: int | None = No
     folder = target / f"iter_{step:07d}"
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already: give another folder, or remove it")
-    built = partial_path(folder)
-    shutil.rmtree(built, ignore_errors=True)  # what a killed export has left
-    built.mkdir(parents=True)
-    try:
+    with built_alone(folder) as built:
         _write_tensors(built, stored(model, rows, source.read), extra_states(model))
         (built / CONFIG).write_text(json.dumps(_FORMAT))
         write_model(built, model)
         (built / COMMON).write_bytes(saved_plain({"checkpoint_version": 3.0, "iteration": step}))
-        commit_folder(folder, built)
-    except BaseException:
-        shutil.rmtree(built, ignore_errors=True)
-        raise
     write_file(target / TRACKER, str(step).encode())
     return folder
 

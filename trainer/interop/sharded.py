@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.atomic import commit_folder, new_file, partial_path, write_file
+from data.atomic import built_alone, new_file, write_file
 from trainer.checkpoint.manifest import TensorEntry
 from trainer.checkpoint.pieces import PieceFile, bytes_of, dtype_named, lay_out, piece_file, write
 from trainer.checkpoint.store import step_of
@@ -64,10 +63,7 @@ def export(committed: Committed, folder: Path, largest: int) -> Exported:
         raise ConfigError(f"{folder}: exists already: remove it, or give another folder")
     weights = {name.removeprefix("model."): e for name, e in committed.manifest.tensors.items() if name.startswith("model.")}
     shards = shared_out({name: _size(entry) for name, entry in weights.items()}, largest)
-    built = partial_path(folder)
-    shutil.rmtree(built, ignore_errors=True)
-    try:
-        built.mkdir(parents=True)
+    with built_alone(folder) as built:
         where: dict[str, str] = {}
         sizes: list[int] = []
         for number, names in enumerate(shards, 1):
@@ -83,10 +79,6 @@ def export(committed: Committed, folder: Path, largest: int) -> Exported:
             index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
             write_file(built / INDEX, json.dumps(index, indent=2).encode())
         write_model(built, committed.config.model)
-        commit_folder(folder, built)
-    except BaseException:
-        shutil.rmtree(built, ignore_errors=True)
-        raise
     return Exported(len(shards), sum(sizes), max(sizes, default=0), committed.manifest.step)
 
 
