@@ -4,6 +4,8 @@ name is complete and verified, whoever is killed when.
 Nothing but the folder and file locks is shared, and the kernel lets go of a dead process's locks:
 
 - `<digest>.data`     a whole file, locked shared while someone opens it, exclusively to be evicted;
+- `<digest>.*.boot`   says that the file was put here, or read again and found right, since the machine was started: what a
+                      power cut left of a file may have its length and not its bytes;
 - `<digest>.*.part`   one being written, locked by its writer: one that is not locked is a dead process's, and is removed;
 - `<digest>.lock`     held by who fetches the file. An economy only: without it two would fetch it, each to its own part,
                       and the second rename would put the same bytes in place of the first;
@@ -20,9 +22,12 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import re
 import secrets
 import socket
+import stat
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,10 +35,42 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.atomic import flush, write_file
 from data.errors import DataError, StorageError, of_storage
 
 FOLDER_KEY, BYTES_KEY = "data.cache.folder", "data.cache.bytes"
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.2  # seconds between looks at a lock that another has
 _DEAD_ELSEWHERE = 3600.0  # seconds after which another host's unlocked part is dead: its locks may not be seen here
+
+
+_PROCESS = secrets.token_hex(16)
+
+
+def boot_id() -> str:
+    """What tells this start of the machine from others; where the machine does not say, this process from others."""
+    try:
+        return re.sub(r"[^0-9a-f]", "", Path("/proc/sys/kernel/random/boot_id").read_text())[:32]
+    except OSError:
+        return _PROCESS
+
+
+def default_folder() -> Path:
+    """Where shards are kept on this node's own disk, for this user: under $TMPDIR, else /var/tmp, else where temporary files
+    go."""
+    places = (os.environ.get("TMPDIR", ""), "/var/tmp")
+    root = next((place for place in places if place and os.access(place, os.W_OK | os.X_OK)), tempfile.gettempdir())
+    return Path(root).absolute() / f"mikoshi-{os.getuid()}" / "shards"
+
+
+def _make_private(folder: Path) -> None:
+    """Raises DataError where another user has made the folder, or may write in it; OSError."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise DataError(
+            f"{FOLDER_KEY}: {folder} is not this user's alone, and others might fill it: remove it, or set {FOLDER_KEY} to a "
+            "folder on a local disk"
+        )
 
 
 @dataclass(frozen=True)
@@ -54,7 +91,7 @@ class Part:
 
     def __init__(self, path: Path, handle: int, skip: int) -> None:
         self.path, self._handle, self._skip = path, handle, skip
-        self.written, self._digest = 0, hashlib.sha256()
+        self.written, self._digest, self.inode = 0, hashlib.sha256(), os.fstat(handle).st_ino
         self._open, self._lock = True, threading.Lock()
 
     def write(self, chunk: bytes) -> None:
@@ -72,6 +109,12 @@ class Part:
     def sha256(self) -> str:
         return self._digest.hexdigest()
 
+    def sync(self) -> None:
+        """Make what was written durable."""
+        with self._lock:
+            if self._open:
+                os.fsync(self._handle)
+
     def end(self, target: Path | None) -> None:
         """Become `target`, or nothing; the second time, do nothing."""
         with self._lock:
@@ -81,6 +124,7 @@ class Part:
             try:
                 if target is not None:
                     self.path.rename(target)
+                    flush(target.parent)
             finally:
                 with suppress(FileNotFoundError):
                     self.path.unlink()
@@ -88,16 +132,19 @@ class Part:
 
 
 class Cache:
-    """The folder as one process sees it. Thread-safe. Raises DataError where the folder cannot be made or locked,
-    StorageError where that may pass."""
+    """The folder as one process sees it; with `private`, its parent is this user's alone. Thread-safe. Raises DataError where
+    the folder cannot be made or locked, StorageError where that may pass."""
 
-    def __init__(self, folder: Path, limit: int, user: str, patience: float) -> None:
+    def __init__(self, folder: Path, limit: int, user: str, patience: float, private: bool = False) -> None:
         self.folder, self.limit, self.evicted = folder, limit, 0
         self._patience = patience
+        self._boot = boot_id()
         self._host = re.sub(r"[^0-9A-Za-z-]", "-", socket.gethostname())
         me = f"{user or 'a run'} (pid {os.getpid()} on {self._host}, {BYTES_KEY} {limit})"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            if private:
+                _make_private(folder.parent)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with self._alone():
                 path = folder / f"{self._host}-{os.getpid()}-{secrets.token_hex(4)}.user"
                 self._user = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
@@ -145,7 +192,7 @@ class Cache:
             return None
         fcntl.flock(handle, fcntl.LOCK_SH)
         found = os.fstat(handle)
-        if found.st_nlink and found.st_size == wanted.size:
+        if found.st_nlink and found.st_size == wanted.size and self._right(handle, found.st_ino, wanted):
             with suppress(PermissionError):  # another user's file: as old as they left it
                 os.utime(handle)
             return handle
@@ -153,6 +200,33 @@ class Cache:
         if found.st_nlink:  # not as it was put here: a disk that was repaired, a hand that edited it
             path.unlink(missing_ok=True)
         return None
+
+    def _right(self, handle: int, inode: int, wanted: Wanted) -> bool:
+        """Whether the file is what it should be: each is read once after a start of the machine."""
+        with suppress(OSError, ValueError):
+            if int(self._note(wanted).read_text()) == inode:
+                return True
+        digest = hashlib.sha256()
+        with os.fdopen(os.dup(handle), "rb") as content:
+            content.seek(wanted.skip)
+            while block := content.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != wanted.sha256:
+            return False
+        if wanted.check is not None:
+            try:
+                wanted.check(self.path(wanted))
+            except DataError:
+                return False
+        self._mark(wanted, inode)
+        return True
+
+    def _note(self, wanted: Wanted) -> Path:
+        return self.folder / f"{wanted.sha256}.{self._boot}.boot"
+
+    def _mark(self, wanted: Wanted, inode: int) -> None:
+        with suppress(OSError):  # another user's folder: then the file is read again the next time
+            write_file(self._note(wanted), str(inode).encode(), durable=False)
 
     def has(self, wanted: Wanted) -> bool:
         if (handle := self.hold(wanted)) is None:
@@ -211,8 +285,10 @@ class Cache:
 
     def commit(self, part: Part, wanted: Wanted) -> None:
         """Let the part, whole and verified, be the file."""
+        part.sync()  # before the folder is locked: it takes as long as the disk does
         with self._alone():
             part.end(self.path(wanted))
+        self._mark(wanted, part.inode)
 
     def make_room(self, size: int) -> int:
         """Evict about `size` bytes, or what there is: the disk is fuller than the limit knows. Returns bytes evicted."""
@@ -235,6 +311,11 @@ class Cache:
                 ours = path.name.split(".")[1] == self._host
                 if handle is not None and _locked(handle) and (ours or time.time() - modified / 1e9 > _DEAD_ELSEWHERE):
                     path.unlink()
+
+        for note in self.folder.glob("*.boot"):
+            digest, boot, _ = note.name.split(".")
+            if boot != self._boot or not (self.folder / f"{digest}.data").exists():
+                note.unlink(missing_ok=True)
 
     def _evict(self, size: int, partly: bool) -> int:
         """Remove files that nobody holds, oldest first, until `size` bytes are free; none unless that can be, or `partly`."""
@@ -265,14 +346,15 @@ class Cache:
         """No other process or thread counts, evicts or reserves meanwhile."""
         handle = os.open(self.folder / "folder.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
-            deadline = time.monotonic() + self._patience
+            deadline, pause = time.monotonic() + self._patience, _FIRST_PAUSE
             while not _locked(handle):
                 if time.monotonic() > deadline:
                     told = f"{self.folder} has been locked by another process for {self._patience:g} s"
                     raise StorageError(
                         f"{FOLDER_KEY}: {told}: end it (`fuser {self.folder}/folder.lock`) or give another folder"
                     )
-                time.sleep(0.002)
+                time.sleep(pause * random.SystemRandom().uniform(0.5, 1))  # a run's random state is not touched
+                pause = min(2 * pause, _LONGEST_PAUSE)
             yield
         finally:
             os.close(handle)

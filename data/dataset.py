@@ -141,7 +141,7 @@ def _far(place: str, limits: CacheLimits) -> Dataset:
     info = parse_index(store.read(INDEX), f"{place.rstrip('/')}/{INDEX}")
 
     def wanted(shard: ShardInfo) -> Wanted:
-        return Wanted(shard.file, shard.bytes, shard.sha256, HEADER_BYTES)
+        return Wanted(shard.file, shard.bytes, shard.sha256, HEADER_BYTES, lambda path: _check(path, shard))
 
     def opened(shard: ShardInfo) -> Shard:
         with store.fetch(wanted(shard)) as path:
@@ -158,6 +158,10 @@ def _far(place: str, limits: CacheLimits) -> Dataset:
     return Dataset(
         place, info, opened, verify, store.read, mapped, None, lambda shards: store.ahead([wanted(s) for s in shards])
     )
+
+
+def _check(path: Path, shard: ShardInfo) -> None:
+    open_shard(path, shard)
 
 
 def _megatron(place: str, tokenizer_name: str | None, held_out: float, separator: str, bos: str) -> Dataset:

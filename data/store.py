@@ -26,7 +26,7 @@ from data.cache import BYTES_KEY, FOLDER_KEY, Cache, Part, Wanted
 from data.errors import DataError, StorageError, of_storage
 from data.remote import Passing, Remote, Unlike, chunks, open_remote, settled
 
-_POLL = 0.02  # seconds between looks at what another process is fetching
+_POLL, _LONGEST_POLL = 0.02, 0.5  # seconds between looks at what another process is fetching
 _FIRST_BACKOFF, _LONGEST_BACKOFF = 0.1, 15.0
 
 T = TypeVar("T")
@@ -38,7 +38,8 @@ class CacheLimits:
     `timeout`: seconds without a byte from the store until a request is given up; twice that without progress of another
     process, until it is no longer waited for.
     `parallel`: files fetched ahead at once. `hedge`: second requests per request, at most (0: none). `user`: the run's
-    name, as other runs on the folder will be told it."""
+    name, as other runs on the folder will be told it. `private`: the folder's parent stands where all may write, and must be
+    this user's alone."""
 
     folder: Path
     bytes: int = 64 << 30
@@ -47,6 +48,7 @@ class CacheLimits:
     parallel: int = 4
     hedge: float = 0.1
     user: str = ""
+    private: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Store:
 
     def __init__(self, remote: Remote, limits: CacheLimits) -> None:
         self.url, self.limits = remote.url, limits
-        self._remote, self._cache = remote, Cache(limits.folder, limits.bytes, limits.user, limits.timeout)
+        self._remote, self._cache = remote, Cache(limits.folder, limits.bytes, limits.user, limits.timeout, limits.private)
         self._pace, self._random = _Pace(), random.Random()  # its own: a run's random state is not touched
         self._stats, self._counting = Stats(), threading.Lock()
         self._fetching: dict[str, asyncio.Task[None]] = {}  # these three belong to the loop's thread
@@ -232,9 +234,11 @@ class Store:
         if self._cache.has(wanted):
             return
         patience = _Patience(2 * self.limits.timeout)  # another's silent request ends sooner, and the next one begins
+        pause = _POLL
         with self._cache.claim(wanted) as claimed:
             while not claimed() and not patience.over(self._cache.sight(wanted)):
-                await asyncio.sleep(_POLL)
+                await asyncio.sleep(pause)
+                pause = min(1.5 * pause, _LONGEST_POLL)
                 if self._cache.has(wanted):
                     return
             if not self._cache.has(wanted):
@@ -306,11 +310,12 @@ class Store:
         return None
 
     async def _reserved(self, wanted: Wanted) -> Part:
-        patience = _Patience(2 * self.limits.timeout)
+        patience, pause = _Patience(2 * self.limits.timeout), _POLL
         while (part := self._cache.reserve(wanted)) is None:
             if patience.over(self._cache.sight()):
                 raise self._too_small(wanted)
-            await asyncio.sleep(_POLL)
+            await asyncio.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_POLL)
         return part
 
     async def _request(self, wanted: Wanted, part: Part) -> None:
@@ -329,7 +334,7 @@ class Store:
                 wanted.check(part.path)
             except DataError as error:
                 raise Unlike(str(error)) from None
-        self._cache.commit(part, wanted)
+        await asyncio.to_thread(self._cache.commit, part, wanted)
 
     def _unusable(self, error: OSError) -> DataError | StorageError:
         return of_storage(error, f"{FOLDER_KEY}: cannot use {self.limits.folder}: {error.strerror or error}")

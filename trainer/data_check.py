@@ -20,7 +20,7 @@ from data.shards import HELD_OUT, TOKENIZER, TRAIN, DatasetInfo, ShardInfo, read
 from data.store import CacheLimits
 from data.tokenizer import parse_tokenizer
 from trainer.config import RunConfig
-from trainer.feed import places
+from trainer.feed import cache_limits, places
 
 Mapped = Callable[[str, int, str], npt.NDArray[np.uint8]]
 
@@ -47,7 +47,7 @@ class Verdict:
 
 def verify(config: RunConfig, show: Show = quiet) -> Iterator[Verdict]:
     """Check the datasets of a run's config, one after another."""
-    limits = CacheLimits(config.data.cache.folder.expanduser().absolute(), config.data.cache.bytes, user=config.run.name)
+    limits = cache_limits(config)
     for source, place in places(config.data).items():
         yield _verdict(config, source, place, limits, show)
 

@@ -1,5 +1,6 @@
 """One cache, many processes: bounded, fetched once, and nothing but whole files whoever is killed, hangs or fills the disk."""
 
+import fcntl
 import hashlib
 import os
 import random
@@ -8,10 +9,12 @@ import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data.cache import Cache, default_folder
 from data.errors import DataError
 from faulty import Fault
 from stores import BODIES, HALF, PASSING, SIZE, client, digests, left, opened, read, until, waits_for_lock, wanted
@@ -21,7 +24,7 @@ def test_the_least_recently_used_goes_first_and_the_bound_holds(s3, tmp_path):
     with opened(s3, tmp_path, bytes=3 * SIZE) as store:
         for name in ("0.shard", "1.shard", "2.shard", "0.shard", "3.shard"):
             read(store, name)
-            assert sum(p.stat().st_size for p in tmp_path.iterdir() if p.suffix != ".user") <= 3 * SIZE
+            assert sum(p.stat().st_size for p in tmp_path.iterdir() if p.suffix not in (".user", ".boot")) <= 3 * SIZE
         assert left(tmp_path) == sorted(f"{wanted(f'{n}.shard').sha256}.data" for n in (0, 2, 3))
         assert store.stats().evictions == 1
 
@@ -185,3 +188,72 @@ def test_nothing_wrong_is_ever_handed_out(s3, tmp_path):
         for path in tmp_path.glob("*.data"):
             assert hashlib.sha256(path.read_bytes()).hexdigest() in right
         assert sum(p.stat().st_size for p in (*tmp_path.glob("*.data"), *tmp_path.glob("*.part"))) <= 4 * SIZE
+
+
+def test_a_file_is_read_again_once_after_a_start_of_the_machine(s3, tmp_path, monkeypatch):
+    """A power cut leaves a file of the right length that is half zeros: it is fetched again, not trained on."""
+    path = tmp_path / f"{wanted('0.shard').sha256}.data"
+    with opened(s3, tmp_path) as store:
+        read(store, "0.shard")
+        read(store, "1.shard")
+    path.write_bytes(BODIES["0.shard"][: SIZE // 2] + bytes(SIZE - SIZE // 2))
+    monkeypatch.setattr("data.cache.boot_id", lambda: "the next")
+    with opened(s3, tmp_path) as store:
+        assert (read(store, "0.shard"), read(store, "1.shard")) == (BODIES["0.shard"], BODIES["1.shard"])
+        assert s3.requests == ["0.shard", "1.shard", "0.shard"], "what was whole is not"
+        monkeypatch.setattr("data.cache.hashlib", None)  # and is not read again either
+        assert read(store, "1.shard") == BODIES["1.shard"]
+
+
+def test_what_another_put_in_its_place_is_read_again_too(s3, tmp_path):
+    with opened(s3, tmp_path) as store:
+        with store.fetch(wanted("0.shard")) as path:
+            pass
+        (tmp_path / "other").write_bytes(bytes(SIZE))
+        (tmp_path / "other").rename(path)
+        assert read(store, "0.shard") == BODIES["0.shard"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(s3, tmp_path, monkeypatch):
+    order, plain = [], os.fsync
+
+    def seen(handle):
+        order.append(str(Path(f"/proc/self/fd/{handle}").readlink()))
+        plain(handle)
+
+    monkeypatch.setattr("data.cache.os.fsync", seen)
+    with opened(s3, tmp_path) as store:
+        read(store, "0.shard")
+    assert order[0].endswith(".part") and order[1] == str(tmp_path)
+
+
+def test_the_default_folder_is_the_users_own_on_the_nodes_disk(tmp_path, monkeypatch, s3):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    folder = default_folder()
+    assert folder == tmp_path / f"mikoshi-{os.getuid()}" / "shards" and not folder.exists()
+    monkeypatch.delenv("TMPDIR")
+    assert default_folder() == Path(f"/var/tmp/mikoshi-{os.getuid()}/shards")
+    with opened(s3, folder, private=True) as store:
+        assert read(store, "0.shard") == BODIES["0.shard"]
+    assert folder.parent.stat().st_mode & 0o777 == folder.stat().st_mode & 0o777 == 0o700
+    folder.parent.chmod(0o777)
+    with pytest.raises(DataError, match=r"data\.cache\.folder: .* is not this user's alone"):
+        opened(s3, folder, private=True)
+    folder.parent.rename(tmp_path / "elsewhere")
+    folder.parent.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="is not this user's alone"):
+        opened(s3, folder, private=True)
+
+
+def test_a_lock_is_looked_at_less_and_less_often(tmp_path, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("data.cache.time.sleep", pauses.append)
+    cache = Cache(tmp_path, 1 << 20, "", 60)
+    held = os.open(tmp_path / "folder.lock", os.O_RDWR)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    monkeypatch.setattr("data.cache._LONGEST_PAUSE", 0.2)
+    with monkeypatch.context() as m:
+        m.setattr("data.cache.time.sleep", lambda pause: (pauses.append(pause), len(pauses) == 20 and os.close(held)))
+        assert cache.others() == []
+    assert len(pauses) == 20 and pauses[0] <= 0.002 and min(pauses[-8:]) >= 0.1
+    cache.close()
