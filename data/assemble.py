@@ -52,10 +52,11 @@ class Join:
         return self.target.name
 
 
-def report_of(total: Tally, source: str) -> dict[str, Any]:
+def report_of(total: Tally, source: str, files: dict[str, Any]) -> dict[str, Any]:
     """What dataset.json says of the documents. `read` is all that were seen: `documents`, those used, of `bytes` of text;
     `empty` ones; `skipped`, which could not be read, by kind in `problems`, the first in `skipped_names`; and `dropped` by
-    reason. `lengths` counts those used by tokens: under "64" are those of 64 to 127, the separator among them."""
+    reason. `broken` says what is known of files that break off, `files` which were read and which were left out. `lengths`
+    counts those used by tokens: under "64" are those of 64 to 127, the separator among them."""
     lengths = {str(1 << power): count for power, count in enumerate(total.lengths) if count}
     return {
         "source": source,
@@ -69,6 +70,8 @@ def report_of(total: Tally, source: str) -> dict[str, Any]:
         "skipped": total.invalid,
         "problems": dict(sorted(total.problems.items())),
         "skipped_names": total.names,
+        "broken": total.broken,
+        "files": files,
     }
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import glob
-import io
 import os
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,25 +14,32 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from data.errors import DataError, of_storage, passes
+from data.unpack import unpacked
 
 REMOTE = ("s3", "gs", "az", "hf")
-COMPRESSED = (".gz", ".zst")
+
+_COMPRESSED = {".gz": ".gz", ".gzip": ".gz", ".zst": ".zst", ".zstd": ".zst", ".xz": ".xz", ".bz2": ".bz2"}
+_PACKED_TARS = {".tgz": ".gz", ".tzst": ".zst", ".txz": ".xz", ".tbz2": ".bz2", ".tbz": ".bz2", ".tb2": ".bz2"}
 
 _BLOCK = 1 << 20
 _REMOTE_BLOCK = 8 << 20  # a request to an object store takes as long as some megabytes do
 _BEYOND = 1 << 18
 _MAGIC = frozenset("*?[")
 
+Stamp = tuple[int, int, int]
+"""Size in bytes, time of the last change in ns, and inode of a local file."""
+
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file: its name inside the source, where it is (a local path or an URL), its size in bytes, and what its store
-    calls this version of it ("" for local files)."""
+    """A file: its name inside the source, where it is (a local path or an URL), its size in bytes, what its store calls
+    this version of it ("" for local files), and of a local file what it is known again by (None: not looked at)."""
 
     name: str
     url: str
     size: int
     etag: str = ""
+    stamp: Stamp | None = None
 
     @property
     def remote(self) -> bool:
@@ -42,18 +47,18 @@ class File:
 
     @property
     def suffix(self) -> str:
-        """What the file is, with no regard to its compression: ".jsonl" for a.jsonl.zst."""
+        """What the file is, in small letters and with no regard to its compression: ".jsonl" for a.JSONL.zst."""
         path = PurePosixPath(self.name)
-        return (PurePosixPath(path.stem) if path.suffix in COMPRESSED else path).suffix.lower()
+        suffix = path.suffix.lower()
+        if suffix in _PACKED_TARS:
+            return ".tar"
+        return (PurePosixPath(path.stem) if suffix in _COMPRESSED else path).suffix.lower()
 
     @property
     def compression(self) -> str:
-        suffix = PurePosixPath(self.name).suffix
-        return suffix if suffix in COMPRESSED else ""
-
-
-class Unreadable(Exception):
-    """What is wrong inside a file, as "kind: detail"; the rest of it cannot be read."""
+        """The usual suffix of how it is compressed: ".gz", ".zst", ".xz", ".bz2", or "" for not at all."""
+        suffix = PurePosixPath(self.name).suffix.lower()
+        return _COMPRESSED.get(suffix) or _PACKED_TARS.get(suffix, "")
 
 
 @contextmanager
@@ -100,27 +105,32 @@ def _filesystem(protocol: str) -> Any:
 
 
 def list_files(where: str) -> tuple[File, ...]:
-    """The files at a path, glob or URL, sorted by name. In a folder every file counts whose name and folders do not
-    begin with a dot. Raises DataError where there is nothing, or something that cannot be read; StorageError where that may
-    pass."""
-    protocol = _protocol(where)
+    """The files at a path, glob or URL, as `find_files` has them."""
+    return find_files(where)[0]
+
+
+def find_files(where: str) -> tuple[tuple[File, ...], tuple[str, ...]]:
+    """The files at a path, glob or URL, sorted by name, and the names of those that are hidden: in a folder every file
+    counts whose name and folders do not begin with a dot. Raises DataError where there is nothing, or something that cannot
+    be read; StorageError where that may pass."""
+    protocol, hidden = _protocol(where), list[str]()
     if protocol in REMOTE:
         with told(where):
-            files = _remote_files(where)
+            files = _remote_files(where, hidden)
     elif protocol == "file":
         with told(where):
-            files = _local_files(where.removeprefix("file://"))
+            files = _local_files(where.removeprefix("file://"), hidden)
     else:
         raise DataError(f"data.source: {where!r}: {protocol}:// is not known; there are {', '.join(p + '://' for p in REMOTE)}")
     if not files:
         raise DataError(f"data.source: {where!r} holds no files to read: put .txt, .jsonl or .parquet there")
-    return tuple(sorted(files, key=lambda file: file.name))
+    return tuple(sorted(files, key=lambda file: file.name)), tuple(sorted(hidden))
 
 
-def _local_files(where: str) -> list[File]:
+def _local_files(where: str, hidden: list[str]) -> list[File]:
     root = Path(where).expanduser()
     if _there(root):
-        paths = [root] if root.is_file() else list(visible_files(root))
+        paths = [root] if root.is_file() else list(visible_files(root, hidden))
         root = root.parent if root.is_file() else root
     elif _MAGIC & set(where):
         fixed = root.parts[: next(i for i, part in enumerate(root.parts) if _MAGIC & set(part))]
@@ -130,7 +140,18 @@ def _local_files(where: str) -> list[File]:
             raise DataError(f"data.source: no file matches {where!r}")
     else:
         raise DataError(f"data.source: {where!r} is neither a file, folder or glob here nor 'python-stdlib'")
-    return [File(path.relative_to(root).as_posix(), str(path), path.stat().st_size) for path in paths]
+    return [local_file(path.relative_to(root).as_posix(), path) for path in paths]
+
+
+def local_file(name: str, path: Path) -> File:
+    """A file of this machine's as it is now. Raises OSError."""
+    status = path.stat()
+    return File(name, str(path), status.st_size, stamp=stamp_of(status))
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """What tells a local file from what it was, without reading it."""
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def _there(path: Path) -> bool:
@@ -143,15 +164,17 @@ def _there(path: Path) -> bool:
     return True
 
 
-def visible_files(root: Path) -> Iterator[Path]:
-    """Every file under `root` that is not hidden, links followed. Raises DataError for what cannot be entered or
-    followed, and for a folder that a link leads to a second time."""
+def visible_files(root: Path, hidden: list[str]) -> Iterator[Path]:
+    """Every file under `root` that is not hidden, links followed; files and folders that are, are added to `hidden`. Raises
+    DataError for what cannot be entered or followed, and for a folder that a link leads to a second time."""
 
     def refuse(error: OSError) -> None:
         raise of_storage(error, f"data.source: {error.filename} cannot be read: {error.strerror}")
 
     seen = {root.resolve()}
     for folder, below, names in os.walk(root, onerror=refuse, followlinks=True):
+        inside = Path(folder).relative_to(root)
+        hidden += [(inside / name).as_posix() for name in (*below, *names) if name.startswith(".")]
         below[:] = sorted(name for name in below if not name.startswith("."))
         for path in (Path(folder) / name for name in below):
             real = path.resolve()
@@ -167,7 +190,7 @@ def _checked(path: Path) -> Path:
     return path
 
 
-def _remote_files(where: str) -> list[File]:
+def _remote_files(where: str, hidden: list[str]) -> list[File]:
     protocol, _, path = where.partition("://")
     store = _filesystem(protocol)
     path = path.rstrip("/")
@@ -184,18 +207,31 @@ def _remote_files(where: str) -> list[File]:
     for full, info in found.items():
         # A Hub path names its revision, written out or as the default's, in the root as well: cut by length.
         name = full.removeprefix(root).lstrip("/")
-        if info["type"] == "file" and not full.endswith("/") and not any(part.startswith(".") for part in name.split("/")):
+        if info["type"] != "file" or full.endswith("/"):
+            continue
+        if any(part.startswith(".") for part in name.split("/")):
+            hidden.append(name)
+        else:
             etag = next((str(info[key]) for key in ("e_tag", "ETag", "etag", "blob_id") if info.get(key)), "")
             files.append(File(name, f"{protocol}://{full}", int(info["size"]), etag.strip('"')))
     return files
 
 
 def open_binary(file: File) -> BinaryIO:
-    """The file as it is stored, to seek in. Raises OSError or the store's own error."""
+    """The file as it is stored, to seek in. Raises OSError or the store's own error; DataError for a local file that is
+    not as it was listed."""
     if not file.remote:
-        return Path(file.url).open("rb")
+        stream = Path(file.url).open("rb")  # noqa: SIM115 - the caller's to close
+        if file.stamp not in (None, stamp_of(os.fstat(stream.fileno()))):
+            stream.close()
+            raise _changed(file, "it is not the file that was listed")
+        return stream
     protocol, _, path = file.url.partition("://")
     return cast(BinaryIO, _filesystem(protocol).open(path, "rb"))
+
+
+def _changed(file: File, how: str) -> DataError:
+    return DataError(f"data.source: {file.name} changed while it was read: {how}; begin anew")
 
 
 def blocks(file: File, start: int = 0, stop: int = -1) -> Iterator[bytes]:
@@ -212,91 +248,15 @@ def blocks(file: File, start: int = 0, stop: int = -1) -> Iterator[bytes]:
             at += len(block)
             yield block
     else:
-        with Path(file.url).open("rb") as stream:
+        with open_binary(file) as stream:
             stream.seek(start)
             while block := stream.read(_BLOCK):
                 at += len(block)
                 yield block
     if at < file.size:
-        raise DataError(f"data.source: {file.name} changed while it was read: {at} bytes of {file.size} are left; begin anew")
+        raise _changed(file, f"{at} bytes of {file.size} are left")
 
 
 def content(file: File) -> Iterator[bytes]:
     """The file's bytes, uncompressed. Raises Unreadable where a compressed file is broken or cut off."""
-    stored = blocks(file)
-    match file.compression:
-        case ".gz":
-            yield from _gunzip(stored)
-        case ".zst":
-            yield from _unzstd(stored)
-        case _:
-            yield from stored
-
-
-def _gunzip(stored: Iterator[bytes]) -> Iterator[bytes]:
-    """Member by member, so that all that comes before a break is read."""
-    stream = stream_of(stored)
-    decoder, begun, rest = zlib.decompressobj(wbits=31), False, b""
-    while data := rest or stream.read(1 << 16):
-        if not begun and not data.strip(b"\0"):  # some archives are filled up with zeros
-            rest = b""
-            continue
-        try:
-            block = decoder.decompress(data, _BLOCK)
-        except zlib.error as error:
-            raise Unreadable(f"unreadable file: not a whole gzip file: {error}") from None
-        begun, rest = True, decoder.unconsumed_tail
-        if decoder.eof:
-            decoder, begun, rest = zlib.decompressobj(wbits=31), False, decoder.unused_data.lstrip(b"\0")
-        if block:
-            yield block
-    if begun:
-        raise Unreadable("unreadable file: not a whole gzip file: it ends too soon")
-
-
-def _unzstd(stored: Iterator[bytes]) -> Iterator[bytes]:
-    """Frame by frame, because only a frame's own decoder knows whether its end was seen."""
-    try:
-        import zstandard
-    except ImportError:
-        raise DataError("data.source: .zst files need the package zstandard: pip install zstandard") from None
-    stream = stream_of(stored)
-    decoder, begun, rest = zstandard.ZstdDecompressor().decompressobj(), False, b""
-    while data := rest or stream.read(1 << 14):
-        try:
-            block = decoder.decompress(data)
-        except zstandard.ZstdError as error:
-            raise Unreadable(f"unreadable file: not a whole zstd file: {error}") from None
-        begun, rest = True, b""
-        if decoder.eof:
-            decoder, begun, rest = zstandard.ZstdDecompressor().decompressobj(), False, decoder.unused_data
-        if block:
-            yield block
-    if begun:
-        raise Unreadable("unreadable file: not a whole zstd file: it ends too soon")
-
-
-class _Stream(io.RawIOBase):
-    """Blocks of bytes as a stream to read from."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self.pieces, self.rest = pieces, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, into: Any) -> int:
-        while not self.rest:
-            block = next(self.pieces, None)
-            if block is None:
-                return 0
-            self.rest = memoryview(block)
-        size = min(len(into), len(self.rest))
-        into[:size] = self.rest[:size]
-        self.rest = self.rest[size:]
-        return size
-
-
-def stream_of(pieces: Iterator[bytes]) -> BinaryIO:
-    """Blocks of bytes as a file to read in order."""
-    return cast(BinaryIO, io.BufferedReader(_Stream(pieces), _BLOCK))
+    return unpacked(blocks(file), file.compression)

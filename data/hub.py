@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, of_storage
 from data.files import File, list_files, told
-from data.formats import JSONL, TEXT, format_of
+from data.kinds import JSONL, TEXT, format_of
 
 _NAME = re.compile(r"hub:(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^:@\s]+))?(:((?P<config>[^:/\s]+)/)?(?P<split>[^:/\s]+))?")
-_FORMATS = {"json": "jsonl", "parquet": "parquet", "arrow": "arrow", "text": "text", "webdataset": "webdataset"}
+_FORMATS = {"json": "json", "parquet": "parquet", "arrow": "arrow", "text": "text", "webdataset": "webdataset"}
 _ANYWHERE = "download its files elsewhere and give their folder as source"
 
 
@@ -68,9 +69,9 @@ def resolve(path: str, commit: str | None, config: str | None, split: str, sourc
                 raise DataError(f"data.source: {source!r} names a file that is not its own ({url}): it is not read")
             (file,) = list_files(str(url))
             name = str(url).partition(f"@{commit}/")[2] if commit else file.name
-            files.append(File(name or file.name, file.url, file.size, commit or file.etag))
+            files.append(replace(file, name=name or file.name, etag=commit or file.etag))
     # `datasets` judges a repository by its first configuration; what the suffixes say of this one's files comes first.
-    if all(file.suffix in (".json", ".jsonl", ".ndjson") for file in files):
+    if all(file.suffix in (".jsonl", ".ndjson") for file in files):
         return tuple(files), JSONL
     clear = all(format_of(file, "auto") != TEXT for file in files)
     return tuple(files), "auto" if clear else _FORMATS[module]

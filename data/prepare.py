@@ -12,13 +12,15 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
 from data.assemble import Unusable, assemble, report_of
-from data.atomic import commit_folder, locked_folder, write_file
+from data.atomic import commit_folder, locked_folder, partial_path, write_file
+from data.contents import SOURCES, Contents, contents_of, read_contents
 from data.cores import cores
 from data.errors import DataError, of_storage
 from data.marks import AUTO
@@ -56,7 +58,8 @@ _PATIENCE = 10.0  # seconds for the workers of a killed call to end
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a dataset is made from. Its digest is the dataset's; all but `max_invalid` and `source.on_invalid` count in it.
+    """What a dataset is made from. Its digest is the dataset's; all but `max_invalid`, `source.on_invalid` and
+    `source.on_broken` count in it.
 
     source: a str is short for SourceSpec(source=str).
     tokenizer: what load_tokenizer takes, or None to train one with `vocab` tokens on the text.
@@ -89,11 +92,19 @@ class Recipe:
 
 
 def prepare(
-    recipe: Recipe, folder: Path, show: Show = quiet, *, tokenizer: Tokenizer | None = None, workers: int | None = None
+    recipe: Recipe,
+    folder: Path,
+    show: Show = quiet,
+    *,
+    tokenizer: Tokenizer | None = None,
+    workers: int | None = None,
+    seen: Contents | None = None,
 ) -> tuple[DatasetInfo, bool]:
-    """Make the dataset at `folder`; if it is there already from the same recipe, only verify it (second value False).
+    """Make the dataset at `folder`; if it is there already from the same recipe and files, only verify it (second value
+    False).
 
-    `tokenizer` is taken instead of the recipe's. `workers`: processes, as many as there are cores unless given.
+    `tokenizer` is taken instead of the recipe's. `workers`: processes, as many as there are cores unless given. `seen`: what
+    the source's files were just found to hold.
     Raises DataError for input that cannot be used, a folder that holds another dataset, or a disk that is full; Stopped on
     SIGINT and SIGTERM, when called from the main thread. Nothing half-made is ever at `folder`, and nothing at all is left
     beside it unless a piece was finished.
@@ -106,13 +117,19 @@ def prepare(
     if folder.exists():
         if tokenizer is not None and _made_before(recipe, folder, tokenizer, plain):
             recipe_digest = read_index(folder).recipe
-        return _verified(recipe, folder, recipe_digest, show, workers or cores()), False
+        return _verified(recipe, source, folder, recipe_digest, show, workers or cores()), False
     with stoppable(), told(folder), locked_folder(folder, _PATIENCE) as (built, lock):
         if folder.exists():  # another call has just finished it
-            return _verified(recipe, folder, recipe_digest, show, workers or cores()), False
+            shutil.rmtree(built, ignore_errors=True)
+            return _verified(recipe, source, folder, recipe_digest, show, workers or cores()), False
         try:
-            take_over(built, plain, show)
+            held = contents_of(source.files, seen or read_contents(built / SOURCES), show=show)
+            take_over(built, plain | {"contents": held.digest}, show)
+            write_file(built / SOURCES, held.plain())
             info = _build(_Build(recipe, source, built, show, workers or cores(), lock), recipe_digest, tokenizer)
+            _check_unchanged(source, held)
+            # Without the looks, which the first re-check finds: the dataset is the same whenever and wherever it is made.
+            write_file(built / "dataset" / SOURCES, Contents(held.digests).plain())
             commit_folder(folder, built / "dataset")
         except BaseException as error:
             if isinstance(error, Unusable) or not finished_pieces(built):
@@ -122,10 +139,18 @@ def prepare(
     return info, True
 
 
+def _check_unchanged(source: Source, held: Contents) -> None:
+    """Raises Unusable where a file is not what it was when the work began."""
+    # What the Hub holds at one commit does not change.
+    now = source if source.spec.source.startswith("hub:") else open_source(source.spec)
+    name = next((a[0] for a, b in zip_longest(source.describe(), now.describe(), fillvalue=("a file",)) if a != b), "")
+    if name := name or contents_of(now.files, held).other_than(held):
+        raise Unusable(f"data.source: {name.partition('#')[0]} changed while it was read: begin anew")
+
+
 def _identity(recipe: Recipe, source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """All that the dataset's bytes depend on, as plain values."""
-    # Not chat_date: the template is one of the files, and tells it.
-    spec = {name: value for name, value in asdict(recipe.spec).items() if name not in ("on_invalid", "chat_date")}
+    spec = recipe.spec.identity()
     made: dict[str, Any] = {"vocab": recipe.vocab} if tokenizer is None else {"tokenizer": tokenizer.fingerprint}
     if tokenizer is None and (recipe.separator or recipe.bos != AUTO):
         made["marks"] = [recipe.separator, recipe.bos]
@@ -146,13 +171,17 @@ def _made_before(recipe: Recipe, folder: Path, tokenizer: Tokenizer, plain: dict
     return read_index(folder).recipe == _digest(plain | {"tokenizer": tokenizer.digest})
 
 
-def _verified(recipe: Recipe, folder: Path, recipe_digest: str, show: Show, threads: int) -> DatasetInfo:
+def _verified(recipe: Recipe, source: Source, folder: Path, recipe_digest: str, show: Show, threads: int) -> DatasetInfo:
     """The dataset that is there, every byte of it read again."""
     if not (folder / INDEX).exists():
         raise DataError(f"data.path: {folder} exists and is not a prepared dataset: give another path")
     info = read_index(folder)
     if info.recipe != recipe_digest:
         raise DataError(f"data.path: {folder} holds data made from another source or settings: remove it or give another path")
+    if (before := read_contents(folder / SOURCES)) is None:
+        info = replace(info, report=info.report | {"contents": "unknown"})
+    else:
+        _check_contents(source, before, folder, show)
     _check_report(recipe, info.report)
     shards = [shard for shards in info.splits.values() for shard in shards]
     progress = Progress("verifying", sum(shard.bytes for shard in shards))
@@ -163,13 +192,31 @@ def _verified(recipe: Recipe, folder: Path, recipe_digest: str, show: Show, thre
     return info
 
 
+def _check_contents(source: Source, before: Contents, folder: Path, show: Show) -> None:
+    """Raises DataError where the dataset at `folder` was made from files that held something else."""
+    now = contents_of(source.files, before, before.sampled, show)
+    if name := now.other_than(before):
+        raise DataError(
+            f"data.path: {folder} holds data made from another source: {name} has changed since: remove it or give another path"
+        )
+    if now != before:
+        with suppress(OSError):  # where it cannot be written the files are read again the next time
+            write_file(folder / SOURCES, now.plain())
+
+
 def _check_report(recipe: Recipe, report: Mapping[str, Any]) -> None:
     """Raises DataError where more documents were left out as unreadable than the recipe allows."""
     skipped, read = report["skipped"], report["read"]
-    if skipped and recipe.spec.on_invalid == "error":
+    broken = report["problems"].get("unreadable file", 0) if "broken" in report else 0
+    if skipped > broken and recipe.spec.on_invalid == "error":
         raise DataError(
             f'data.on_invalid = "error": {skipped} documents were left out as unreadable when the data was prepared, the '
             f'first: {report["skipped_names"][0]}; set it to "skip", or prepare the data anew elsewhere'
+        )
+    if report.get("broken") and recipe.spec.on_broken == "error":
+        raise DataError(
+            f'data.on_broken = "error": files broke off when the data was prepared, the first: {report["broken"][0]}; set it '
+            'to "skip", or prepare the data anew elsewhere'
         )
     most = recipe.max_invalid
     if most is not None and skipped > (most if most >= 1 or most == 0 else most * read):
@@ -225,7 +272,7 @@ def _build(build: _Build, recipe_digest: str, given: Tokenizer | None) -> Datase
     left = [job for job in jobs if job.piece.number not in tallies]
     _each(build, "tokenizing", tokenize_piece, work, jobs, left, keep)
     total = _sum(tallies)
-    report = report_of(total, recipe.spec.source)
+    report = report_of(total, recipe.spec.source, source.report)
     _check_report(recipe, report)
     return assemble(work, len(jobs), total, report, tokenizer, recipe_digest, build.workers, build.show, (build.lock,))
 
@@ -314,32 +361,43 @@ def prepare_all(
     for name in recipes:
         if not name or name.startswith(".") or Path(name).name != name:
             raise DataError(f"data.sources: {name!r} cannot be a folder's name: use letters, digits, - and _")
-    named = {recipe.tokenizer and str(recipe.tokenizer) for recipe in recipes.values()}
-    if len(named) != 1:
-        raise DataError(f"data.tokenizer: one tokenizer serves all sources, and they name {sorted(map(str, named))}")
+    tokenizers = {recipe.tokenizer and str(recipe.tokenizer) for recipe in recipes.values()}
+    if len(tokenizers) != 1:
+        raise DataError(f"data.tokenizer: one tokenizer serves all sources, and they name {sorted(map(str, tokenizers))}")
     first = next(iter(recipes.values()))
     try:
-        tokenizer = first.load_tokenizer() if first.tokenizer is not None else _common_tokenizer(recipes, folder, show)
+        named = first.tokenizer is not None
+        seen = {} if named else {name: _seen(recipe, folder / name, show) for name, recipe in recipes.items()}
+        tokenizer = first.load_tokenizer() if named else _common_tokenizer(recipes, seen, folder, show)
     except OSError as error:
         raise of_storage(error, f"data.path: cannot write {folder}: {error.strerror or error}") from error
     return {
-        name: prepare(recipe, folder / name, show, tokenizer=tokenizer, workers=workers) for name, recipe in recipes.items()
+        name: prepare(recipe, folder / name, show, tokenizer=tokenizer, workers=workers, seen=seen.get(name))
+        for name, recipe in recipes.items()
     }
 
 
-def _common_tokenizer(recipes: Mapping[str, Recipe], folder: Path, show: Show) -> Tokenizer:
-    """The tokenizer trained on all of them, from `folder` if it was trained on the very same before."""
+def _seen(recipe: Recipe, folder: Path, show: Show) -> Contents:
+    known = read_contents(folder / SOURCES) or read_contents(partial_path(folder) / SOURCES)
+    return contents_of(open_source(recipe.spec).files, known, show=show)
+
+
+def _common_tokenizer(recipes: Mapping[str, Recipe], seen: Mapping[str, Contents], folder: Path, show: Show) -> Tokenizer:
+    """The tokenizer trained on all of them, from `folder` if it was trained on the very same before. `seen`: what their
+    files hold."""
     plain = {name: _identity(recipe, open_source(recipe.spec), None) for name, recipe in recipes.items()}
     path, note = folder / TOKENIZER, folder / _TRAINED_ON
     told = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    held = hashlib.sha256(json.dumps({name: one.digest for name, one in seen.items()}, sort_keys=True).encode()).hexdigest()
     if path.exists() and note.exists():
         first = next(iter(recipes.values()))
         tokenizer = load_tokenizer(path, separator=first.separator, bos=first.bos)
-        if note.read_text().split() == [told, tokenizer.fingerprint]:
+        said = note.read_text().split()
+        if said[:2] == [told, tokenizer.fingerprint] and said[2:] in ([], [held]):  # earlier versions knew no contents
             return tokenizer
     with stoppable():
         tokenizer = train_on(recipes, show)
     folder.mkdir(parents=True, exist_ok=True)
     _save(tokenizer, path)
-    write_file(note, f"{told} {tokenizer.fingerprint}\n".encode())
+    write_file(note, f"{told} {tokenizer.fingerprint} {held}\n".encode())
     return tokenizer

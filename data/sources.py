@@ -10,15 +10,20 @@ from __future__ import annotations
 import itertools
 import sysconfig
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from data.chat import ChatTemplate, Part, load_chat
+from data.columns import row_group_bytes
 from data.errors import DataError
-from data.files import File, blocks, list_files, told
-from data.formats import ARROW, JSONL, PARQUET, Span, format_of, read_span, refuse_format, row_group_bytes
+from data.files import File, blocks, find_files, local_file, told
+from data.formats import Span, read_span
 from data.hub import hub_files
+from data.jsonrows import has_lines
+from data.kinds import JSON, JSONL, PARQUET, Chosen, choose, format_of, refuse_format, refuse_unread
 from data.text import Document, SourceSpec, reading
+from data.unpack import Unreadable
 
 __all__ = ["Document", "Part", "Piece", "Source", "SourceSpec", "Span", "documents", "open_source", "pieces"]
 
@@ -28,12 +33,14 @@ PYTHON_STDLIB = "python-stdlib"
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a corpus, sorted by name, and how to read them. It can be pickled for worker processes."""
+    """The files of a corpus, sorted by name, how to read them, and what is said of the choice of files. It can be pickled
+    for worker processes."""
 
     spec: SourceSpec
     files: tuple[File, ...]
     format: str
     chat: ChatTemplate | None = None
+    report: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def bytes(self) -> int:
@@ -61,30 +68,29 @@ def open_source(spec: SourceSpec) -> Source:
     """The source that `spec` names, its files listed. Raises DataError if there is nothing to read, or the spec says
     what cannot be."""
     refuse_format(spec.format)
-    if spec.on_invalid not in ("error", "skip"):
-        raise DataError(f"on_invalid = {spec.on_invalid!r} is neither 'error' nor 'skip'")
+    for key, value in (("on_invalid", spec.on_invalid), ("on_broken", spec.on_broken)):
+        if value not in ("error", "skip"):
+            raise DataError(f"{key} = {value!r} is neither 'error' nor 'skip'")
     chat = load_chat(spec.chat, spec.chat_date) if spec.chat else None
     if chat is not None and spec.template:
         raise DataError("template and chat: a source has one or the other; the chat template says how messages become text")
     reading(spec, chat)
     kind = spec.format
     if spec.source == PYTHON_STDLIB:
-        files = _python_stdlib()
+        chosen = Chosen(_python_stdlib(), {})
     elif spec.source.startswith("hub:"):
         files, found = hub_files(spec.source)
-        kind = found if kind == "auto" else kind
+        kind, chosen = found if kind == "auto" else kind, Chosen(files, {})
     else:
-        files = list_files(spec.source)
-    for file in files:
-        if file.compression and format_of(file, kind) in (PARQUET, ARROW):
-            raise DataError(f"data.source: {file.name} cannot be read while it is compressed: unpack it")
-    return Source(spec, files, kind, chat)
+        chosen = choose(*find_files(spec.source), kind)
+    refuse_unread(chosen.files, kind)
+    return Source(spec, chosen.files, kind, chat, chosen.report(kind))
 
 
 def _python_stdlib() -> tuple[File, ...]:
     root = Path(sysconfig.get_paths()["stdlib"]).resolve()
     paths = [p for p in root.rglob("*.py") if "site-packages" not in p.parts and "__pycache__" not in p.parts]
-    files = [File(p.relative_to(root).as_posix(), str(p), p.stat().st_size) for p in paths]
+    files = [local_file(p.relative_to(root).as_posix(), p) for p in paths]
     return tuple(sorted(files, key=lambda file: file.name))
 
 
@@ -108,7 +114,7 @@ def _units(source: Source, target: int) -> Iterator[tuple[Span, int]]:
     for number, file in enumerate(source.files):
         kind = format_of(file, source.format)
         whole = [(Span(number, 0, -1), file.size)]
-        if file.size > target and kind == JSONL and not file.compression:
+        if file.size > target and not file.compression and (kind == JSONL or (kind == JSON and _has_lines(file))):
             count = -(-file.size // target)
             ends = [file.size * i // count for i in range(count + 1)]
             yield from ((Span(number, a, b), b - a) for a, b in itertools.pairwise(ends))
@@ -120,6 +126,14 @@ def _units(source: Source, target: int) -> Iterator[tuple[Span, int]]:
             yield from whole
 
 
+def _has_lines(file: File) -> bool:
+    with told(file.name):
+        try:
+            return has_lines(file)
+        except Unreadable:
+            return False
+
+
 def documents(source: Source, piece: Piece, specials: Iterable[str] = ()) -> Iterator[Document]:
     """The documents of a piece in order. `specials`: the tokenizer's special tokens, which a conversation's messages may
     not hold. What cannot be read raises DataError by name, or with on_invalid "skip" comes as a Document without text,
@@ -129,11 +143,20 @@ def documents(source: Source, piece: Piece, specials: Iterable[str] = ()) -> Ite
         file = source.files[span.file]
         with told(file.name):
             for document in read_span(file, format_of(file, source.format), span, how):
-                if document.text is None and not document.dropped and source.spec.on_invalid == "error":
-                    name = _with_line(document.name, file)
-                    column = "data.text_column names it, " if document.problem.startswith("no column") else ""
-                    raise DataError(f'{name}: {document.problem} ({column}data.on_invalid = "skip" leaves such out)')
+                if document.text is None and not document.dropped:
+                    _refuse(document, file, source.spec)
                 yield from document.texts()
+
+
+def _refuse(document: Document, file: File, spec: SourceSpec) -> None:
+    """Raises DataError for what cannot be read, unless it is to be left out."""
+    if document.broken and spec.on_broken == "error":
+        way = 'mend or remove the file; data.on_broken = "skip" leaves out and counts what is lost'
+        raise DataError(f"{document.name}: {document.problem} ({way})")
+    if not document.broken and spec.on_invalid == "error":
+        name = _with_line(document.name, file)
+        column = "data.text_column names it, " if document.problem.startswith("no column") else ""
+        raise DataError(f'{name}: {document.problem} ({column}data.on_invalid = "skip" leaves such out)')
 
 
 def _with_line(name: str, file: File) -> str:

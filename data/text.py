@@ -9,7 +9,7 @@ import ast
 import operator
 import string
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -27,15 +27,18 @@ ALLOWED_IN_WHERE = "column names, constants, == != < <= > >=, in, not in, and, o
 @dataclass(frozen=True, slots=True)
 class Document:
     """`name` says where it stands ("web/a.jsonl:17"). `text` is None where it could not be read or was left out, and
-    `problem` says why; `dropped` where that was the user's own filter, no error. `parts` says which stretches of an
-    instruction document are learned, and together they are the text; without parts, the whole text is. `more`: the parts of
-    further texts that a conversation becomes, where it becomes several; `row`: of such a text, the first one of its row."""
+    `problem` says why; `dropped` where that was the user's own filter, no error; `broken` where the file breaks off, so that
+    `count` documents, at least, are lost together. `parts` says which stretches of an instruction document are learned, and
+    together they are the text; without parts, the whole text is. `more`: the parts of further texts that a conversation
+    becomes, where it becomes several; `row`: of such a text, the first one of its row."""
 
     name: str
     text: str | None
     problem: str = ""
     parts: tuple[Part, ...] = ()
     dropped: bool = False
+    broken: bool = False
+    count: int = 1
     more: tuple[tuple[Part, ...], ...] = ()
     row: str = ""
 
@@ -56,7 +59,8 @@ class SourceSpec:
 
     source: "python-stdlib", a path, a glob, an URL (s3:// gs:// az:// hf:// file://) or "hub:org/name@revision[:split]"
         or "hub:org/name@revision:config/split".
-    format: "auto" (by the file's suffix), "jsonl", "parquet", "arrow", "text" or "webdataset".
+    format: "auto" (by the file's suffix), "jsonl", "json" (an object a line, an array of them, or one),
+        "parquet", "arrow", "text" or "webdataset".
     column: the column that holds the text; in a WebDataset a suffix, or a key of the member called "json".
     template: columns put together to one text, "{title}\\n\\n{text}", instead of `column`.
     where: keeps the rows for which this is true, 'lang == "en" and stars >= 10'.
@@ -64,6 +68,7 @@ class SourceSpec:
         `messages` ([{role, content}]) where there is one, else the columns `prompt` and `response`; a column "tools" (a
         list, or JSON of one) goes to the template. `chat_date`: the day that a template may write, as 2026-01-31.
     on_invalid: "error" stops at the first document that cannot be read, "skip" leaves it out by name.
+    on_broken: the same for the rest of a file that breaks off.
     """
 
     source: str
@@ -77,6 +82,12 @@ class SourceSpec:
     response: str = "response"
     on_invalid: str = "error"
     chat_date: str = ""
+    on_broken: str = "error"
+
+    def identity(self) -> dict[str, Any]:
+        """What the documents that can be read depend on, as plain values."""
+        without = ("on_invalid", "on_broken", "chat_date")  # a date is told by the template, which is one of the files
+        return {name: value for name, value in asdict(self).items() if name not in without}
 
 
 @dataclass(frozen=True)

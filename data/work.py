@@ -92,7 +92,8 @@ class Job:
 @dataclass
 class Tally:
     """What became of the documents. `bytes`: of their text in UTF-8; `lengths[n]`: documents of 2**n tokens up to twice
-    that; `dropped` and `problems` count by reason, `names` says the first problems in full."""
+    that; `dropped` and `problems` count by reason, `names` says the first problems in full, `broken` those of files that break
+    off."""
 
     documents: int = 0
     bytes: int = 0
@@ -100,6 +101,7 @@ class Tally:
     dropped: Counter[str] = field(default_factory=Counter)
     problems: Counter[str] = field(default_factory=Counter)
     names: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=lambda: [0] * 48)
     shards: dict[str, list[ShardInfo]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
@@ -109,9 +111,10 @@ class Tally:
 
     def problem(self, document: Document) -> None:
         kind = document.problem.partition(":")[0]
-        self.problems[kind if kind in self.problems or len(self.problems) < _KINDS else "others"] += 1
-        if len(self.names) < _NAMES:
-            self.names.append(f"{document.name}: {document.problem}")
+        self.problems[kind if kind in self.problems or len(self.problems) < _KINDS else "others"] += document.count
+        for names in (self.names, *((self.broken,) if document.broken else ())):
+            if len(names) < _NAMES:
+                names.append(f"{document.name}: {document.problem}")
 
     def add(self, other: Tally) -> None:
         """Take in the tally of the piece that comes next."""
@@ -121,6 +124,7 @@ class Tally:
         for kind, count in other.problems.items():
             self.problems[kind if kind in self.problems or len(self.problems) < _KINDS else "others"] += count
         self.names += other.names[: _NAMES - len(self.names)]
+        self.broken += other.broken[: _NAMES - len(self.broken)]
         self.lengths = [a + b for a, b in zip(self.lengths, other.lengths, strict=True)]
         for split in SPLITS:
             self.shards[split] = self.shards[split] + other.shards[split]

@@ -74,7 +74,9 @@ def take_over(built: Path, plain: dict[str, Any], show: Show) -> None:
         pieces_there = finished_pieces(built)
         if pieces_there and isinstance(before, dict):
             names = [name for name in plain if before.get(name) != plain[name]] + [n for n in before if n not in plain]
-            told = f"{names[0]} was {before.get(names[0])!r}" if names[0] != "files" else "the files were others"
+            told = (
+                f"{names[0]} was {before.get(names[0])!r}" if names[0] not in ("files", "contents") else "the files were others"
+            )
             raise DataError(
                 f"data.path: {built} holds {pieces_there} finished pieces of a preparation with other settings ({told}): "
                 "remove it, or set them back to go on"

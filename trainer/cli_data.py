@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -109,6 +109,10 @@ def _print_prepared(console: Console, place: str, info: DatasetInfo, new: bool) 
         f"  a model that knows only how frequent each token is has a held-out loss of {info.unigram_nats:.3f}",
         markup=False,
     )
+    if report.get("contents") == "unknown":
+        console.print("  made before contents were written down: its source is compared by names and sizes alone", markup=False)
+    for line in files_read(report.get("files", {})):
+        console.print(f"  {line}", markup=False)
     for problem in report["skipped_names"]:
         console.print(f"  skipped {problem}", markup=False)
 
@@ -133,6 +137,15 @@ def _marks(recipe: Recipe, folder: Path, info: DatasetInfo) -> str:
         f"documents {told(made.marks)}, as they were prepared, and go on so; by the tokenizer's files they would "
         f"{told(now.marks)}: prepare to another data.path for that"
     )
+
+
+def files_read(files: dict[str, Any]) -> Iterator[str]:
+    """What is said of the files of a source: those read by format, and those left out by reason."""
+    if read := files.get("read"):
+        yield "files read: " + ", ".join(f"{count:,} {kind}" for kind, count in read.items())
+    for reason, count in files.get("left_out", {}).items():
+        names = files["left_out_names"][reason]
+        yield f"files left out as {reason}: {count:,} ({', '.join(names)}{', ...' if count > len(names) else ''})"
 
 
 @contextmanager

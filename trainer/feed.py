@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data.cache import default_folder
 from data.corpus import Corpus, open_corpus
 from data.course import Skips, make_course, skips
 from data.curriculum import Asked, History
@@ -32,7 +33,7 @@ from trainer.errors import ConfigError
 from trainer.sections import DataSection, MixedSection
 from trainer.streamed import streams
 
-_SOURCE_KEYS = ("format", "template", "where", "chat", "chat_date", "messages", "prompt", "response", "on_invalid")
+_SOURCE_KEYS = ("format", "template", "where", "chat", "chat_date", "messages", "prompt", "response", "on_invalid", "on_broken")
 
 
 def sources(data: DataSection) -> dict[str, SourceSpec]:
@@ -79,10 +80,17 @@ def places(data: DataSection) -> dict[str, str]:
     return {name: mixed.path or f"{root}/{name}" for name, mixed in data.mixture.items()}
 
 
+def cache_limits(config: RunConfig) -> CacheLimits:
+    """Where shards of a distant dataset are kept on this node."""
+    cache = config.data.cache
+    folder = default_folder() if cache.folder is None else cache.folder.expanduser().absolute()
+    return CacheLimits(folder, cache.bytes, user=config.run.name, private=cache.folder is None)
+
+
 def datasets(config: RunConfig) -> dict[str, Dataset]:
     """The prepared dataset of each source, open. Raises DataError if one is not there, or not like the others."""
     data = config.data
-    limits = CacheLimits(data.cache.folder.expanduser().absolute(), data.cache.bytes, user=config.run.name)
+    limits = cache_limits(config)
     marks = data.separator, data.bos
     found = {name: open_dataset(place, limits, data.tokenizer, data.held_out, marks) for name, place in places(data).items()}
     (first_name, first), *others = found.items()

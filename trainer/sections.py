@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Count = Annotated[int, Field(gt=0, lt=1 << 48)]
 Natural = Annotated[int, Field(ge=0, lt=1 << 48)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Format = Literal["auto", "jsonl", "parquet", "arrow", "text", "webdataset"]
+Format = Literal["auto", "jsonl", "json", "parquet", "arrow", "text", "webdataset"]
 
 
 class Section(BaseModel):
@@ -40,6 +40,7 @@ class MixedSection(Section):
     prompt: str | None = None
     response: str | None = None
     on_invalid: Literal["error", "skip"] | None = None
+    on_broken: Literal["error", "skip"] | None = None
 
     @field_validator("schedule")
     @classmethod
@@ -64,7 +65,9 @@ class FilterSection(Section):
 class CacheSection(Section):
     """Shards of a dataset that is far away (data.path = "s3://…"), on this machine's disk."""
 
-    folder: Path = Field(Path("build/cache/shards"), description="kept for all runs and ranks of this machine")
+    folder: Path | None = Field(
+        None, description="for all runs and ranks of a node, on its own disk (default: this user's under $TMPDIR or /var/tmp)"
+    )
     bytes: Count = Field(64 << 30, description="largest size; what was used longest ago goes first")
 
 
@@ -75,7 +78,9 @@ class DataSection(Section):
         description='what `prepare` reads: "python-stdlib", a file, folder, glob or URL of text, JSONL, Parquet, Arrow or '
         'WebDataset, or "hub:org/name@revision"',
     )
-    format: Format = Field("auto", description="of the source's files (auto: by suffix)")
+    format: Format = Field(
+        "auto", description="of the source's files (auto: by suffix; json: an object a line, an array of them, or one object)"
+    )
     text_column: str = Field("text", description="column or key that holds the text")
     template: str = Field("", description='columns put together to one text: "{title}\\n\\n{text}"')
     where: str = Field("", description="keeps the rows for which this is true: 'lang == \"en\" and stars >= 10'")
@@ -84,7 +89,10 @@ class DataSection(Section):
     messages: str = Field("messages", description="column of a conversation's messages")
     prompt: str = Field("prompt", description="column of the prompt, where there are no messages")
     response: str = Field("response", description="column of the answer")
-    on_invalid: Literal["error", "skip"] = Field("error", description="what cannot be read: stop, or count and go on")
+    on_invalid: Literal["error", "skip"] = Field("error", description="a row that cannot be read: stop, or count and go on")
+    on_broken: Literal["error", "skip"] = Field(
+        "error", description="a file that breaks off: stop, or count what is known to be lost (one at least) and go on"
+    )
     max_invalid: float | None = Field(
         None, ge=0, description="skipped documents at which `prepare` fails all the same: a number, or below 1 a share"
     )

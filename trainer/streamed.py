@@ -9,14 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.atomic import commit_folder, locked_folder
+from data.atomic import commit_folder, locked_folder, write_file
+from data.contents import SOURCES, contents_of, read_contents
 from data.dataset import is_megatron, is_remote
 from data.errors import DataError
 from data.lanes import PIECE_BYTES, Stream
@@ -37,7 +39,7 @@ from data.shards import (
     write_shard,
 )
 from data.sources import Source, open_source, pieces
-from data.tokenizer import Tokenizer, parse_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer, parse_tokenizer
 from data.work import Selection, Tally, digest, encode, is_held_out, usable
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
@@ -50,12 +52,10 @@ _PATIENCE = 600.0
 
 def stream_fingerprint(recipe: Recipe, source: Source) -> str:
     """Changes when a setting of a source, or a name or size of its files does."""
-    spec = asdict(replace(recipe.spec, on_invalid=""))
-    del spec["chat_date"]  # the template is one of the files, and tells it
     plain: dict[str, Any] = {
         "files": source.describe(),
-        # Not on_invalid: where an error becomes a document left out, what was read before stays what it was.
-        "spec": spec,
+        # Not on_invalid nor on_broken: where an error becomes a document left out, what was read before stays what it was.
+        "spec": {**recipe.spec.identity(), "on_invalid": ""},
         "filters": asdict(recipe.filters),
         "held_out": recipe.held_out,
     }
@@ -77,8 +77,11 @@ def set_apart(config: RunConfig, recipes: dict[str, Recipe], places: dict[str, s
     wanted = config.eval.batches * config.train.global_batch * config.train.context + 1
     sources = {name: open_source(recipe.spec) for name, recipe in recipes.items()}
 
+    named = config.data.tokenizer
+    given = load_tokenizer(named).digest if named and Path(named).is_file() else None
+
     def missing() -> list[str]:
-        return [name for name in recipes if not _is_there(Path(places[name]), recipes[name], sources[name], wanted)]
+        return [name for name in recipes if not _is_there(Path(places[name]), recipes[name], sources[name], wanted, given)]
 
     if not missing():
         return
@@ -103,12 +106,17 @@ def _tokenizer_for(recipes: dict[str, Recipe], made: list[Path], show: Show) -> 
     named = None if first.tokenizer is None else first.load_tokenizer()
     if not made:
         return named or train_on(recipes, show)
-    saved = parse_tokenizer((made[0] / TOKENIZER).read_bytes(), str(made[0] / TOKENIZER), read_index(made[0]).marks)
+    saved = _saved_tokenizer(made[0])
     asked = first.separator or first.bos != AUTO
     return saved if named is None or (named.digest == saved.digest and not asked) else named
 
 
-def _is_there(folder: Path, recipe: Recipe, source: Source, wanted: int) -> bool:
+def _saved_tokenizer(folder: Path) -> Tokenizer:
+    return parse_tokenizer((folder / TOKENIZER).read_bytes(), str(folder / TOKENIZER), read_index(folder).marks)
+
+
+def _is_there(folder: Path, recipe: Recipe, source: Source, wanted: int, tokenizer: str | None) -> bool:
+    """Whether the folder holds what the run needs. `tokenizer`: the digest of the one that the user names."""
     if not folder.exists():
         return False
     if not (folder / INDEX).exists():
@@ -123,6 +131,21 @@ def _is_there(folder: Path, recipe: Recipe, source: Source, wanted: int) -> bool
             f"data.path: {folder} was set apart for a stream of other files or settings: a run goes on with those that it was "
             "begun with alone: put them back, or begin another run with another data.path"
         )
+    if tokenizer is not None and tokenizer != _saved_tokenizer(folder).digest:
+        raise DataError(
+            f"data.tokenizer: {folder} was set apart with another tokenizer, or its file has changed since: put it back, or "
+            "begin another run with another data.path"
+        )
+    before = read_contents(folder / SOURCES)
+    now = contents_of(source.files, before, sampled=True)
+    if before is not None and (name := now.other_than(before)):
+        raise DataError(
+            f"data.path: {folder} was set apart for a stream of other files: {name} has changed since: put it back, or begin "
+            "another run with another data.path"
+        )
+    if now != before:
+        with suppress(OSError):  # where it cannot be written the files are read again the next time
+            write_file(folder / SOURCES, now.plain())
     return info.tokens(HELD_OUT) >= wanted or bool(info.report["exhausted"])
 
 
@@ -130,6 +153,7 @@ def _set_apart(made: Path, recipe: Recipe, source: Source, tokenizer: Tokenizer,
     selection, held, count = _selection(recipe, source, tokenizer), list[Any](), 0
     counts = {split: np.zeros(tokenizer.vocab, np.int64) for split in (TRAIN, HELD_OUT)}
     tally, exhausted = Tally(), True
+    before = contents_of(source.files, None, sampled=True)
     for document in chain.from_iterable(usable(selection, piece, tally) for piece in pieces(source, PIECE_BYTES)):
         side = HELD_OUT if is_held_out(digest(document.side), recipe.held_out) else TRAIN
         if side == TRAIN and counts[TRAIN].sum() >= _COUNTED_TOKENS:
@@ -152,10 +176,12 @@ def _set_apart(made: Path, recipe: Recipe, source: Source, tokenizer: Tokenizer,
     shard = write_shard(made / f"{HELD_OUT}-00000.shard", [ids for ids, _ in held], token_bytes(tokenizer.vocab), prompts)
     splits = {TRAIN: [], HELD_OUT: [shard]}
     tokenizer.save(made / TOKENIZER)
+    write_file(made / SOURCES, before.plain())
     write_index(made, DatasetInfo(
         fingerprint(tokenizer.fingerprint, splits), stream_fingerprint(recipe, source), tokenizer.fingerprint,
         tokenizer.vocab, tokenizer.separator, splits, unigram_nats(counts[TRAIN], counts[HELD_OUT]),
-        {"source": recipe.spec.source, "stream": True, "exhausted": exhausted}, tokenizer.bos, tuple(sorted(tokenizer.stops)),
+        {"source": recipe.spec.source, "stream": True, "exhausted": exhausted, "files": source.report},
+        tokenizer.bos, tuple(sorted(tokenizer.stops)),
     ))  # fmt: skip
 
 

@@ -13,13 +13,13 @@ from obstore.store import S3Store
 from data import prefetch
 from data.cache import Cache
 from data.chat import load_chat
+from data.columns import _of_the_disk
 from data.corpus import open_corpus
 from data.course import make_course
 from data.curriculum import Asked, begin
 from data.dataset import open_dataset
 from data.errors import DataError, StorageError, of_storage
 from data.files import list_files, told
-from data.formats import _of_the_disk
 from data.loader import Loader
 from data.pool import run
 from data.prefetch import prefetched

@@ -131,7 +131,7 @@ def test_the_bytes_are_the_same_whatever_the_workers(tmp_path):
         assert new
         made.append(contents(tmp_path / f"by{workers}"))
         assert sorted(made[-1]) == sorted(
-            ["dataset.json", "tokenizer.json", *(s.file for shards in info.splits.values() for s in shards)]
+            ["dataset.json", "sources.json", "tokenizer.json", *(s.file for shards in info.splits.values() for s in shards)]
         )
     assert made[0] == made[1] == made[2]
     assert len(info.splits["train"]) > 1

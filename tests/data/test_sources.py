@@ -19,12 +19,12 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import formats
+from data import jsonrows
 from data.errors import DataError
-from data.files import stream_of
-from data.formats import lines
 from data.hub import resolve
+from data.jsonrows import lines
 from data.sources import Document, SourceSpec, documents, open_source, pieces
+from data.unpack import stream_of
 
 TEXTS = ["first", "zweiter: äöü €", 'with\nlines\r\nand "quotes"', "a NUL \x00 in it", "2024-01-01", "", "日本語 🙂", " "]
 ROWS = [{"text": text, "stars": number, "lang": "en" if number % 2 else "de"} for number, text in enumerate(TEXTS)]
@@ -228,10 +228,11 @@ def test_what_is_broken_is_refused_or_left_out_by_name(tmp_path, case):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as caught:
         read(tmp_path)
-    assert str(caught.value).startswith(f"{place}: {problem}") and 'on_invalid = "skip"' in str(caught.value)
+    key = "on_broken" if problem.startswith("unreadable") else "on_invalid"
+    assert str(caught.value).startswith(f"{place}: {problem}") and f'{key} = "skip"' in str(caught.value)
     assert "\n" not in str(caught.value)
     for target in (1 << 20, 10):
-        bad = [d for d in read(tmp_path, target, on_invalid="skip") if d.text is None]
+        bad = [d for d in read(tmp_path, target, **{key: "skip"}) if d.text is None]
         assert len(bad) == 1 and bad[0].problem.startswith(problem) and not bad[0].dropped
 
 
@@ -270,7 +271,7 @@ def test_what_comes_before_a_break_in_a_file_is_read(tmp_path):
     rows = [{"text": f"{i} " + "".join(random.Random(i).choices("abcdefgh", k=300))} for i in range(5000)]
     for name, packed in (("a.gz", gzip.compress(jsonl(rows))), ("b.zst", zstandard.compress(jsonl(rows)))):
         (tmp_path / name).write_bytes(packed[: len(packed) // 2])
-        found = read(tmp_path / name, format="jsonl", on_invalid="skip")
+        found = read(tmp_path / name, format="jsonl", on_broken="skip")
         assert 1000 < len(found) < 4000 and [d.text for d in found[:1000]] == [row["text"] for row in rows[:1000]]
         assert found[-1].text is None and found[-1].problem.startswith("unreadable file")
 
@@ -293,7 +294,7 @@ def test_flipped_bytes_in_arrow_and_parquet_never_crash(tmp_path):
             spoiled[chance.randrange(len(spoiled))] = chance.choice([0, 1, 127, 255, chance.randrange(256)])
         path = tmp_path / f"{number}.{name.rpartition('.')[2]}"
         path.write_bytes(bytes(spoiled))
-        for document in read(path, chance.choice([100, 1 << 20]), on_invalid="skip"):
+        for document in read(path, chance.choice([100, 1 << 20]), on_invalid="skip", on_broken="skip"):
             assert isinstance(document, Document)
 
 
@@ -351,14 +352,14 @@ def test_what_a_source_is_made_of_is_told_with_the_template(tmp_path):
 def test_a_long_line_is_not_read_again_by_every_piece_that_it_crosses(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"x" * 20_000_000 + b'"}\n' + jsonl())
     read_bytes = []
-    plain = formats.blocks
+    plain = jsonrows.blocks
 
     def counted(*arguments):
         for block in plain(*arguments):
             read_bytes.append(len(block))
             yield block
 
-    monkeypatch.setattr(formats, "blocks", counted)
+    monkeypatch.setattr(jsonrows, "blocks", counted)
     assert [d.text for d in read(tmp_path, 1 << 20)][1:] == TEXTS
     assert sum(read_bytes) < 2 * 20_000_000
 
@@ -464,7 +465,7 @@ def test_files_of_a_dataset_are_found_as_datasets_finds_them(tmp_path):
     (tmp_path / "README.md").unlink()
     (tmp_path / "two.jsonl").rename(tmp_path / "data" / "train.json")
     found, kind = resolve(str(tmp_path / "data"), None, None, "train", "hub:x")
-    assert ([f.name for f in found], kind) == (["train.json"], "jsonl")
+    assert ([f.name for f in found], kind) == (["train.json"], "auto")
 
 
 def test_a_dataset_that_needs_its_own_code_is_refused(tmp_path):
