@@ -20,6 +20,7 @@ from data.curriculum import History
 from data.errors import DataError
 from data.lanes import COUNTS, CURSOR, Lane, Stream, chained
 from data.numbers import WAY, text, whole
+from data.predicted import is_nothing
 from data.prefetch import prefetched
 from data.rows import Batch, Columns, Where, read_rows
 
@@ -29,6 +30,8 @@ _WIDTH = CURSOR + COUNTS
 _DIGESTS, _COUNTED = (1 << 63) - 1, 1 << 48
 """The largest digest, and more than any number of pieces, documents or tokens."""
 
+_ROWS = ("read", "nothing")
+"""What is counted of rows: all, and those in which no token is predicted."""
 _KEPT = 8
 _AGAIN = 2
 """Steps that are read again after a resume, to see that they are the same."""
@@ -63,6 +66,8 @@ class StreamLoader:
     _lanes: dict[int, list[Lane]] = field(default_factory=dict)
     _digests: dict[int, int] = field(default_factory=dict)
     _tables: dict[int, Table] = field(default_factory=dict)
+    _read: dict[int, Table] = field(default_factory=dict)  # rows, and those that predict nothing, of this rank up to a step
+    _earlier: Table = field(default_factory=lambda: np.zeros(2, np.int64), compare=False)  # of all ranks before these
     _kept: int = _KEPT
     _turn: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
     _batch: int = 0  # the batch of the order that is read next: a step's, but for what is skipped
@@ -99,7 +104,7 @@ class StreamLoader:
                 lane.go_to(piece, document, offset, counts)
         # The lanes stand after the last row that was consumed: what is skipped from there on is yet to be gone past.
         self._batch = self._batch_of(step - 1) + 1 if step else 0
-        self._tables = {step: self._table()}
+        self._tables, self._read = {step: self._table()}, {step: np.zeros(2, np.int64)}
 
     def _of_streams(self, lanes: object, sources: Sequence[str], name: str) -> Table:
         """A record's table of these sources as one of the streams there are now; a new one's lanes stand at its beginning.
@@ -159,8 +164,10 @@ class StreamLoader:
         pieces = piece * len(places) if self.warmup else None
         batch = read_rows(places, self.rows, self.context, self.document_mask, self.columns, pieces)
         self._tables[step + 1] = self._table()
+        nothing = sum(is_nothing(place, self.context, self.document_mask) for place in places)
+        self._read[step + 1] = self._read[step] + np.array([len(places), nothing])
         while len(self._tables) > self._kept:
-            del self._tables[min(self._tables)]
+            del self._read[min(self._tables)], self._tables[min(self._tables)]
         return batch
 
     def _rows(self, batch: int) -> list[Where]:
@@ -188,6 +195,7 @@ class StreamLoader:
             "lanes": now.tolist(),
             "earlier": {"step": earlier, "lanes": before.tolist()},
             "left_out": self._left_out(now),
+            "rows": dict(zip(_ROWS, (self._earlier + total(self._read[step])).tolist(), strict=True)),
         }
 
     def _left_out(self, table: Table) -> dict[str, int]:
@@ -210,6 +218,8 @@ class StreamLoader:
         """Read the last steps again, compare, and go on with `step`. Raises DataError if the rows are not those that were
         consumed. Where the run has a source no more, there is nothing to read again."""
         earlier, sources = state["earlier"], [text(name, "sources") for name in state["sources"]]
+        rows = state.get("rows", dict.fromkeys(_ROWS, 0))  # other versions counted none
+        self._earlier = np.array([whole(rows[key], f"rows.{key}", 0, _COUNTED) for key in _ROWS], dtype=np.int64)
         first = whole(earlier["step"], "earlier.step", max(0, step - _KEPT), step)
         table = self._of_streams(state["lanes"], sources, "lanes")
         if not {stream.name for stream in self.streams}.issuperset(sources):

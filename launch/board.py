@@ -256,8 +256,10 @@ def _pace(path: Path, steps: int, state: State) -> dict[str, Any]:
     times = [record["time"] for record in (*metrics[-1:], *events[-1:]) if isinstance(record.get("time"), int | float)]
     found["seen"] = max(times, default=0.0)
     if taken:
-        loss = taken[-1]["loss"]
-        found["loss"] = math.nan if loss is None else loss  # a step whose loss is not finite
+        predicted = [record for record in taken if record.get("tokens", 1)]
+        if predicted:
+            loss = predicted[-1]["loss"]
+            found["loss"] = math.nan if loss is None else loss  # a step whose loss is not finite
         seconds = sum(record["step_seconds"] for record in taken)
         if seconds > 0 and going:
             found["tokens_per_second"] = sum(record.get("tokens", 0) for record in taken) / seconds

@@ -118,7 +118,8 @@ def advice(row: Row) -> list[str]:
 
 def words(event: Mapping[str, Any]) -> str:
     """What an event means. One of a kind that is not known here is told with all that it holds."""
-    known = _WORDS.get(str(event.get("event")))
+    kind = str(event.get("event"))
+    known = _WORDS.get("eval-none" if kind == "eval" and event.get("loss", 0) is None else kind)
     try:
         if known is not None:
             return one_line(known.format_map({key: _told(value) for key, value in event.items()}))
@@ -138,7 +139,9 @@ _WORDS = {
     "save-plan": "{told}",
     "save-failed": "could not save step {step}: {why}",
     "eval": "held-out loss {loss:.4f} at step {step}",
+    "eval-none": "no held-out loss at step {step}: nothing is predicted",
     "skip": "step {step} changed nothing: {why}",
+    "empty": "step {step} changed nothing: no token is predicted",
     "spike": "step {step}: {why}",
     "non-finite": "step {step}: not finite: {values}",
     "retry": "step {step} was computed again: {why}",

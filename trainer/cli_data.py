@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from data.prepare import Progress, Recipe
     from data.progress import Show
     from data.shards import DatasetInfo
+    from trainer.config import RunConfig
 
 Config = Annotated[Path, typer.Argument(help="the run's TOML file", show_default=False)]
 Overrides = Annotated[
@@ -53,14 +54,12 @@ def prepare(
     go_on_unread()
     from rich.console import Console
 
-    from data.corpus import open_corpus
     from data.dataset import is_megatron, is_remote
     from data.prepare import Stopped, prepare_all
     from data.prepare import prepare as prepare_one
-    from data.shards import HELD_OUT, TRAIN
     from trainer.config import load_config
     from trainer.errors import ConfigError
-    from trainer.feed import datasets, places, recipes
+    from trainer.feed import places, recipes
 
     run = load_config(config, overrides or [])
     if is_remote(run.data.path) or is_megatron(run.data.path):
@@ -84,16 +83,32 @@ def prepare(
     for name, (info, new) in made.items():
         _print_prepared(console, places(run.data)[name], info, new)
         console.print(f"  {_marks(asked[name], Path(places(run.data)[name]), info)}", markup=False)
-    if run.data.packing == "fit":
-        for name, dataset in datasets(run).items():
-            corpus = open_corpus(dataset, TRAIN, run.train.context, "fit", name)
-            open_corpus(dataset, HELD_OUT, run.train.context, "fit", name)
-            assert corpus.plan is not None
-            console.print(
-                f"  {name + ': ' if name else ''}{corpus.samples:,} rows of {run.train.context} tokens, "
-                f"{corpus.plan.used:.2%} of their places used",
-                markup=False,
-            )
+    _print_rows(console, run, made)
+
+
+def _print_rows(console: Console, run: RunConfig, made: Collection[str]) -> None:
+    """What the run makes of its data. Raises DataError where that is no row, or where nothing of it is predicted."""
+    from data.corpus import open_corpus
+    from data.predicted import check_predicts, share_of_nothing
+    from data.shards import HELD_OUT, TRAIN
+    from trainer.feed import datasets
+
+    context, fit = run.train.context, run.data.packing == "fit"
+    for name, dataset in datasets(run, None if fit else made).items():
+        head = f"  {name + ': ' if name else ''}"
+        for split, what in ((TRAIN, "training"), (HELD_OUT, "held-out")):
+            if not fit and all(shard.tokens <= context for shard in dataset.shards(split)):
+                continue  # training on it will say so
+            corpus = open_corpus(dataset, split, context, run.data.packing, name)
+            if corpus.plan is not None and split == TRAIN:
+                used = f"{corpus.plan.used:.2%} of their places used"
+                console.print(f"{head}{corpus.samples:,} rows of {context} tokens, {used}", markup=False)
+            if share := share_of_nothing(corpus, run.data.document_mask):
+                none = ": it has no held-out loss" if share == 1.0 and split == HELD_OUT else ""
+                told = f"{share:.1%} of the {corpus.samples:,} {what} rows of {context} tokens predict no token{none}"
+                console.print(f"{head}{told}", markup=False)
+            if split == TRAIN:
+                check_predicts(corpus, run.data.document_mask)
 
 
 def _print_prepared(console: Console, place: str, info: DatasetInfo, new: bool) -> None:

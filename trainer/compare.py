@@ -30,7 +30,7 @@ from trainer.engines.carry import compiles
 from trainer.errors import ConfigError, RunError
 from trainer.exit_codes import DONE
 from trainer.preflight import preflight
-from trainer.runfolder import RunFolder, read_jsonl, read_metrics
+from trainer.runfolder import RunFolder, predicting, read_jsonl, read_metrics
 
 PLAN, RUNS, OUTPUT, CONTESTANT = "plan.json", "runs.jsonl", "output.txt", "contestant.toml"
 WARM_UP = 3
@@ -206,9 +206,10 @@ class Apart:
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians over all counted steps. quartiles: of tokens/s. rounds: its median in each. ratio: to the first contestant's in
-    the same round, the median of all rounds; ratios: the smallest and the largest, None of one round, which has no range.
-    own: the largest difference of losses among its own rounds. left: steps that were not applied."""
+    """Medians over all counted steps, which are those that predict a token. quartiles: of tokens/s. rounds: its median in
+    each. ratio: to the first contestant's in the same round, the median of all rounds; ratios: the smallest and the largest,
+    None of one round, which has no range. own: the largest difference of losses among its own rounds. left: steps that were
+    not applied."""
 
     tokens_per_second: float
     quartiles: tuple[float, float]
@@ -291,7 +292,7 @@ def _rounds(folder: Path, rounds: int) -> list[Round]:
     found = []
     for number in range(1, rounds + 1):
         run = RunFolder(folder / f"round-{number}")
-        steps = [record for record in read_metrics(run.metrics) if "loss" in record]
+        steps = predicting(read_metrics(run.metrics))
         end = next((event for event in read_jsonl(run.events) if event["event"] == "end"), {})
         if len(steps) > WARM_UP:
             memory = end.get("memory") or [steps[-1]["memory_bytes"]]  # one that was cut short has told of rank 0 alone

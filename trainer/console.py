@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -61,7 +61,7 @@ class TrainConsole:
         with _nobody_may_listen():
             self.console.print(text, markup=False)
 
-    def step(self, done: int, values: dict[str, float]) -> None:
+    def step(self, done: int, values: Mapping[str, Any]) -> None:
         if self.silent:
             return
         self.recent.append((done, values["step_seconds"]))
@@ -75,10 +75,10 @@ class TrainConsole:
             self.say(f"step {done:>{len(str(self.steps))}}/{self.steps}  {self._line(done, values)}")
             self.clipped = (0, 0.0)
 
-    def _line(self, done: int, values: dict[str, float]) -> str:
+    def _line(self, done: int, values: Mapping[str, Any]) -> str:
         seconds = sum(s for _, s in self.recent) / len(self.recent)
         parts = [
-            f"loss {values['loss']:.4f}",
+            f"loss {loss_words(values['loss'])}",
             f"{values['tokens'] / seconds:,.0f} tok/s",
             f"{seconds * 1000:,.0f} ms/step",
             f"{values['memory_bytes'] / 2**30:.2f} GiB",
@@ -90,6 +90,11 @@ class TrainConsole:
         if times >= _FAR:
             parts.append(f"clipped {times:.0f}x" + ("" if step == done else f" at step {step}"))
         return "  ".join(parts)
+
+
+def loss_words(loss: float | None) -> str:
+    """None where no token was predicted."""
+    return "none" if loss is None else f"{loss:.4f}"
 
 
 @contextlib.contextmanager

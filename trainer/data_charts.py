@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from data.shards import HELD_OUT, TRAIN
 from trainer.chart import chart
-from trainer.data_stats import SourceStats, Stats, bucket, drawn, packing_words, report_lines, stats
+from trainer.data_stats import SourceStats, Stats, bucket, drawn, nothing_words, packing_words, report_lines, stats
 from trainer.data_view import View, open_view
 from trainer.errors import USER_ERRORS
 from trainer.runfolder import RunFolder
@@ -116,6 +116,6 @@ def _words(source: SourceStats, found: Stats) -> str:
     if source.cap is not None:
         spent = "not reached" if source.spent is None else f"its last is read in step {source.spent:,}"
         said.append(f"at most {source.cap:,} rows: {spent}")
-    said += report_lines(source.report)
+    said += nothing_words(source.nothing) + report_lines(source.report)
     name = f"<b>{html.escape(source.name or 'The source')}</b>, {html.escape(source.place)}"
     return f"<p class='below'>{name}<br>{'<br>'.join(map(html.escape, said))}</p>"

@@ -17,6 +17,7 @@ from data.course import Skips
 from data.curriculum import History
 from data.dataset import is_remote
 from data.mixture import whole_weights
+from data.predicted import share_of_nothing
 from data.shards import HELD_OUT, TRAIN
 from trainer.data_view import View, say
 
@@ -43,7 +44,8 @@ class Packed:
 class SourceStats:
     """One source. `documents`, `tokens` and `bytes` by split; `drawn`: rows that the run reads in all, `epochs` how often
     that is every row, `share` their part of all; `cap`: rows that it gives at most, `spent` the step that reads its last.
-    `lengths`: documents by tokens, under 64 those of 64 to 127. `report`: what `prepare` said."""
+    `lengths`: documents by tokens, under 64 those of 64 to 127. `nothing`: by split, share of the rows in which no token is
+    predicted (None: not known without fetching all). `report`: what `prepare` said."""
 
     name: str
     place: str
@@ -57,6 +59,7 @@ class SourceStats:
     spent: int | None
     lengths: dict[int, int]
     packed: Packed
+    nothing: dict[str, float | None]
     report: dict[str, Any]
 
 
@@ -147,14 +150,15 @@ def _source(name: str, view: View, reads: int, rows: int, spent: int | None) -> 
     corpus = view.feed.train[name]
     info, splits = corpus.info, {split: shards for split, shards in corpus.info.splits.items() if split in (TRAIN, HELD_OUT)}
     packed, lengths = _packed(corpus)
-    told = info.report.get("lengths")
+    told, mask = info.report.get("lengths"), view.feed.config.data.document_mask
+    nothing = {TRAIN: share_of_nothing(corpus, mask), HELD_OUT: share_of_nothing(view.feed.held_out[name], mask)}
     return SourceStats(
         name, corpus.dataset.place,
         {split: sum(s.documents for s in shards) for split, shards in splits.items()},
         {split: sum(s.tokens for s in shards) for split, shards in splits.items()},
         {split: sum(s.bytes for s in shards) for split, shards in splits.items()},
         reads, reads / corpus.samples, reads / max(1, rows), view.continued.history.asked[-1][1].caps.get(name), spent,
-        {int(size): int(count) for size, count in told.items()} if told else lengths, packed,
+        {int(size): int(count) for size, count in told.items()} if told else lengths, packed, nothing,
         {key: value for key, value in info.report.items() if key != "lengths"},
     )  # fmt: skip
 
@@ -212,6 +216,13 @@ def packing_words(packed: Packed, packing: str, context: int) -> str:
     return ", ".join(parts)
 
 
+def nothing_words(nothing: Mapping[str, float | None]) -> list[str]:
+    """One line on the rows that teach nothing, where there are any."""
+    names = {TRAIN: "training", HELD_OUT: "held-out"}
+    told = [f"{share:.1%} of the {names[split]} rows" for split, share in nothing.items() if share]
+    return [f"{' and '.join(told)} predict no token: a step of such rows alone changes nothing"] if told else []
+
+
 def report_lines(report: Mapping[str, Any]) -> list[str]:
     """What `prepare` said, in words."""
     if "read" not in report:
@@ -245,7 +256,7 @@ def print_stats(found: Stats, console: Console) -> None:
             end = "not reached in the run" if s.spent is None else f"its last is read in step {s.spent:,}"
             say(console, f"  at most {s.cap:,} rows: {end}")
         say(console, f"  {packing_words(s.packed, found.packing, found.context)}")
-        for line in report_lines(s.report):
+        for line in [*nothing_words(s.nothing), *report_lines(s.report)]:
             say(console, f"  {line}")
         say(console, "  tokens a document, the separator among them:")
         for line in bars(s.lengths):

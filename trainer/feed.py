@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -87,12 +87,14 @@ def cache_limits(config: RunConfig) -> CacheLimits:
     return CacheLimits(folder, cache.bytes, user=config.run.name, private=cache.folder is None)
 
 
-def datasets(config: RunConfig) -> dict[str, Dataset]:
-    """The prepared dataset of each source, open. Raises DataError if one is not there, or not like the others."""
+def datasets(config: RunConfig, names: Collection[str] | None = None) -> dict[str, Dataset]:
+    """The prepared dataset of each source, or of those of these `names`, open. Raises DataError if one is not there, or not
+    like the others."""
     data = config.data
     limits = cache_limits(config)
     marks = data.separator, data.bos
-    found = {name: open_dataset(place, limits, data.tokenizer, data.held_out, marks) for name, place in places(data).items()}
+    asked = {name: place for name, place in places(data).items() if names is None or name in names}
+    found = {name: open_dataset(place, limits, data.tokenizer, data.held_out, marks) for name, place in asked.items()}
     (first_name, first), *others = found.items()
     for name, other in others:
         if not _one_tokenizer(other, first):

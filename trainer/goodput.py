@@ -23,7 +23,7 @@ CAUSES = {
     "restarts": "from the last sign of life of a run that broke off to the start that followed",
     "stopped": "the same after a stop on request, such as a preemption",
     "repeated": "steps computed after the checkpoint that a restart went back to",
-    "skipped": "steps that no rank applied",
+    "skipped": "steps that no rank applied, those that predict nothing among them",
     "retried": "steps computed a second time because their figures could not be trusted",
     "saves": "training stood still while the state was copied or written",
     "evaluation": "held-out text",
@@ -129,7 +129,7 @@ class _Account:
             self.lost["saves"] += event.get("stall_seconds", 0.0)
         elif kind == "eval":
             self.lost["evaluation"] += event.get("seconds", 0.0)
-        elif kind == "skip":
+        elif kind in ("skip", "empty"):
             self.skipped.add(event["step"])
         elif kind == "retry":
             self.retried[event["step"]] = self.retried.get(event["step"], 0.0) + event.get("seconds", 0.0)

@@ -62,7 +62,7 @@ class LossGuard:
         size = min(section.window, 1 << 20)
         self.losses, self.norms = deque(known["losses"], maxlen=size), deque(known["norms"], maxlen=size)
         self.left = 0 if state is None else _count(state)
-        """Steps in a row, up to the last one, that nobody applied."""
+        """Steps in a row, up to the last one, that nobody applied; one that predicts nothing is none of them and ends none."""
         self._levels: tuple[_Level, _Level] | None = None
 
     def limits(self) -> Limits:

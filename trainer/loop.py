@@ -114,7 +114,7 @@ def _train(run: _Run, going: Going, stop: StopRequest) -> bool | None:
             log.step(done, result, lr)
             if not _sound(run, going, result, done):
                 return None
-            stopped = _stopped_after(run, going, done, stop, sound=result.applied)
+            stopped = _stopped_after(run, going, done, stop, sound=not going.guard.left)
             if stopped:
                 break
     if stopped:
@@ -154,7 +154,7 @@ def _step(run: _Run, guard: LossGuard, rows: Batch, lr: float, done: int) -> Ste
     """One step; where its figures cannot be trusted, tried once more from the same weights and the same batch."""
     most = guard.limits()
     result = run.engine.step(rows, lr, most)
-    if result.applied or not run.config.guard.retry:
+    if result.applied or result.loss is None or result.grad_norm is None or not run.config.guard.retry:
         return result
     begun, why = time.perf_counter(), guard.judge(result.loss, result.grad_norm).why
     again = run.engine.step(rows, lr, most)
@@ -164,10 +164,13 @@ def _step(run: _Run, guard: LossGuard, rows: Batch, lr: float, done: int) -> Ste
 
 def _sound(run: _Run, going: Going, result: StepResult, done: int) -> bool:
     """What the loss guard makes of a step; False where the run has gone back. Raises SpoiledError when nothing changes."""
-    guard = going.guard
-    verdict = guard.judge(result.loss, result.grad_norm)
+    guard, loss, norm = going.guard, result.loss, result.grad_norm
+    if loss is None or norm is None:  # the batch's nature and no fault: the guard learns nothing from it
+        run.log.predicted_nothing(done, going.positions(done - 1, done))
+        return True
+    verdict = guard.judge(loss, norm)
     if result.applied:
-        guard.accept(result.loss, result.grad_norm)
+        guard.accept(loss, norm)
         if verdict.kind:
             run.log.spiked(done, verdict.why, going.positions(done - 1, done))
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -76,12 +77,14 @@ class MetricLog:
         if segment is not None:
             self._wandb = WandbLog(folder, config, segment)
 
-    def record(self, step: int, values: dict[str, float]) -> None:
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """None: there is no such figure, null in the file and no point of a curve."""
         self._waiting += dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n"
         self._write()
-        self._draw(step, values)
+        known = {name: value for name, value in values.items() if value is not None}
+        self._draw(step, known)
         if self._wandb is not None:
-            self._wandb.record(step, values)
+            self._wandb.record(step, known)
 
     def _write(self) -> None:
         try:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from data.predicted import check_predicts
 from parallel.world import check_device
 from trainer.checkpoint.of_run import checkpoints_of
 from trainer.config import RunConfig
@@ -59,6 +60,8 @@ def _foresee(config: RunConfig, ranks: int, cuda: bool | None, here: bool) -> No
             f"use model.vocab={vocab} or more"
         )
     check_cache(feed)
+    for corpus in feed.train.values():
+        check_predicts(corpus, config.data.document_mask)
     if not checkpoints_of(
         RunFolder(config.run.path), config
     ).steps():  # else what it has consumed counts, which its ranks will read

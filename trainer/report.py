@@ -16,13 +16,14 @@ from data.atomic import write_file
 from parallel.errors import LayoutError
 from trainer.chart import SCRIPT, STYLE, chart
 from trainer.config import RunConfig, parse_config
+from trainer.console import loss_words
 from trainer.data_charts import data_section
 from trainer.errors import RunError
 from trainer.goodput import Goodput, account
 from trainer.goodput_chart import goodput_section
 from trainer.layout_svg import draw
 from trainer.layout_view import layout_view
-from trainer.runfolder import RunFolder, read_jsonl, read_metrics
+from trainer.runfolder import RunFolder, predicting, read_jsonl, read_metrics
 
 _BLUE, _ORANGE, _GREY = "#2457a6", "#d9762b", "#8a8f98"
 _MOST_POINTS = 2000
@@ -31,20 +32,21 @@ _MOST_POINTS = 2000
 def write_report(folder: RunFolder, target: Path) -> None:
     """Make the page of the run at `target`. Raises RunError if no step has been recorded yet."""
     records = read_metrics(folder.metrics)
-    steps = [r for r in records if "loss" in r]
-    if not steps:
+    every = [r for r in records if "loss" in r]
+    if not every:
         raise RunError(f"{folder.metrics}: no step has been recorded yet; wait for the first")
-    evaluations = [r for r in records if "eval_loss" in r]
+    steps = predicting(every)
+    evaluations = [r for r in records if not math.isnan(r.get("eval_loss", math.nan))]
     events = read_jsonl(folder.events)
-    if missing := {"grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second"} - steps[-1].keys():
+    if missing := {"grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second"} - every[-1].keys():
         raise RunError(f"{folder.metrics}: records without {', '.join(sorted(missing))}: not a log of mikoshi train")
     config_text = folder.config.read_text(encoding="utf-8")
     config = parse_config(config_text, str(folder.config))
     time_spent = account(events, records)
     page = _PAGE.substitute(
         title=html.escape(config.run.name),
-        tiles=_tiles(steps, evaluations, events, time_spent),
-        charts="\n".join(_charts(steps, evaluations, events)),
+        tiles=_tiles(every, steps, evaluations, events, time_spent),
+        charts="\n".join(_charts(steps, evaluations, events)) if steps else "<p>No step has predicted a token.</p>",
         time=goodput_section(time_spent),
         data=data_section(folder),
         layout=_layout(config, events),
@@ -134,27 +136,32 @@ def _chart(
 
 
 def _tiles(
-    steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], events: list[dict[str, Any]], time_spent: Goodput
-) -> str:
+    every: list[dict[str, Any]], steps: list[dict[str, Any]], evaluations: list[dict[str, Any]],
+    events: list[dict[str, Any]], time_spent: Goodput,
+) -> str:  # fmt: skip
+    """`every` step, and those `steps` of them that predicted a token."""
     ends = [e for e in events if e["event"] in ("start", "end")]
     state = (
         "running or killed" if not ends or ends[-1]["event"] == "start" else "finished" if ends[-1]["finished"] else "stopped"
     )
-    seconds = sorted(r["step_seconds"] for r in steps)[len(steps) // 2]
-    rate = sorted(r["tokens_per_second"] for r in steps)[len(steps) // 2]
+    counted = steps or every
+    seconds = sorted(r["step_seconds"] for r in counted)[len(counted) // 2]
+    rate = sorted(r["tokens_per_second"] for r in counted)[len(counted) // 2]
     tiles = [
         ("state", state),
-        ("steps", f"{steps[-1]['step']:,}"),
-        ("training loss", f"{steps[-1]['loss']:.4f}"),
-        ("held-out loss", f"{evaluations[-1]['eval_loss']:.4f}" if evaluations else "-"),
+        ("steps", f"{every[-1]['step']:,}"),
+        ("training loss", loss_words(steps[-1]["loss"]) if steps else "none"),
+        ("held-out loss", loss_words(evaluations[-1]["eval_loss"]) if evaluations else "-"),
         ("tokens seen", f"{sum(r['tokens'] for r in steps):,}"),
         ("tokens/s, median", f"{rate:,.0f}"),
         ("step, median", f"{seconds * 1000:,.0f} ms"),
         ("goodput", f"{time_spent.share:.1%}"),
         ("resumes", str(sum(e["event"] == "resume" for e in events))),
     ]
-    if "mfu" in steps[-1]:
-        tiles.insert(6, ("MFU, median", f"{sorted(r.get('mfu', 0) for r in steps)[len(steps) // 2]:.1%}"))
+    if empty := len(every) - len(steps):
+        tiles.insert(2, ("steps that predicted nothing", f"{empty:,}"))
+    if "mfu" in counted[-1]:
+        tiles.insert(6, ("MFU, median", f"{sorted(r.get('mfu', 0) for r in counted)[len(counted) // 2]:.1%}"))
     return "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles)
 
 

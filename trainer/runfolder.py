@@ -26,7 +26,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -167,6 +167,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a run's steps and evaluations, in which a number that was not finite is NaN."""
     return [{key: math.nan if value is None else value for key, value in record.items()} for record in read_jsonl(path)]
+
+
+def predicting(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of a log's records those of steps that predicted a token: what a mean, a median or a curve of steps is of."""
+    return [dict(record) for record in records if "loss" in record and record.get("tokens", 1)]
 
 
 def drop_after(path: Path, step: int) -> None:

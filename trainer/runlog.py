@@ -14,7 +14,7 @@ from data.jsontext import non_finite
 from parallel.layout import Layout
 from trainer.checkpoint import Outcome, on_first_rank
 from trainer.config import RunConfig, to_toml
-from trainer.console import TrainConsole
+from trainer.console import TrainConsole, loss_words
 from trainer.engines.base import StepResult
 from trainer.feed import Feed
 from trainer.goodput import goodput, process_began, repetition
@@ -22,6 +22,15 @@ from trainer.hardware import gpu_named
 from trainer.metrics import MetricLog, flops_per_token, memory_bytes, peak_flops
 from trainer.prompt import chat_of
 from trainer.runfolder import RunFolder, read_jsonl
+
+_TOLD = 3
+"""Steps that predict nothing and are said one by one: of some data most are."""
+
+
+def mean_loss(losses: Mapping[str, float | None], weights: Mapping[str, float]) -> float | None:
+    """The mean by weight over the sources that have a loss; None where none has, or one of weight 0 alone."""
+    known = [(loss, weight) for name, weight in weights.items() if weight and (loss := losses.get(name)) is not None]
+    return sum(loss * weight for loss, weight in known) / sum(weight for _, weight in known) if known else None
 
 
 class RunLog:
@@ -31,8 +40,9 @@ class RunLog:
         self.config, self.folder, self.layout, self.device, self.silent = config, folder, layout, device, silent
         self.console = TrainConsole(config.train.steps, config.log.every, silent, config.optim.clip)
         self.started = time.perf_counter()
-        self.skipped = 0
+        self.skipped, self.empty = 0, 0
         self.left_out: dict[str, int] = {}
+        self.rows: dict[str, int] = {}
         self.begun = False
         self.metrics: MetricLog
         if silent:
@@ -123,21 +133,36 @@ class RunLog:
         self.warn(f"step {done}: {why}: no rank changed its weights; its batch: `mikoshi data inspect {self.folder.path} "
                   f"--step {done}`")  # fmt: skip
 
+    def predicted_nothing(self, done: int, positions: list[int]) -> None:
+        """A step whose batch, at these positions, has no token to be predicted."""
+        self.empty += 1
+        self.event("empty", step=done, positions=positions)
+        if self.empty <= _TOLD:
+            self.warn(
+                f"step {done}: no token of its batch is predicted: there is no loss, and no rank changed its weights; `mikoshi "
+                "data stats` tells how many rows are like that"
+                + ("; further such steps are in the events alone" if self.empty == _TOLD else "")
+            )
+
     def spiked(self, done: int, why: str, positions: list[int]) -> None:
         self.event("spike", step=done, why=why, positions=positions)
         self.warn(f"step {done}: {why}")
 
-    def evaluation(self, done: int, losses: dict[str, float], weights: dict[str, float], seconds: float) -> None:
-        """Of several sources, the loss that is told is the mean by their weights. `seconds`: what it took."""
+    def evaluation(
+        self, done: int, losses: Mapping[str, float | None], weights: Mapping[str, float], seconds: float
+    ) -> None:
+        """Of several sources, the loss that is told is the mean by their weights, of those whose text predicts anything.
+        `seconds`: what it took."""
         self.started = time.perf_counter()
         if self.silent:
             return
-        loss = sum(losses[name] * weight for name, weight in weights.items()) / sum(weights.values())
+        loss = mean_loss(losses, weights)
         each = {f"eval_loss.{name}": value for name, value in losses.items() if name}
         self._record(done, {"eval_loss": loss, **each})
         self.event("eval", step=done, loss=loss, seconds=round(seconds, 6))
-        parts = ", ".join(f"{name} {value:.4f}" for name, value in losses.items() if name)
-        self.console.say(f"step {done}: held-out loss {loss:.4f}" + (f" ({parts})" if parts else ""))
+        parts = ", ".join(f"{name} {loss_words(value)}" for name, value in losses.items() if name)
+        why = "" if loss is not None else ": no token of the held-out text that was read is predicted"
+        self.console.say(f"step {done}: held-out loss {loss_words(loss)}" + (f" ({parts})" if parts else "") + why)
 
     def event(self, kind: str, **fields: Any) -> None:
         self.started = time.perf_counter()
@@ -158,15 +183,16 @@ class RunLog:
 
     def saved(self, outcome: Outcome, stall: float, record: Mapping[str, Any]) -> None:
         """A save that has ended, well or not, for which training stood still `stall` seconds. Of a stream it tells how many
-        documents were used and left out, by reason."""
+        documents were used and left out, by reason, and how many rows were read and predicted nothing."""
         if outcome.error is not None:
             self.event("save-failed", step=outcome.step, why=outcome.error, stall_seconds=round(stall, 6))
             self.warn(f"step {outcome.step}: {outcome.error}; training goes on and it is tried again")
             return
-        self.left_out = record["data"]["state"].get("left_out") or {}
+        state = record["data"]["state"]
+        self.left_out, self.rows = state.get("left_out") or {}, state.get("rows") or {}
         self.event(
             "save", step=outcome.step, path=outcome.path, stall_seconds=round(stall, 6),
-            seconds=round(outcome.seconds, 6), **({"documents": self.left_out} if self.left_out else {}),
+            seconds=round(outcome.seconds, 6), **({"documents": self.left_out, "rows": self.rows} if self.left_out else {}),
         )  # fmt: skip
 
     def finish(self, saved: int, unreadable: list[str], finished: bool) -> None:
@@ -185,5 +211,10 @@ class RunLog:
             self.console.say(f"warning: documents of the stream that cannot be read were left out ({told})")
             for name in unreadable[:5]:
                 self.console.say(f"  {name}")
+        if self.rows.get("nothing"):
+            share = self.rows["nothing"] / self.rows["read"]
+            self.console.say(f"warning: {share:.1%} of the {self.rows['read']:,} rows read from the stream predicted no token")
+        if self.empty:
+            self.console.say(f"warning: {self.empty} step(s) predicted no token and changed nothing: see the events of the run")
         if self.skipped:
             self.console.say(f"warning: {self.skipped} step(s) changed nothing: see the events of the run")

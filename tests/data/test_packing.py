@@ -1,6 +1,7 @@
 """Rows fitted to documents: what best-fit decreasing gives, no document cut that fits a row, nothing lost or doubled."""
 
 import json
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from data.corpus import open_corpus
 from data.dataset import open_dataset
 from data.errors import DataError
 from data.packing import fit, fit_shard
+from data.predicted import check_predicts, is_nothing, rows_of_nothing, share_of_nothing
 from data.rows import IGNORED, read_rows
 from data.shards import DatasetInfo, fingerprint, write_index, write_shard
 
@@ -83,6 +85,31 @@ def test_every_pair_of_neighbours_in_a_document_is_predicted_once(tmp_path_facto
         if 1 < len(document) <= context + 1:
             at = np.isin(rows.tokens, document[:-1]) & predicted
             assert (at.any(1)).sum() == 1, "a document that fits a row is not cut"
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=4, max_size=60), st.sampled_from([8, 13]),
+       st.integers(1, 3), st.booleans())  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_rows_that_predict_nothing_are_counted_as_they_are_read(tmp_path_factory, documents, context, shards, flagged):
+    """Of each document its length and how much of its beginning is a prompt."""
+    tokens = [np.arange(1, length + 1) for length, _ in documents]
+    learned = [np.arange(length) >= prompt for length, prompt in documents] if flagged else None
+    if sum(length for length, _ in documents) < shards * (context + 2) or len(documents) == sum(n for n, _ in documents):
+        return
+    folder = make(tmp_path_factory.mktemp("nothing") / "d", tokens, learned, shards=shards)
+    for packing, mask in (("cut", True), ("cut", False), ("fit", True)):
+        try:
+            corpus = opened(folder, context, packing)
+        except DataError:  # not a row in any shard
+            continue
+        places = [corpus.where(s, r) for s, count in enumerate(corpus.counts.tolist()) for r in range(count)]
+        empty = (read_rows(places, len(places), context, mask).labels == IGNORED).all(1)
+        assert rows_of_nothing(corpus, mask) == empty.sum()
+        assert share_of_nothing(corpus, mask) == empty.mean()
+        if packing == "cut":
+            assert [is_nothing(place, context, mask) for place in places] == empty.tolist()
+        with pytest.raises(DataError, match="nothing can be learned") if empty.all() else nullcontext():
+            check_predicts(corpus, mask)
 
 
 def test_a_prompt_is_read_and_not_predicted_cut_or_fitted(tmp_path):

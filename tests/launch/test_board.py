@@ -296,6 +296,9 @@ def test_events_are_told_in_words():
     assert words({"time": 1, "event": "node-lost", "node": "n3"}) == "node-lost node=n3"
     assert words({"event": "nodes", "nodes": ["n1"], "lost": {"n2": "no word"}, "attempt": 1}) == "nodes: n1; lost: n2"
     assert words({"event": "save"}) == "save"
+    assert words({"event": "empty", "step": 4, "positions": [3, 4]}) == "step 4 changed nothing: no token is predicted"
+    assert words({"event": "eval", "step": 4, "loss": None}) == "no held-out loss at step 4: nothing is predicted"
+    assert words({"event": "eval", "step": 4, "loss": 2.5}) == "held-out loss 2.5000 at step 4"
     assert (ago(NOW - 5, NOW), ago(NOW - 600, NOW), ago(NOW - 7200, NOW), ago(None, NOW)) == ("5 s", "10 min", "2 h", "")
 
 

@@ -26,7 +26,7 @@ from parallel.pulse import beat
 from parallel.replicas import Difference, check
 from parallel.sharding import local, sum_of_squares
 from trainer.config import RunConfig
-from trainer.engines.base import NO_LIMITS, Limits, StepResult
+from trainer.engines.base import NO_LIMITS, Limits, StepResult, gradient_factor, step_result
 from trainer.engines.deepspeed_model import build_model, shape_of, whole, write
 from trainer.engines.deepspeed_optim import MOMENTS, GatedAdamW
 from trainer.engines.deepspeed_setup import bring_in, initialize, settings
@@ -80,29 +80,28 @@ class DeepSpeedEngine:
         beat("reduce")
         squares = self._squares()
         loss_sum, tokens, squares_sum, loads = self._sums(loss, rows, squares)
-        mean_loss, ranks, clip = loss_sum / max(tokens, 1), self.layout.world, self.config.optim.clip
-        norms: list[float] = []
+        ranks, more = self.layout.world, expert_metrics(loads)
+        # Of a gradient that is not finite DeepSpeed does not take the step as far as the optimizer.
+        lost = step_result(loss_sum, tokens, float("nan" if loss_sum != loss_sum else "inf"), limits, more)
+        found: list[StepResult] = []
 
         def factor() -> float | None:
             """Of DeepSpeed's gradients, the mean over ranks of those of the summed loss."""
-            norms[:] = [self._norm(squares_sum) * ranks / max(tokens, 1)]
-            if not (norms[0] < limits.norm and mean_loss < limits.loss):  # NaN is below nothing
-                return None
-            return (min(1.0, clip / max(norms[0], 1e-12)) if clip else 1.0) * ranks / max(tokens, 1)
+            found[:] = [step_result(loss_sum, tokens, self._norm(squares_sum) * ranks, limits, more)]
+            mine = gradient_factor(found[0], self.config.optim.clip)
+            return None if mine is None else mine * ranks
 
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         beat("update")
         self.optimizer.factor = factor
         self.deepspeed.step()
-        # Of a gradient that is not finite DeepSpeed does not take the step as far as the optimizer.
-        norm = norms[0] if norms else float("nan") if mean_loss != mean_loss else float("inf")
-        applied = bool(norms) and norm < limits.norm and mean_loss < limits.loss
-        self.optimizer.taken += applied
-        return StepResult(mean_loss, tokens, norm, applied, expert_metrics(loads))
+        (result,) = found or [lost]
+        self.optimizer.taken += result.applied
+        return result
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], known: int | None = None) -> float:
+    def evaluate(self, batches: Iterable[Batch], known: int | None = None) -> float | None:
         self.model.known = known
         loss_sum, tokens = 0.0, 0
         for rows in batches:
@@ -111,7 +110,7 @@ class DeepSpeedEngine:
             loss = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
             batch_loss, batch_tokens, *_ = self._sums(loss, rows, torch.zeros_like(loss))
             loss_sum, tokens = loss_sum + batch_loss, tokens + batch_tokens
-        return loss_sum / max(tokens, 1)
+        return loss_sum / tokens if tokens else None
 
     @torch.no_grad()
     def next_logits(self, ids: Sequence[int]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data.rows import Batch
 from parallel.pipeline import Inputs
 from parallel.pulse import beat
-from trainer.engines.base import NO_LIMITS, Limits, StepResult
+from trainer.engines.base import NO_LIMITS, Limits, StepResult, gradient_factor, step_result
 from trainer.engines.carry import stage_layers
 from trainer.engines.deepspeed import DeepSpeedEngine
 from trainer.engines.deepspeed_model import build_model
@@ -136,8 +136,8 @@ class DeepSpeedPipeline(DeepSpeedEngine):
 
     def _settle(self, rows: Batch, limits: Limits) -> tuple[StepResult, float | None]:
         """A step's figures, and what DeepSpeed's gradients, the mean over data ranks of those of the summed loss, are to be
-        multiplied by; None where a figure is not below its limit."""
-        ranks, clip = self.layout.stage_ranks, self.config.optim.clip
+        multiplied by; None where the step is not to be applied."""
+        ranks = self.layout.stage_ranks
         loss, squares = torch.zeros(2, dtype=torch.float64, device=self.device)
         for micro in self._told():
             loss += micro
@@ -145,10 +145,9 @@ class DeepSpeedPipeline(DeepSpeedEngine):
         if self.layout.zero == 0:
             squares = torch.stack(torch._foreach_norm(gradients, 2, torch.float64)).square().sum() / ranks
         loss_sum, tokens, squares_sum, loads = self._sums(loss, rows, squares)
-        norm, mean_loss = self._norm(squares_sum) * ranks / max(tokens, 1), loss_sum / max(tokens, 1)
-        applied = norm < limits.norm and mean_loss < limits.loss  # NaN is below nothing
-        factor = (min(1.0, clip / max(norm, 1e-12)) if clip else 1.0) * ranks / max(tokens, 1)
-        return StepResult(mean_loss, tokens, norm, applied, expert_metrics(loads)), factor if applied else None
+        result = step_result(loss_sum, tokens, self._norm(squares_sum) * ranks, limits, expert_metrics(loads))
+        factor = gradient_factor(result, self.config.optim.clip)
+        return result, None if factor is None else factor * ranks
 
     def _rehearse(self, micros: Sequence[Inputs]) -> None:
         self._train([*micros] * self.layout.micro_batches)

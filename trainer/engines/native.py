@@ -20,7 +20,7 @@ from parallel.replicas import Difference, check
 from parallel.sharding import local, place, sum_of_squares
 from parallel.zero import reduction
 from trainer.config import RunConfig
-from trainer.engines.base import NO_LIMITS, Limits, StepResult
+from trainer.engines.base import NO_LIMITS, Limits, StepResult, gradient_factor, step_result
 from trainer.engines.carry import compute_dtype, cores_per_rank
 from trainer.engines.feeding import columns, micro_batches, one_row, own
 from trainer.engines.held import FillWeights, Held, Plain
@@ -94,22 +94,19 @@ class NativeEngine:
         gradients = [self.held.cut(p, p.grad) for p in self.counted if p.grad is not None]
         squares = sum_of_squares(gradients, self.layout.stage_ranks)
         loss_sum, tokens, squares_sum, loads = self._sums(loss, rows, squares)
-        norm = squares_sum**0.5 / max(tokens, 1)
-        mean_loss = loss_sum / max(tokens, 1)
-        applied = norm < limits.norm and mean_loss < limits.loss  # false for NaN too
-        if applied:
+        result = step_result(loss_sum, tokens, squares_sum**0.5, limits, expert_metrics(loads))
+        factor = gradient_factor(result, self.config.optim.clip)
+        if factor is not None:
             beat("update")
-            # The gradients are of the summed loss: to the mean and to the clipped length in one product.
-            shrink = min(1.0, self.config.optim.clip / max(norm, 1e-12)) if self.config.optim.clip else 1.0
-            torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], shrink / max(tokens, 1))
+            torch._foreach_mul_([local(p.grad) for p in self.parameters if p.grad is not None], factor)
             self.optimizers.step(lr)
             self._balance_experts(loads)
         for p in self.parameters:
             p.grad = None
-        return StepResult(mean_loss, tokens, norm, applied, expert_metrics(loads))
+        return result
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], known: int | None = None) -> float:
+    def evaluate(self, batches: Iterable[Batch], known: int | None = None) -> float | None:
         for part in self.parts.values():
             part.known = known
         loss_sum, tokens = 0.0, 0
@@ -118,7 +115,7 @@ class NativeEngine:
             loss = torch.stack(losses).double().sum() if losses else torch.zeros((), dtype=torch.float64, device=self.device)
             batch_loss, batch_tokens, _, _ = self._sums(loss, rows, torch.zeros_like(loss))
             loss_sum, tokens = loss_sum + batch_loss, tokens + batch_tokens
-        return loss_sum / max(tokens, 1)
+        return loss_sum / tokens if tokens else None
 
     @torch.no_grad()
     def next_logits(self, ids: Sequence[int]) -> Tensor:
