@@ -262,7 +262,7 @@ def _pace(path: Path, steps: int, state: State) -> dict[str, Any]:
             found["loss"] = math.nan if loss is None else loss  # a step whose loss is not finite
         seconds = sum(record["step_seconds"] for record in taken)
         if seconds > 0 and going:
-            found["tokens_per_second"] = sum(record.get("tokens", 0) for record in taken) / seconds
+            found["tokens_per_second"] = sum(r.get("computed_tokens", r.get("tokens", 0)) for r in taken) / seconds
             found["seconds_left"] = (steps - step) * seconds / len(taken)
     return found
 

@@ -79,7 +79,7 @@ class TrainConsole:
         seconds = sum(s for _, s in self.recent) / len(self.recent)
         parts = [
             f"loss {loss_words(values['loss'])}",
-            f"{values['tokens'] / seconds:,.0f} tok/s",
+            f"{values.get('computed_tokens', values['tokens']) / seconds:,.0f} tok/s",
             f"{seconds * 1000:,.0f} ms/step",
             f"{values['memory_bytes'] / 2**30:.2f} GiB",
             f"ETA {clock(seconds * (self.steps - done))}",

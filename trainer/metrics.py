@@ -1,4 +1,8 @@
-"""What a step cost: tokens a second, share of the device's peak, memory; and where the numbers are kept."""
+"""What a step cost: tokens a second, share of the device's peak, memory; and where the numbers are kept.
+
+Speed goes by the tokens that are computed, every place of the global batch's rows: what is masked from the loss, a prompt or
+the padding behind documents, costs as much as what is predicted.
+"""
 
 from __future__ import annotations
 

@@ -71,7 +71,9 @@ def _charts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], even
     unigram = next((e.get("unigram_nats") for e in events if e["event"] == "start"), None)
     if unigram is not None:
         loss.append(_line([x[0], x[-1]], [unigram] * 2, "token frequencies alone, held-out", _GREY))
-    speed = [_line(x, [r["tokens_per_second"] for r in steps], "tokens/s", _BLUE)]
+    speed = [_line(x, [r["tokens_per_second"] for r in steps], "computed", _BLUE)]
+    if any(r["tokens"] != r.get("computed_tokens", r["tokens"]) for r in steps):
+        speed.append(_line(x, [r["tokens"] / r["step_seconds"] for r in steps], "predicted", _GREY))
     charts = [
         _chart("Loss, nats a token", loss, events, tall=True),
         _chart("Throughput, tokens/s", speed, events, zero=True),
@@ -152,8 +154,9 @@ def _tiles(
         ("steps", f"{every[-1]['step']:,}"),
         ("training loss", loss_words(steps[-1]["loss"]) if steps else "none"),
         ("held-out loss", loss_words(evaluations[-1]["eval_loss"]) if evaluations else "-"),
-        ("tokens seen", f"{sum(r['tokens'] for r in steps):,}"),
-        ("tokens/s, median", f"{rate:,.0f}"),
+        ("tokens computed", f"{sum(r.get('computed_tokens', r['tokens']) for r in every):,}"),
+        ("tokens predicted", f"{sum(r['tokens'] for r in steps):,}"),
+        ("tokens computed/s, median", f"{rate:,.0f}"),
         ("step, median", f"{seconds * 1000:,.0f} ms"),
         ("goodput", f"{time_spent.share:.1%}"),
         ("resumes", str(sum(e["event"] == "resume" for e in events))),
@@ -161,7 +164,7 @@ def _tiles(
     if empty := len(every) - len(steps):
         tiles.insert(2, ("steps that predicted nothing", f"{empty:,}"))
     if "mfu" in counted[-1]:
-        tiles.insert(6, ("MFU, median", f"{sorted(r.get('mfu', 0) for r in counted)[len(counted) // 2]:.1%}"))
+        tiles.insert(-3, ("MFU, median", f"{sorted(r.get('mfu', 0) for r in counted)[len(counted) // 2]:.1%}"))
     return "".join(f"<div><b>{html.escape(value)}</b><span>{html.escape(name)}</span></div>" for name, value in tiles)
 
 

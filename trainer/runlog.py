@@ -40,6 +40,8 @@ class RunLog:
         self.config, self.folder, self.layout, self.device, self.silent = config, folder, layout, device, silent
         self.console = TrainConsole(config.train.steps, config.log.every, silent, config.optim.clip)
         self.started = time.perf_counter()
+        self.computed = config.train.global_batch * config.train.context
+        """Tokens that a step computes, predicted or not: every place of the global batch's rows."""
         self.skipped, self.empty = 0, 0
         self.left_out: dict[str, int] = {}
         self.rows: dict[str, int] = {}
@@ -106,9 +108,9 @@ class RunLog:
         if self.silent:
             return
         values: dict[str, Any] = {
-            "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "tokens": result.tokens, "applied": result.applied,
-            "step_seconds": seconds, "data_seconds": self.waited, "tokens_per_second": result.tokens / seconds,
-            "memory_bytes": memory_bytes(self.device), **result.more,
+            "loss": result.loss, "grad_norm": result.grad_norm, "lr": lr, "tokens": result.tokens,
+            "computed_tokens": self.computed, "applied": result.applied, "step_seconds": seconds, "data_seconds": self.waited,
+            "tokens_per_second": self.computed / seconds, "memory_bytes": memory_bytes(self.device), **result.more,
         }  # fmt: skip
         if self.peak:
             values["mfu"] = self.flops * values["tokens_per_second"] / self.peak
@@ -148,9 +150,7 @@ class RunLog:
         self.event("spike", step=done, why=why, positions=positions)
         self.warn(f"step {done}: {why}")
 
-    def evaluation(
-        self, done: int, losses: Mapping[str, float | None], weights: Mapping[str, float], seconds: float
-    ) -> None:
+    def evaluation(self, done: int, losses: Mapping[str, float | None], weights: Mapping[str, float], seconds: float) -> None:
         """Of several sources, the loss that is told is the mean by their weights, of those whose text predicts anything.
         `seconds`: what it took."""
         self.started = time.perf_counter()
