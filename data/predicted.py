@@ -69,10 +69,11 @@ def _cut(shard: Shard, first: int, rows: int, context: int, document_mask: bool)
     heads = shard.ends.astype(np.int64) if document_mask else np.zeros(0, np.int64)  # the first tokens of documents
     heads = heads[(heads >= first) & (heads < stop)] - first
     if shard.learned is None:
-        return np.bincount(heads // context, minlength=rows) == context
+        all_heads: Rows = np.equal(np.bincount(heads // context, minlength=rows), context)
+        return all_heads
     predicted = _bits(shard, first, stop)
     predicted[heads] = False
-    found: Rows = ~predicted.reshape(rows, context).any(1)
+    found: Rows = np.logical_not(predicted.reshape(rows, context).any(axis=1))
     return found
 
 

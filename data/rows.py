@@ -24,6 +24,7 @@ _VERIFY = "`mikoshi data verify` names what is damaged"
 
 Ids = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int32]
+Flags = npt.NDArray[np.bool_]
 Take = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]]
 """Gives an array of a shape and type to fill, as numpy.empty does."""
 Columns = tuple[tuple[int, int], ...]
@@ -32,10 +33,11 @@ Columns = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows, [rows, T] each, tokens and labels int64, the others int32. `docs` numbers the documents in a row and
-    `positions` counts inside each; both None when rows are read as one document.
+    """Some rows, [rows, T] each, tokens and labels int64, docs and positions int32. `docs` numbers the documents in a row and
+    `positions` counts inside each; both None when rows are read as one document. `padding` (bool): places that hold no
+    token of the data; None: none is like that.
 
-    On a context-parallel rank `tokens`, `labels` and `positions` are of its own columns only, while `docs` is of the
+    On a context-parallel rank `tokens`, `labels`, `positions` and `padding` are of its own columns only, while `docs` is of the
     whole row, since a query must know what its keys elsewhere belong to.
     """
 
@@ -43,18 +45,22 @@ class Batch:
     labels: Ids
     docs: Numbers | None
     positions: Numbers | None
+    padding: Flags | None = None
 
     def rows(self, start: int, stop: int) -> Batch:
         docs = None if self.docs is None else self.docs[start:stop]
         positions = None if self.positions is None else self.positions[start:stop]
-        return Batch(self.tokens[start:stop], self.labels[start:stop], docs, positions)
+        padding = None if self.padding is None else self.padding[start:stop]
+        return Batch(self.tokens[start:stop], self.labels[start:stop], docs, positions, padding)
 
     def columns(self, columns: Columns) -> Batch:
         """The part of every whole row that a context-parallel rank holds."""
         index = np.concatenate([np.arange(*part) for part in columns])
         counted = np.broadcast_to(np.arange(self.tokens.shape[1], dtype=np.int32), self.tokens.shape)
         positions = counted if self.positions is None else self.positions
-        return Batch(self.tokens[:, index], self.labels[:, index], self.docs, np.ascontiguousarray(positions[:, index]))
+        padding = None if self.padding is None else np.ascontiguousarray(self.padding[:, index])
+        own = np.ascontiguousarray(positions[:, index])
+        return Batch(self.tokens[:, index], self.labels[:, index], self.docs, own, padding)
 
 
 class Where(NamedTuple):
@@ -93,15 +99,27 @@ def read_rows(
     cuts, ends = read(places, context, parts, document_mask, tokens, labels)
     if ends:
         _ignore(labels, np.concatenate(ends), context, parts)
+    padding = _padding(places, rows, context, parts)
     if not document_mask:
         if columns is None:
-            return Batch(tokens, labels, None, None)
+            return Batch(tokens, labels, None, None, padding)
         own = np.concatenate([np.arange(*part, dtype=np.int32) for part in parts])
-        return Batch(tokens, labels, None, np.repeat(own[None], rows, 0))
+        return Batch(tokens, labels, None, np.repeat(own[None], rows, 0), padding)
     docs, positions = _documents(cuts, rows, context, pieces, take)
     if columns is not None:
         positions = np.concatenate([positions[:, start:stop] for start, stop in parts], axis=1)
-    return Batch(tokens, labels, docs, positions)
+    return Batch(tokens, labels, docs, positions, padding)
+
+
+def _padding(places: Sequence[Where], rows: int, context: int, parts: Columns) -> Flags | None:
+    """Rows fitted to documents end in it, and whole rows make up a rank's number of them."""
+    fitted = bool(places) and places[0].pieces is not None
+    if not fitted and len(places) == rows:
+        return None
+    filled = np.zeros(rows, dtype=np.int64)
+    filled[: len(places)] = [context if place.pieces is None else sum(place.pieces[1]) for place in places]
+    found: Flags = np.concatenate([np.arange(*part) for part in parts]) >= filled[:, None]
+    return found
 
 
 _Marks = tuple[list[Ids], list[Ids]]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -73,6 +74,12 @@ def _by_expert(counts_RE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def share_balance(layer: Any, row: ProcessGroup) -> None:
     """Count an MoE layer's choices over whole rows, where ranks hold parts of them."""
     layer.row_sum = lambda counts: total(counts, row)
+
+
+def cut_tokens(layer: Any, tp: ProcessGroup) -> None:
+    """Have an MoE layer take its part of what is told of all tokens, where it is given a part of the sequence."""
+    rank, size = dist.get_rank(tp), dist.get_world_size(tp)
+    layer.own_tokens = lambda mask_BT: mask_BT.chunk(size, -1)[rank]
 
 
 def experts_in(model: nn.Module) -> list[Any]:

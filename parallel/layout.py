@@ -242,7 +242,7 @@ def _uneven_rows(layout: Layout, batch: Batch) -> Iterator[str]:
     start = f"{', '.join(most)} or {last}" if most else last
     yield (
         f"train.global_batch {batch.rows} cannot be shared evenly by {layout.data_ranks} data ranks, and rows of padding "
-        f"would count among the experts' rows: start {start} ranks, or use train.global_batch={up}"
+        f"would be computed by the experts in vain: start {start} ranks, or use train.global_batch={up}"
     )
 
 

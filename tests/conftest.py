@@ -30,6 +30,13 @@ def dataset(tmp_path_factory):
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory):
+    from runs import make_conversations
+
+    return make_conversations(tmp_path_factory.mktemp("conversations") / "made")
+
+
 @pytest.fixture
 def mikoshi(tmp_path, monkeypatch, capfd):
     """Call the command line in this process: returns its exit code, what it printed and its error lines."""

@@ -246,4 +246,4 @@ def pinned(device: torch.device) -> Callable[[Batch], Batch]:
     def pin(array: Any) -> Any:
         return None if array is None else torch.from_numpy(array).pin_memory().numpy()
 
-    return lambda batch: Batch(pin(batch.tokens), pin(batch.labels), pin(batch.docs), pin(batch.positions))
+    return lambda batch: Batch(pin(batch.tokens), pin(batch.labels), pin(batch.docs), pin(batch.positions), pin(batch.padding))

@@ -6,6 +6,7 @@ losses and gradient norms to a relative 1e-5, evaluation too, the same experts c
 
 import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from layouts import BASE, MODELS, degrees
 from runs import engine_and_rows, held_out_of, run_config, whole_state
+from trainer.engines.feeding import weigh_balance
 from trainer.feed import open_feed
 from trainer.model.gpt import GPT
 
@@ -246,3 +248,87 @@ def test_a_held_out_loss_leaves_out_rows_that_pad_the_vocabulary(ranks, dataset,
     assert known < every - 0.5
     for mine in ranks.run(evaluations, config(layout, kind), world=world):
         assert mine == pytest.approx([known, every], rel=1e-5)
+
+
+MASKED = [
+    ("mixtral", 2, "ep=2 zero=3"), ("mixtral", 4, "cp=2 ep=2"), ("mixtral", 4, "cp=2 tp=2"), ("deepseek", 4, "tp=2 pp=2"),
+    ("mixtral", 2, "cp=2 context_kind=ulysses"), ("deepseek", 4, "pp=2 ep=2 schedule=zbv"), ("mixtral", 2, "tp=2"),
+]  # fmt: skip
+
+
+def masked_config(dataset, folder, model, layout="", packing="fit", kind="native", **moe):
+    """Prompts are masked and rows end in padding; the losses of balance weigh as much as that of the text."""
+    shape = BASE | MODELS[model]
+    shape = shape | {"moe": shape["moe"] | {"aux_loss": 0.5, "z_loss": 0.1} | moe}
+    return run_config(
+        dataset, folder, model=shape, parallel=degrees(layout), train={"global_batch": 8, "micro_batch": 1},
+        optim={"lr": 1e-3}, data={"packing": packing}, engine={"kind": kind}, eval={"batches": 2},
+    )  # fmt: skip
+
+
+_balanced = {}
+
+
+def balanced(config):
+    """Figures of the steps, and of the routers the weights and biases."""
+    engine, loader = engine_and_rows(config)
+    steps = [engine.step(loader.batch(step), config.optim.lr) for step in range(3)]
+    named = {name.removeprefix("model."): t for name, t in engine.state().items() if "router" in name and "optim" not in name}
+    return [(r.loss, r.grad_norm, r.tokens, sorted(r.more.items())) for r in steps], whole_state(named)
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "world", "layout", "packing"),
+    [
+        *(pytest.param("native", *case, "fit", marks=[] if "zero" in case[2] else pytest.mark.slow) for case in MASKED),
+        pytest.param("native", "mixtral", 4, "cp=2 tp=2", "cut", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "mixtral", 2, "zero=1", "fit"),
+        pytest.param("deepspeed", "mixtral", 2, "cp=2 context_kind=ulysses zero=2", "fit", marks=pytest.mark.slow),
+        pytest.param("deepspeed", "mixtral", 2, "pp=2 zero=1", "fit", marks=pytest.mark.slow),
+        pytest.param("megatron", "mixtral", 2, "tp=2", "fit"),
+        pytest.param("megatron", "mixtral", 4, "tp=2 pp=2", "fit", marks=pytest.mark.slow),
+        pytest.param("megatron", "deepseek", 4, "cp=2 tp=2", "fit", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_the_same_balance_of_masked_and_padded_rows(ranks, conversations, tmp_path, kind, model, world, layout, packing):
+    if kind != "native":
+        pytest.importorskip({"deepspeed": "deepspeed", "megatron": "megatron.core"}[kind])
+    (alone,) = ranks.run(balanced, masked_config(conversations, tmp_path, model, packing=packing), world=1)
+    for steps, routers in ranks.run(
+        balanced, masked_config(conversations, tmp_path, model, layout, packing, kind), world=world
+    ):
+        for step, one in zip(steps, alone[0], strict=True):
+            assert step[:2] == pytest.approx(one[:2], rel=2e-5)
+            assert step[2] == one[2]
+            assert dict(step[3]) == pytest.approx(dict(one[3]), abs=1e-12)
+        assert routers.keys() == alone[1].keys()
+        for name, weight in routers.items():
+            assert (weight - alone[1][name]).abs().mean() <= 1e-5, name
+
+
+def balance_alone(config, kept):
+    """What the losses of balance add to the gradients of the mean loss, where one in `kept` of the predicted tokens is."""
+    import numpy as np
+
+    engine, loader = engine_and_rows(config)
+    rows = loader.batch(0)
+    left = np.cumsum(rows.labels.ravel() >= 0).reshape(rows.labels.shape) % kept == 0
+    rows = replace(rows, labels=np.where(left, rows.labels, -100))
+    weigh_balance([layer for _, layer in engine.experts], config.model, rows, engine.alike, engine.device)
+    found = []
+    for plain in (False, True):
+        for _, layer in engine.experts:
+            layer.balance_share = 0.0 if plain else layer.balance_share
+        engine.pipeline.step(engine._micro_batches(rows))
+        found.append({name: p.grad / (rows.labels >= 0).sum() for name, p in engine.named if p.grad is not None})
+        for p in engine.parameters:
+            p.grad = None
+    return {name: gradient - found[1][name] for name, gradient in found[0].items() if "router" in name}
+
+
+def test_losses_of_balance_weigh_the_same_however_much_is_masked(ranks, conversations, tmp_path):
+    config = masked_config(conversations, tmp_path, "mixtral")
+    (all_of_it,), (little,) = (ranks.run(balance_alone, config, kept, world=1) for kept in (1, 16))
+    for name, gradient in all_of_it.items():
+        assert gradient.norm() > 1e-3
+        assert (little[name] - gradient).norm() <= 1e-3 * gradient.norm(), name

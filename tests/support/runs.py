@@ -39,6 +39,21 @@ def make_dataset(folder: Path) -> Path:
     return folder / "dataset"
 
 
+def make_conversations(folder: Path) -> Path:
+    """Questions of unlike length, which are read, and short answers, which are learned."""
+    import json
+
+    folder.mkdir(parents=True)
+    lines = [line.strip() for path in sorted(text_folder(folder / "text").iterdir()) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if line]
+    with (folder / "chat.jsonl").open("w") as out:
+        for n in range(0, 900, 6):
+            question, answer = " ".join(lines[n : n + 1 + n % 5]), lines[n + 5][: 4 + n % 40]
+            out.write(json.dumps({"prompt": question[: 10 + n % 150], "response": answer}) + "\n")
+    prepare(Recipe(SourceSpec(str(folder / "chat.jsonl"), chat="chatml"), vocab=VOCAB, held_out=0.2), folder / "dataset")
+    return folder / "dataset"
+
+
 def run_config(dataset: Path, folder: Path, **sections) -> RunConfig:
     plain = {
         "run": {"name": "test", "folder": folder},

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.cores import cores
 from parallel import pulse
 from parallel.context import exchanged_heads, gathered_keys
-from parallel.expert import expert_parallel, experts_in, share_balance
+from parallel.expert import cut_tokens, expert_parallel, experts_in, share_balance
 from parallel.layout import Asked, Batch, Coordinates, Layout, ModelFacts, plan
 from parallel.mesh import Groups
 from parallel.pipeline import split_layers
@@ -130,6 +130,8 @@ def _cut(model: GPT, config: RunConfig, layout: Layout, groups: Groups, here: Co
             expert_parallel(layer.experts, groups.ep, groups.expert_tp)
         if groups.row is not None:
             share_balance(layer, groups.row)
+        if groups.tp is not None:
+            cut_tokens(layer, groups.tp)
     attentions = [m for m in model.modules() if isinstance(m, Attention)]
     heads = config.model.heads // layout.tp
     model.heads = slice(here.tp * heads, (here.tp + 1) * heads)

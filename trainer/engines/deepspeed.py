@@ -31,7 +31,7 @@ from trainer.engines.deepspeed_model import build_model, shape_of, whole, write
 from trainer.engines.deepspeed_optim import MOMENTS, GatedAdamW
 from trainer.engines.deepspeed_setup import bring_in, initialize, settings
 from trainer.engines.deepspeed_swap import swap_folder
-from trainer.engines.feeding import columns, micro_batches, one_row, own
+from trainer.engines.feeding import columns, micro_batches, one_row, own, weigh_balance
 from trainer.engines.native import Loads, expert_metrics
 from trainer.errors import CheckpointError
 from trainer.model.gpt import GPT
@@ -76,6 +76,7 @@ class DeepSpeedEngine:
 
     def step(self, rows: Batch, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
         micros = micro_batches(rows, self.layout, self.index, self.config.train.context, self.device)
+        self._weigh_balance(rows)
         loss = self._backward(micros)
         beat("reduce")
         squares = self._squares()
@@ -179,6 +180,9 @@ class DeepSpeedEngine:
             self.deepspeed.backward(loss.clone(), scale_wrt_gas=False)
             losses.append(loss.detach().double())
         return torch.stack(losses).sum()
+
+    def _weigh_balance(self, rows: Batch) -> None:
+        weigh_balance([layer for _, layer in self.experts], self.config.model, rows, self.layout.pp, self.device)
 
     def _squares(self) -> Tensor:
         """At ZeRO 0 this rank's share of the sum of the squares of DeepSpeed's gradients, which are then the same on all."""

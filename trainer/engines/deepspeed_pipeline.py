@@ -70,6 +70,7 @@ class DeepSpeedPipeline(DeepSpeedEngine):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.factor = factor
+        self._weigh_balance(rows)
         self._train(self._micro_batches(rows))
         if not found:  # of a gradient that is not finite DeepSpeed does not take the step as far as the optimizer
             found.append(self._settle(rows, limits))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data.rows import Batch, ranges
 from parallel.context import tokens_of
 from parallel.layout import Coordinates, Layout
 from parallel.pipeline import Inputs
+from trainer.model.config import ModelConfig
+from trainer.model.moe import MoE
 
 Index = npt.NDArray[np.int64]
 """Positions in a row."""
@@ -38,9 +41,28 @@ def micro_batches(rows: Batch, layout: Layout, index: Index | None, context: int
     out: list[Inputs] = []
     for start in range(0, len(rows.tokens), size):
         micro = rows.rows(start, start + size)
-        arrays = {"x": micro.tokens, "labels_BT": micro.labels, "docs_BS": micro.docs, "positions_BT": micro.positions}
+        arrays = {
+            "x": micro.tokens, "labels_BT": micro.labels, "docs_BS": micro.docs, "positions_BT": micro.positions,
+            "padding_BT": micro.padding,
+        }  # fmt: skip
         out.append({key: None if a is None else to(a, device) for key, a in arrays.items()} | rest)
     return out
+
+
+def weigh_balance(experts: Iterable[MoE], model: ModelConfig, rows: Batch, alike: int, device: torch.device) -> None:
+    """Have the experts' balance losses, which are of all tokens that are no padding, stand beside the mean loss over the
+    predicted ones: what they add to the summed loss is their mean times the number of predicted tokens. Of the whole batch,
+    of which `alike` ranks each know the same tokens. Collective where the model has such losses."""
+    moe = model.moe
+    if moe is None or not (moe.aux_loss or moe.z_loss):
+        return
+    padding = 0 if rows.padding is None else int(rows.padding.sum())
+    counts = np.array([(rows.labels >= 0).sum(), rows.labels.size - padding], dtype=np.float64)
+    both = to(counts / alike, device)
+    dist.all_reduce(both)
+    share = (both[0] / both[1].clamp(min=1)).float()
+    for layer in experts:
+        layer.balance_share = share
 
 
 def one_row(ids: Sequence[int], context: int) -> Batch:

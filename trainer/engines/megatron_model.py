@@ -99,10 +99,10 @@ class Routed(nn.Module):
         super().__init__()
         self.moe, self.alike = moe, alike
 
-    def forward(self, x_TBC: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    def forward(self, x_TBC: Tensor, *_: Any, padding_mask: Tensor | None = None, **__: Any) -> tuple[Tensor, None]:
         """[T, B, C] and, as Megatron's layers have it, a bias that is still to be added: none."""
         mine = x_TBC if self.alike is None else own_part(x_TBC, 0, self.alike)
-        y = self.moe(mine.transpose(0, 1)).transpose(0, 1)
+        y = self.moe(mine.transpose(0, 1), padding_mask).transpose(0, 1)
         return y if self.alike is None else join(y, 0, self.alike), None
 
 
@@ -213,6 +213,7 @@ class Stage(nn.Module):
         labels_BT: Tensor | None = None,
         docs_BS: Tensor | None = None,
         positions_BT: Tensor | None = None,
+        padding_BT: Tensor | None = None,
         queries_T: Tensor | None = None,
         length: int | None = None,
     ) -> Tensor:
@@ -230,7 +231,10 @@ class Stage(nn.Module):
         if tokens is not None:
             positions_BT = positions_BT.expand_as(tokens)
         gather = labels_BT is None and self.part.last
-        out: Tensor = self.inner(tokens, positions_BT, masks, runtime_gather_output=True if gather else None)
+        out: Tensor = self.inner(
+            tokens, positions_BT, masks, runtime_gather_output=True if gather else None,
+            padding_mask=padding_BT if self.blocks else None,
+        )  # fmt: skip
         if not self.part.last:
             # A pipeline lets go of it in place, which a view cannot be.
             return out.transpose(0, 1).clone(memory_format=torch.contiguous_format)

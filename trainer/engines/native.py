@@ -22,7 +22,7 @@ from parallel.zero import reduction
 from trainer.config import RunConfig
 from trainer.engines.base import NO_LIMITS, Limits, StepResult, gradient_factor, step_result
 from trainer.engines.carry import compute_dtype, cores_per_rank
-from trainer.engines.feeding import columns, micro_batches, one_row, own
+from trainer.engines.feeding import columns, micro_batches, one_row, own, weigh_balance
 from trainer.engines.held import FillWeights, Held, Plain
 from trainer.model.gpt import GPT
 from trainer.model.init import Region, fill, initial
@@ -59,6 +59,7 @@ class NativeEngine:
         self.config, self.layout, self.device, self.read = config, layout, device, read
         self.here = layout.coordinates(dist.get_rank())
         self.groups = groups
+        self.alike = layout.world // layout.data_ranks // layout.cp  # ranks that know the same tokens
         home = torch.device("cpu") if config.parallel.offload == "optimizer" else device
         self.parts = {stage: part.to_empty(device=home) for stage, part in parts.items()}
         self.held = hold(list(self.parts.values()))
@@ -87,6 +88,7 @@ class NativeEngine:
         )
 
     def step(self, rows: Batch, lr: float, limits: Limits = NO_LIMITS) -> StepResult:
+        weigh_balance([layer for _, layer in self.experts], self.config.model, rows, self.alike, self.device)
         loss = self.pipeline.step(self._micro_batches(rows))
         beat("reduce")
         self.held.join_gradients()
@@ -169,11 +171,10 @@ class NativeEngine:
             gradients[1].copy_(gradients[0])
 
     def _sums(self, loss: Tensor, rows: Batch, squares: Tensor) -> tuple[float, int, float, Loads]:
-        """Loss, predicted tokens, squared gradient norm and every expert's rows, over all ranks: the step's one extra
-        collective. Ranks that know the same of these each give an equal share."""
+        """Loss, predicted tokens, squared gradient norm and every expert's rows, over all ranks: the step's one
+        collective of its own. Ranks that know the same of these each give an equal share."""
         layout, moe = self.layout, self.config.model.moe
-        same_tokens = layout.world // layout.data_ranks // layout.cp
-        counted = float((rows.labels >= 0).sum()) / same_tokens
+        counted = float((rows.labels >= 0).sum()) / self.alike
         figures = [loss / layout.tp, torch.tensor(counted, dtype=torch.float64), squares]
         loads = torch.zeros(0 if moe is None else self.config.model.layers, 0 if moe is None else moe.experts)
         loads = loads.to(self.device, torch.float64)

@@ -63,8 +63,13 @@ class MoEConfig(BaseModel):
     scale: float = Field(1.0, gt=0, description="multiplies the routed weights (DeepSeek's routed_scaling_factor)")
     groups: Count = Field(1, description="experts in this many equal groups, scored by the sum of their two best")
     top_groups: Count = Field(1, description="groups a token may choose from")
-    aux_loss: float = Field(0.0, ge=0, description="weight of the load balancing loss, taken over each row")
-    z_loss: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp of the router's logits")
+    aux_loss: float = Field(
+        0.0, ge=0, description="weight, beside the mean loss, of the load balancing loss, taken over each row: over all tokens "
+        "but padding, those that are not predicted too",
+    )  # fmt: skip
+    z_loss: float = Field(
+        0.0, ge=0, description="weight, beside the mean loss, of the squared log-sum-exp of the router's logits, over the same"
+    )  # fmt: skip
     bias_rate: float | None = Field(
         None, ge=0, description="step of the bias that balances the choice without a loss (DeepSeek-V3); none: no bias"
     )

@@ -94,17 +94,21 @@ class Block(nn.Module):
         self.mlp_norm = None if self.parallel else make_norm(config, config.width)
         self.mlp = MoE(config) if config.is_moe(layer) else MLP(config)
 
-    def forward(self, x: Tensor, rotary: Rotation | None, mask: Mask, cache: LayerCache | None = None, past: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor, rotary: Rotation | None, mask: Mask, cache: LayerCache | None = None, past: int = 0,
+        padding: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        experts = (padding,) if isinstance(self.mlp, MoE) else ()
         if self.mlp_norm is None:
             h = self.attn_norm(x)
-            out: Tensor = x + self.attn(h, rotary, mask, cache, past) + self.mlp(h)
+            out: Tensor = x + self.attn(h, rotary, mask, cache, past) + self.mlp(h, *experts)
             return out
         if self.post:
             x = self.attn_norm(x + self.attn(x, rotary, mask, cache, past))
-            out = self.mlp_norm(x + self.mlp(x))
+            out = self.mlp_norm(x + self.mlp(x, *experts))
             return out
         x = x + self.attn(self.attn_norm(x), rotary, mask, cache, past)
-        out = x + self.mlp(self.mlp_norm(x))
+        out = x + self.mlp(self.mlp_norm(x), *experts)
         return out
 
 
@@ -164,6 +168,7 @@ class GPT(nn.Module):
         docs_BS: Tensor | None = None,
         positions_BT: Tensor | None = None,
         cache: KVCache | None = None,
+        padding_BT: Tensor | None = None,
         queries_T: Tensor | None = None,
         length: int | None = None,
     ) -> Tensor:
@@ -174,6 +179,7 @@ class GPT(nn.Module):
         docs_BS: which document each position of the row belongs to; attention stays inside it. None: one document a row.
         positions_BT: position of each token in its document, for rotary and learned positions; default 0, 1, 2...
         cache: keys and values of earlier positions; `x` are the next tokens and are added to it.
+        padding_BT: true at places that hold no token, which count in no balance of experts. None: there are none.
         queries_T, length: where in a row of `length` the queries of attention stand, when `x` is a part of the row and
         `attend` brings in the rest; by default they are all of it, one after another.
         """
@@ -194,7 +200,7 @@ class GPT(nn.Module):
         for name, block in self.blocks.items():
             layer = int(name)
             layer_cache = None if cache is None else cache.layers[layer]
-            x_BTC = block(x_BTC, rotary, masks[self.config.window(layer)], layer_cache, past)
+            x_BTC = block(x_BTC, rotary, masks[self.config.window(layer)], layer_cache, past, padding_BT)
         if cache is not None:
             cache.length = span
         return self.leave(x_BTC, labels_BT) if self.part.last else x_BTC

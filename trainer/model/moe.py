@@ -1,7 +1,8 @@
 """Mixture of experts without dropped tokens: a router sends each token to K of E gated MLPs and sums what they say.
 
-What a token gets depends on that token alone: no capacity, no padding, so no layout of the cluster changes it. How the
-experts are balanced depends on the token's row alone, for the same reason.
+What a token gets depends on that token alone: no capacity, no dropping, so no layout of the cluster changes it. How the
+experts are balanced depends on the token's row alone, for the same reason. All tokens of the data count there, a prompt's
+as those that are predicted; padding, which is computed too, counts nowhere.
 
 Shapes: B batch, T positions, C width, N = B*T tokens, E experts, K chosen of them, M = N*K rows sorted by expert,
 F width of one expert, G groups of experts.
@@ -136,8 +137,9 @@ def _unsorted(y_MC: Tensor, order_M: Tensor) -> Tensor:
 
 
 class _Attach(torch.autograd.Function):
-    """Returns y as it is. Backward adds the gradient of `extra`, as if it were added to the summed loss (whose own
-    gradient is 1), and counts the step's choices: once a step whether or not the forward pass is recomputed."""
+    """Returns y as it is. Backward adds the gradient of `extra`, as if the layer's `balance_share` of it were added to the
+    summed loss (whose own gradient is 1), and counts the step's choices: once a step whether or not the forward pass is
+    recomputed."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, extra: Tensor | None, counts_E: Tensor, layer: MoE) -> Tensor:
@@ -150,12 +152,12 @@ class _Attach(torch.autograd.Function):
         (counts_E,) = ctx.saved_tensors
         layer: MoE = ctx.layer
         layer.load = counts_E if layer.load is None else layer.load + counts_E
-        ones = torch.ones((), device=counts_E.device) if ctx.extra else None
-        return grads[0], ones, None, None
+        share = torch.as_tensor(layer.balance_share, dtype=torch.float32, device=counts_E.device) if ctx.extra else None
+        return grads[0], share, None, None
 
 
-def _whole_rows(counts_BE: Tensor) -> Tensor:
-    return counts_BE
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 class MoE(nn.Module):
@@ -169,12 +171,17 @@ class MoE(nn.Module):
         self.router = Router(config, moe)
         self.experts = Experts(config, moe)
         self.shared = MLP(config, moe.shared * (moe.width or config.d_mlp)) if moe.shared else None
-        self.row_sum: Callable[[Tensor], Tensor] = _whole_rows
+        self.row_sum: Callable[[Tensor], Tensor] = _as_it_is
         """Sums int64 [B, E] over the ranks that hold other positions of the same rows; here, rows are whole."""
+        self.own_tokens: Callable[[Tensor], Tensor] = _as_it_is
+        """The part of what is told of all tokens that is of those given here; here, they are all."""
+        self.balance_share: Tensor | float = 1.0
+        """Predicted tokens of the global batch over all of its tokens but padding, in the step that is computed."""
         self.load: Tensor | None = None
-        """Choices of each expert [E] in the backward passes since the last take_load, by the tokens seen here."""
+        """Choices of each expert [E] in the backward passes since the last take_load, by the tokens seen here but padding."""
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
+    def forward(self, x_BTC: Tensor, padding_BT: Tensor | None = None) -> Tensor:
+        """padding_BT: true at places that hold no token; of all positions, where those of `x_BTC` are a part of them."""
         x_NC = x_BTC.flatten(0, 1)
         routing = self.router(x_NC)
         counts_BE = self.count(routing.chosen_NK, rows=x_BTC.shape[0])
@@ -187,34 +194,44 @@ class MoE(nn.Module):
         if self.shared is not None:
             y_BTC = y_BTC + self.shared(x_BTC)
         if self.training and torch.is_grad_enabled():
-            y_BTC = _attach(y_BTC, self.balance_loss(routing, counts_BE), counts_E, self)
+            real_N = None
+            if padding_BT is not None:
+                mine_BT = padding_BT if padding_BT.shape[1] == x_BTC.shape[1] else self.own_tokens(padding_BT)
+                real_N = ~mine_BT.flatten()
+                counts_BE = self.count(routing.chosen_NK, x_BTC.shape[0], real_N)
+            y_BTC = _attach(y_BTC, self.balance_loss(routing, counts_BE, real_N), counts_BE.sum(0), self)
         return y_BTC
 
-    def count(self, chosen_NK: Tensor, rows: int) -> Tensor:
-        """How often each row chose each expert: int64 [B, E]."""
+    def count(self, chosen_NK: Tensor, rows: int, real_N: Tensor | None = None) -> Tensor:
+        """How often each row chose each expert: int64 [B, E]. real_N: of these tokens alone."""
         chosen = chosen_NK.view(rows, -1)
+        each = torch.ones_like(chosen) if real_N is None else real_N[:, None].expand_as(chosen_NK).reshape(rows, -1).long()
         zeros_BE = torch.zeros(rows, self.moe.experts, dtype=torch.int64, device=chosen.device)
-        return zeros_BE.scatter_add(1, chosen, torch.ones_like(chosen))
+        return zeros_BE.scatter_add(1, chosen, each)
 
-    def balance_loss(self, routing: Routing, counts_BE: Tensor) -> Tensor | None:
-        """What is added to the summed loss for the tokens held here, or None if nothing is.
+    def balance_loss(self, routing: Routing, counts_BE: Tensor, real_N: Tensor | None = None) -> Tensor | None:
+        """The sum over the tokens held here, but padding (those that `real_N` leaves out), of which the engine adds the
+        mean over the global batch to the mean loss; None if there are no such losses.
 
         aux_loss x T x E sum_e f_e P_e for each row (Fedus et al. 2021, arXiv:2101.03961, eq. 4, by row as in
-        arXiv:2412.19437, eq. 17): f the share of the row's choices, P the mean score, summing to 1. Summed over the T
+        arXiv:2412.19437, eq. 17): f the share of the row's choices, P the mean score, summing to 1. Summed over the row's T
         tokens, T P is the sum of scores, so the ranks that share a row each add their own tokens' part and only the
         counts must be known whole. z_loss x sum over tokens of logsumexp(logits)^2 (Zoph et al. 2022, arXiv:2202.08906).
         """
         moe, terms = self.moe, []
         if moe.aux_loss:
             whole_BE = self.row_sum(counts_BE).detach()
-            share_BE = whole_BE / whole_BE.sum(-1, keepdim=True)
+            share_BE = whole_BE / whole_BE.sum(-1, keepdim=True).clamp(min=1)
             scores_NE = routing.scores_NE
             if moe.router == "sigmoid":
                 scores_NE = scores_NE / (scores_NE.sum(-1, keepdim=True) + 1e-20)
+            if real_N is not None:
+                scores_NE = scores_NE * real_N[:, None]
             row_scores_BE = scores_NE.unflatten(0, (counts_BE.shape[0], -1)).sum(1)
             terms.append(moe.aux_loss * moe.experts * (share_BE * row_scores_BE).sum())
         if moe.z_loss:
-            terms.append(moe.z_loss * routing.logits_NE.logsumexp(-1).square().sum())
+            squares_N = routing.logits_NE.logsumexp(-1).square()
+            terms.append(moe.z_loss * (squares_N if real_N is None else squares_N * real_N).sum())
         return torch.stack(terms).sum() if terms else None
 
     def take_load(self) -> Tensor:

@@ -153,6 +153,46 @@ def test_aux_loss_is_that_of_transformers():
     torch.testing.assert_close(ours, theirs * 13 / 2)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_aux_loss_of_a_padded_row_is_that_of_transformers(family):
+    """By their attention_mask padding counts in neither the shares nor the scores; all other tokens do."""
+    theirs_of = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=["x"]).load_balancing_loss_func
+    moe, x = layer(aux_loss=1.0), torch.randn(3, 13, 32)
+    padding = torch.arange(13) >= torch.tensor([13, 9, 2])[:, None]
+    for row, pad in zip(x, padding, strict=True):
+        routing = moe.router(row)
+        ours = moe.balance_loss(routing, moe.count(routing.chosen_NK, 1, ~pad), ~pad)
+        theirs = theirs_of((routing.logits_NE,), num_experts=8, top_k=2, attention_mask=(~pad).long()[None])
+        torch.testing.assert_close(ours, theirs * (~pad).sum() / 2)
+
+
+def test_padding_is_in_no_load_and_no_balance():
+    """The rows without their padding, and one more of padding alone, give the same."""
+    short, padded = (layer(aux_loss=0.7, z_loss=0.3) for _ in range(2))
+    short.balance_share = padded.balance_share = torch.tensor(0.25)
+    x, upstream = torch.randn(3, 9, 32), torch.randn(3, 9, 32)
+    padding = torch.arange(9) >= torch.tensor([6, 6, 0])[:, None]
+    short(x[:2, :6].clone().requires_grad_()).backward(upstream[:2, :6])
+    given = x.clone().requires_grad_()
+    padded(given, padding).backward(upstream * ~padding[..., None])
+    same(gradients(padded), gradients(short))
+    assert not given.grad[padding].any() and given.grad[~padding].any()
+    load = padded.take_load()
+    assert load.sum() == 2 * 6 * 2
+    assert torch.equal(load, short.take_load())
+
+
+@pytest.mark.parametrize("width", [4, 12])
+def test_a_part_of_the_sequence_takes_its_part_of_the_padding(width):
+    whole, part = layer(aux_loss=0.7), layer(aux_loss=0.7)
+    x, padding = torch.randn(2, 12, 32), torch.arange(12) >= torch.tensor([12, 6])[:, None]
+    part.own_tokens = lambda mask: mask.chunk(3, -1)[1]
+    whole(x[:, 4:8], padding[:, 4:8]).sum().backward()
+    part(x[:, 4:8], padding[:, 4:8] if width == 4 else padding).sum().backward()
+    same(gradients(part), gradients(whole), tolerance=1e-6)
+    assert torch.equal(part.take_load(), whole.take_load())
+
+
 def test_ranks_that_share_a_row_add_up_to_the_whole():
     whole, x = layer(aux_loss=0.7, z_loss=0.3), torch.randn(2, 12, 32)
     parts = [copy.deepcopy(whole) for _ in range(3)]
