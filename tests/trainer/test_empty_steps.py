@@ -47,6 +47,9 @@ def test_they_change_nothing_and_are_said_as_such(long_prompts, mikoshi):
     assert all(r["tokens"] == 0 and r["grad_norm"] is None for r in steps if r["loss"] is None)
     assert not events(config, "some", "skip") and not events(config, "some", "retry")
     assert f"{len(empty)} step(s) predicted no token" in out and "loss 0.0000" not in out
+    for r in steps:
+        assert r["computed_tokens"] == 64 and r["tokens"] < 64, "prompts are computed and not predicted"
+        assert r["tokens_per_second"] == pytest.approx(64 / r["step_seconds"]), "speed goes by what is computed"
     for step in empty:
         if step > 1:
             assert state(config, "some", step) == state(config, "some", step - 1), "weights, moments and their steps"
