@@ -19,7 +19,10 @@ from data.unpack import unpacked
 REMOTE = ("s3", "gs", "az", "hf")
 
 _COMPRESSED = {".gz": ".gz", ".gzip": ".gz", ".zst": ".zst", ".zstd": ".zst", ".xz": ".xz", ".bz2": ".bz2"}
-_PACKED_TARS = {".tgz": ".gz", ".tzst": ".zst", ".txz": ".xz", ".tbz2": ".bz2", ".tbz": ".bz2", ".tb2": ".bz2"}
+_PACKED_TARS = {
+    ".tgz": ".gz", ".taz": ".gz", ".tzst": ".zst", ".txz": ".xz", ".tbz2": ".bz2", ".tbz": ".bz2",
+    ".tb2": ".bz2", ".tz2": ".bz2",
+}  # fmt: skip
 
 _BLOCK = 1 << 20
 _REMOTE_BLOCK = 8 << 20  # a request to an object store takes as long as some megabytes do

@@ -71,7 +71,7 @@ def resolve(path: str, commit: str | None, config: str | None, split: str, sourc
             name = str(url).partition(f"@{commit}/")[2] if commit else file.name
             files.append(replace(file, name=name or file.name, etag=commit or file.etag))
     # `datasets` judges a repository by its first configuration; what the suffixes say of this one's files comes first.
-    if all(file.suffix in (".jsonl", ".ndjson") for file in files):
+    if all(format_of(file, "auto") == JSONL for file in files):
         return tuple(files), JSONL
     clear = all(format_of(file, "auto") != TEXT for file in files)
     return tuple(files), "auto" if clear else _FORMATS[module]

@@ -14,16 +14,17 @@ JSONL, JSON, PARQUET, ARROW, TEXT, WEBDATASET = "jsonl", "json", "parquet", "arr
 FORMATS = (JSONL, JSON, PARQUET, ARROW, TEXT, WEBDATASET)
 
 _KINDS = {
-    ".jsonl": JSONL, ".ndjson": JSONL, ".json": JSON, ".parquet": PARQUET, ".pq": PARQUET, ".arrow": ARROW, ".feather": ARROW,
+    ".jsonl": JSONL, ".ndjson": JSONL, ".ldjson": JSONL, ".jsonlines": JSONL, ".jl": JSONL,
+    ".json": JSON, ".parquet": PARQUET, ".pq": PARQUET, ".arrow": ARROW, ".feather": ARROW,
     ".tar": WEBDATASET, ".txt": TEXT, ".text": TEXT,
 }  # fmt: skip
-_ARCHIVES = {".zip", ".7z", ".rar", ".lz4", ".br", ".z", ".lzma", ".lz", ".sz", ".lzo"}
+_ARCHIVES = {".zip", ".7z", ".rar", ".lz4", ".br", ".z", ".lzma", ".lz", ".sz", ".snappy", ".lzo", ".tlz"}
 _TABLES = {".csv", ".tsv", ".xlsx", ".xls", ".orc", ".avro", ".msgpack", ".tfrecord"}
 _ABOUT = {
     "readme", "license", "licence", "notice", "copying", "changelog", "citation", "authors", "contributing",
-    "_success", "checksums", "md5sums", "sha1sums", "sha256sums",
 }  # fmt: skip
-_ABOUT_SUFFIXES = {".md5", ".sha1", ".sha256", ".sha512", ".crc", ".lock"}
+_MARKS = {"_success", "checksums", "md5sums", "sha1sums", "sha256sums"}
+_MARK_SUFFIXES = {".md5", ".sha1", ".sha256", ".sha512", ".crc", ".lock"}
 _DESCRIBED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"}
 
 _NAMES = 5
@@ -53,7 +54,8 @@ def format_of(file: File, wanted: str) -> str:
 
 def choose(files: Sequence[File], hidden: Sequence[str], wanted: str) -> Chosen:
     """Which of the files found in a folder or by a pattern are data. Text of all kinds is, where that is all there is or is
-    asked for; beside files of rows, what is about them is left out, and so is what is neither rows nor .txt.
+    asked for, but for what tools write beside data; beside files of rows, what is about them is left out, and so is what is
+    neither rows nor .txt.
 
     Raises DataError where .json stands beside other files, so that it may be rows or a text like them.
     """
@@ -70,7 +72,8 @@ def choose(files: Sequence[File], hidden: Sequence[str], wanted: str) -> Chosen:
             'data.format = "json" or "text", or name the files by a pattern'
         )
     if not (rows or json):
-        about, unknown, rest = [], [], list(files)
+        about = [file for file in files if _mark(file)]
+        unknown, rest = [], [file for file in files if not _mark(file)]
     gone = {file.name for file in unknown}
     names = {ABOUT: [file.name for file in about], UNKNOWN: [file.name for file in unknown], HIDDEN: hidden}
     left_out = {reason: tuple(found) for reason, found in names.items() if found}
@@ -78,8 +81,16 @@ def choose(files: Sequence[File], hidden: Sequence[str], wanted: str) -> Chosen:
 
 
 def _about(file: File) -> bool:
+    """Whether a file is about others by its name, which files of rows may have as well."""
+    kind = _KINDS.get(file.suffix, TEXT)
+    rows = kind not in (TEXT, JSON) or (kind == JSON and bool(file.compression))
+    return _mark(file) or (not rows and PurePosixPath(file.name.lower()).name.partition(".")[0] in _ABOUT)
+
+
+def _mark(file: File) -> bool:
+    """Whether a file is what a tool writes beside its data."""
     path = PurePosixPath(file.name.lower())
-    return path.name in _DESCRIBED or path.suffix in _ABOUT_SUFFIXES or path.name.partition(".")[0] in _ABOUT
+    return path.name in _DESCRIBED or path.suffix in _MARK_SUFFIXES or path.name.partition(".")[0] in _MARKS
 
 
 def refuse_unread(files: Sequence[File], wanted: str) -> None:

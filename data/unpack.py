@@ -24,14 +24,14 @@ def unpacked(stored: Iterator[bytes], compression: str) -> Iterator[bytes]:
     """The plain bytes of what is stored: of gzip, bzip2, xz or zstd (".gz", ".bz2", ".xz", ".zst"), any number of members
     in a row, or as it is ("").
 
-    Raises Unreadable where the file is broken or ends within a member.
+    Raises Unreadable where the file is broken, ends within a member, or has none.
     """
     if not compression:
         yield from stored
         return
     name, begin, errors = _decoder(compression)
     stream = stream_of(stored)
-    decoder, begun, rest = begin(), False, b""
+    decoder, begun, rest, ended = begin(), False, b"", False
     while data := rest or stream.read(_READ):
         if not begun and not (data := data.lstrip(b"\0")):  # members may be filled up with zeros
             rest = b""
@@ -42,11 +42,12 @@ def unpacked(stored: Iterator[bytes], compression: str) -> Iterator[bytes]:
             raise Unreadable(f"unreadable file: not a whole {name} file: {error}") from None
         begun, rest = True, b""
         if decoder.eof:
-            decoder, begun, rest = begin(), False, decoder.unused_data
+            decoder, begun, rest, ended = begin(), False, decoder.unused_data, True
         if block:
             yield block
-    if begun:
-        raise Unreadable(f"unreadable file: not a whole {name} file: it ends too soon")
+    if begun or not ended:
+        why = "it ends too soon" if begun else "there is nothing in it"
+        raise Unreadable(f"unreadable file: not a whole {name} file: {why}")
 
 
 def _decoder(compression: str) -> tuple[str, Callable[[], Any], tuple[type[Exception], ...]]:

@@ -57,6 +57,10 @@ PACKED = {
     "a.ndjson.bz2": halves(bz2.compress),
     "a.JSONL.Zstd": halves(zstandard.compress),
     "long.jsonl.zst": long_window(JSONL, 28) + long_window(b"", 31),
+    "a.jsonlines": JSONL,
+    "a.jl.gz": gzip.compress(JSONL),
+    "a.ldjson": JSONL,
+    "skippable.jsonl.zst": b"\x50\x2a\x4d\x18\4\0\0\0skip" + zstandard.compress(JSONL) + b"\x50\x2a\x4d\x18\0\0\0\0",
     "a.json.gz": gzip.compress(JSONL),
     "a.json": JSONL,
     "one.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
@@ -66,6 +70,8 @@ PACKED = {
     "a.TAR.XZ": lzma.compress(tar()),
     "a.tar.zst": zstandard.compress(tar()),
     "a.tbz2": bz2.compress(tar()),
+    "a.tz2": bz2.compress(tar()),
+    "a.taz": gzip.compress(tar()),
     "a.txz": lzma.compress(tar()),
 }
 
@@ -111,6 +117,7 @@ def test_an_array_is_read_element_by_element_whatever_their_size(tmp_path, size)
 ARCHIVES = {
     "a.jsonl.zip": "auto",
     "a.ZIP": "jsonl",
+    "a.tlz": "auto",
     "a.7z": "auto",
     "a.csv": "auto",
     "a.tsv.gz": "auto",
@@ -164,6 +171,21 @@ def test_a_folder_of_texts_is_taken_whole_and_json_among_code_is_asked_for(tmp_p
     assert texts(tmp_path / "README.md") == ["README.md"]
 
 
+def test_what_tools_write_beside_texts_is_left_out_as_well(tmp_path):
+    for name in ("README.md", "part-00000", "_SUCCESS", ".part-00000.crc", "dataset_info.json", "a.txt.sha256"):
+        (tmp_path / name).write_text(name)
+    assert texts(tmp_path) == ["README.md", "part-00000"]
+
+
+def test_rows_are_data_whatever_their_file_is_called(tmp_path):
+    names = ("authors.jsonl", "license.ndjson.gz", "notice.tgz", "readme.json.gz")
+    for name in (*names, "README.json", "CITATION.txt", "Readme"):
+        (tmp_path / name).write_bytes(tar() if name == "notice.tgz" else JSONL)
+    source = open_source(SourceSpec(str(tmp_path)))
+    assert tuple(file.name for file in source.files) == names
+    assert source.report["left_out"] == {"about the data": 3}
+
+
 def parquet(path, groups=10, **options):
     pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=60 // groups, compression=None, **options)
 
@@ -186,6 +208,8 @@ BROKEN = {
     "a.jsonl.xz": cut(lzma.compress(JSONL)),
     "a.jsonl.bz2": cut(halves(bz2.compress), 0.9),
     "a.jsonl.zst": halves(zstandard.compress)[:-4],
+    "empty.jsonl.gz": b"",
+    "zeros.jsonl.zst": b"\0" * 4096,
     "a.json": json.dumps(ROWS).encode()[:-100],
     "a.tar": tar()[: 512 * 70],
     "a.tgz": gzip.compress(tar()[: 512 * 71]),
