@@ -115,9 +115,11 @@ def prepare(
     plain = _identity(recipe, source, tokenizer)
     recipe_digest = _digest(plain)
     if folder.exists():
-        if tokenizer is not None and _made_before(recipe, folder, tokenizer, plain):
-            recipe_digest = read_index(folder).recipe
-        return _verified(recipe, source, folder, recipe_digest, show, workers or cores()), False
+        made = read_index(folder).recipe if (folder / INDEX).exists() else ""
+        if earlier := _made_before(recipe, made, source, tokenizer, plain):
+            recipe_digest = made
+        info = _verified(recipe, source, folder, recipe_digest, show, workers or cores())
+        return replace(info, report=info.report | {"earlier": earlier}) if earlier else info, False
     with stoppable(), told(folder), locked_folder(folder, _PATIENCE) as (built, lock):
         if folder.exists():  # another call has just finished it
             shutil.rmtree(built, ignore_errors=True)
@@ -163,12 +165,21 @@ def _digest(plain: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _made_before(recipe: Recipe, folder: Path, tokenizer: Tokenizer, plain: dict[str, Any]) -> bool:
-    """Whether the dataset there was made in all else from this, before the tokenizer's files were asked how documents begin
-    and end. It stays as it is, as long as the user asks for nothing else by name."""
-    if recipe.separator or recipe.bos != AUTO or not (folder / INDEX).exists():
-        return False
-    return read_index(folder).recipe == _digest(plain | {"tokenizer": tokenizer.digest})
+def _made_before(
+    recipe: Recipe, made: str, source: Source, tokenizer: Tokenizer | None, plain: dict[str, Any]
+) -> tuple[str, ...]:
+    """By which rules of earlier versions a dataset of the recipe `made` was made, where it was in all else made from this:
+    "marks", before the tokenizer's files were asked how documents begin and end, and "chat", before the end of every turn was
+    learned. It stays as it is, as long as the user asks for nothing else by name; () where it is of today's rules, or other."""
+    marks, chat = dict[str, Any](), dict[str, Any]()
+    if tokenizer is not None and not recipe.separator and recipe.bos == AUTO:
+        marks["tokenizer"] = tokenizer.digest
+    if source.chat is not None and not source.chat.date:
+        chat["files"] = [list(file) for file in source.describe(before=True)]
+    ways: dict[tuple[str, ...], dict[str, Any]] = {("marks",): marks, ("chat",): chat, ("marks", "chat"): marks | chat}
+    if made == _digest(plain):
+        return ()
+    return next((rules for rules, other in ways.items() if made == _digest(plain | other)), ())
 
 
 def _verified(recipe: Recipe, source: Source, folder: Path, recipe_digest: str, show: Show, threads: int) -> DatasetInfo:

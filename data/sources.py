@@ -46,12 +46,15 @@ class Source:
     def bytes(self) -> int:
         return sum(file.size for file in self.files)
 
-    def describe(self) -> list[tuple[str, int]]:
+    def describe(self, before: bool = False) -> list[tuple[str, int]]:
         """Names and sizes of the files: what a prepared dataset remembers of its origin. Where the store gives one, a
-        name is followed by "#" and the tag of the file's version; a chat template counts as a file."""
+        name is followed by "#" and the tag of the file's version; a chat template counts as a file. `before`: as earlier
+        versions told it."""
         told = [(f"{file.name}#{file.etag}" if file.etag else file.name, file.size) for file in self.files]
         if self.chat is not None:
-            told.append((f"{self.spec.chat}#{self.chat.fingerprint[:16]}", len(self.chat.text.encode())))
+            now = self.chat.fingerprint[:16], len(self.chat.text.encode())
+            digest, size = self.chat.before if before else now
+            told.append((f"{self.spec.chat}#{digest}", size))
         return told
 
 

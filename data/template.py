@@ -60,6 +60,15 @@ class ChatTemplate:
         plain = [_RULES, self.text, self.tokens, sorted(self.specials), sorted(self.unset), self.date]
         return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
+    @property
+    def before(self) -> tuple[str, int]:
+        """The beginning of its fingerprint, and its bytes, in earlier versions, by whose rules the ends of some turns were not
+        learned."""
+        if self.name == CHATML:
+            return "f363ce0b4d3b6b7e", 339
+        text = self.text.encode()
+        return hashlib.sha256(repr(self.tokens).encode() + text).hexdigest()[:16], len(text)
+
 
 class ChatProblem(Exception):
     """What is wrong with one conversation, as "kind: detail"."""

@@ -126,6 +126,9 @@ def _print_prepared(console: Console, place: str, info: DatasetInfo, new: bool) 
     )
     if report.get("contents") == "unknown":
         console.print("  made before contents were written down: its source is compared by names and sizes alone", markup=False)
+    if "chat" in report.get("earlier", ()):
+        told = "made by earlier rules, by which the end of a turn may not be learned, and goes on so"
+        console.print(f"  {told}: prepare to another data.path for today's", markup=False)
     for line in files_read(report.get("files", {})):
         console.print(f"  {line}", markup=False)
     for problem in report["skipped_names"]:

@@ -13,7 +13,9 @@ from data.contents import SOURCES, Contents, contents_of, read_contents
 from data.errors import DataError
 from data.files import list_files
 from data.prepare import Recipe, prepare, prepare_all
+from data.shards import INDEX
 from data.sources import SourceSpec, documents, open_source, pieces
+from data.tokenizer import load_tokenizer
 
 LONG_AGO = 1_000_000_000
 
@@ -103,6 +105,32 @@ def test_data_prepared_before_goes_on_and_says_so(raw, tmp_path):
     (tmp_path / "data" / SOURCES).unlink()
     info, new = prepare(recipe(raw), tmp_path / "data")
     assert not new and info.report["contents"] == "unknown"
+
+
+CHAT_BEFORE = {"chatml": ["chatml#f363ce0b4d3b6b7e", 339], "plain.jinja": ["{}#26aa8995e9f277a4", 68]}
+"""What version 0.1.0 noted of a template."""
+
+
+@pytest.mark.parametrize("chat", CHAT_BEFORE)
+def test_conversations_prepared_by_earlier_rules_go_on_and_say_so(tmp_path, chat):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = "".join(json.dumps({"messages": [*turns, {"role": "user", "content": f"{n}"}]}) + "\n" for n in range(40))
+    (tmp_path / "raw.jsonl").write_text(rows)
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}")
+    place = chat if chat == "chatml" else str(tmp_path / chat)
+    made, _ = prepare(recipe(tmp_path / "raw.jsonl", chat=place), tmp_path / "data", workers=1)
+    source = open_source(SourceSpec(str(tmp_path / "raw.jsonl"), chat=place))
+    name, size = CHAT_BEFORE[chat]
+    assert source.describe(before=True)[-1] == (name.format(place), size)
+    index = tmp_path / "data" / INDEX
+    plain = data.prepare._identity(recipe(tmp_path / "raw.jsonl", chat=place), source, load_tokenizer("bytes"))
+    before = data.prepare._digest(plain | {"files": [list(file) for file in source.describe(before=True)]})
+    index.write_text(index.read_text().replace(made.recipe, before))
+    info, new = prepare(recipe(tmp_path / "raw.jsonl", chat=place), tmp_path / "data")
+    assert (new, info.splits, info.report["earlier"]) == (False, made.splits, ("chat",))
+    (tmp_path / "plain.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}<e>{% endfor %}")
+    with pytest.raises(DataError, match="another source or settings"):
+        prepare(recipe(tmp_path / "raw.jsonl", chat=str(tmp_path / "plain.jinja")), tmp_path / "data")
 
 
 @pytest.mark.parametrize("change", ["edited", "replaced", "added"])
