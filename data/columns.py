@@ -28,7 +28,7 @@ def _told(kind: str) -> Iterator[None]:
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:  # out of memory: by a broken length
         if _of_the_disk(error):
             raise
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = "".join(filter(str.isprintable, (str(error).splitlines() or [""])[0])) or type(error).__name__
         raise Unreadable(f"unreadable file: not a whole {kind} file: {why}") from None
 
 

@@ -76,7 +76,7 @@ def _webdataset(file: File, reading: Reading) -> Iterator[Document]:
                 if not member.isfile() or not stem or not dot:
                     continue
                 if f"{folder}{slash}{stem}" != key and held:
-                    yield row_of(f"{file.name}:{key}", _with_json(held), reading)
+                    yield row_of(f"{file.name}:{key}", _with_json(held, reading), reading)
                     held = {}
                 key = f"{folder}{slash}{stem}"
                 if suffix in held:
@@ -84,7 +84,7 @@ def _webdataset(file: File, reading: Reading) -> Iterator[Document]:
                 else:
                     held[suffix] = _member(tar, member, suffix, reading)
             if held:
-                yield row_of(f"{file.name}:{key}", _with_json(held), reading)
+                yield row_of(f"{file.name}:{key}", _with_json(held, reading), reading)
             _check_end(read, tar.offset)
     except (tarfile.TarError, EOFError) as error:
         raise Unreadable(f"unreadable file: not a whole tar file: {error}") from None
@@ -131,6 +131,11 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, reading:
         return Broken(f"not UTF-8: byte {error.start} of the member {suffix!r} cannot be read")
 
 
-def _with_json(held: dict[str, Any]) -> Row:
+def _with_json(held: dict[str, Any], reading: Reading) -> Row:
+    """The row with the keys of its member "json". A column that stands in both, not alike, is Broken: one would be lost."""
     inner = held.get("json")
-    return {**inner, **held} if isinstance(inner, dict) else held
+    if not isinstance(inner, dict):
+        return held
+    both = (name for name in reading.columns & inner.keys() & held.keys() if name != "json" and inner[name] != held[name])
+    twice = {name: Broken(f"twice there: {name!r} is a member and a key of the member 'json'") for name in sorted(both)}
+    return {**inner, **held, **twice}

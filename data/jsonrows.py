@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +17,15 @@ BOM = b"\xef\xbb\xbf"
 _HEAD = 1 << 16  # bytes in which a file's first line tells what kind of JSON it is
 _NEAR = 16  # characters before the end of what is there, in which an error may only mean that more is to come
 _SPACE = " \t\r\n"
+_WORDS = ("true", "false", "null")
 
 
 @dataclass(frozen=True)
 class Broken:
-    """Stands for a value that cannot be read, and says why."""
+    """Stands for a value that cannot be read, and says why. `cut`: its end is missing."""
 
     why: str
+    cut: bool = False
 
 
 class Json:
@@ -51,9 +53,11 @@ class Json:
         try:
             return self._checked(self._decoder.decode(data.decode("utf-8")))
         except UnicodeDecodeError as error:
-            return Broken(f"not UTF-8: byte {error.start} of the line cannot be read")
+            return Broken(f"not UTF-8: byte {error.start} of the line cannot be read", error.reason == "unexpected end of data")
         except json.JSONDecodeError as error:
-            return Broken(f"not JSON: {error.msg} at character {error.pos + 1}")
+            rest = error.doc[error.pos :].rstrip(_SPACE)
+            cut = error.msg.startswith("Unterminated") or any(word.startswith(rest) for word in _WORDS)
+            return Broken(f"not JSON: {error.msg} at character {error.pos + 1}", cut)
         except (ValueError, RecursionError) as error:  # a number of too many digits, brackets without end
             return Broken(f"not JSON: {str(error).splitlines()[0]}")
 
@@ -65,7 +69,18 @@ class Json:
         return self._checked(value), end
 
 
-def lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
+class _Pieces:
+    """The blocks of a stream, and whether they have all been read."""
+
+    def __init__(self, stored: Iterator[bytes]) -> None:
+        self._stored, self.ended = stored, False
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._stored
+        self.ended = True
+
+
+def lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """The lines of a stream without their newlines, whatever blocks it comes in. A last one without newline counts."""
     held: list[bytes] = []
     for block in pieces:
@@ -100,8 +115,9 @@ def read_lines(file: File, start: int, stop: int, reading: Reading) -> Iterator[
 
 
 def _rows_of_lines(file: File, stored: Iterator[bytes], at: int, stop: int, reading: Reading) -> Iterator[Document]:
-    decoder, by_byte = Json(), at > 0
-    for number, line in enumerate(lines(stored), 1):
+    """Raises Unreadable where the last line has neither its end nor a newline, as a file that is cut leaves it."""
+    decoder, by_byte, pieces = Json(), at > 0, _Pieces(stored)
+    for number, line in enumerate(lines(pieces), 1):
         if 0 <= stop <= at:
             return
         size = len(line) + 1
@@ -109,7 +125,10 @@ def _rows_of_lines(file: File, stored: Iterator[bytes], at: int, stop: int, read
             line = line.removeprefix(BOM)
         if line and not line.isspace():
             place = f"{file.name}:byte {at}" if by_byte else f"{file.name}:{number}"
-            yield _row(place, decoder.value(line), "the line", reading)
+            row = decoder.value(line)
+            if pieces.ended and isinstance(row, Broken) and row.cut:
+                raise Unreadable(f"unreadable file: it ends within a line: {row.why}")
+            yield _row(place, row, "the line", reading)
         at += size
 
 

@@ -204,6 +204,9 @@ def cut(content, share=0.6):
 
 
 BROKEN = {
+    "cut.jsonl": JSONL[:-5],
+    "word.json": JSONL + b'{"text": "a", "kept": tr',
+    "letter.ndjson.zst": zstandard.compress(JSONL + '{"text": "é'.encode()[:-1]),
     "a.jsonl.gz": cut(gzip.compress(JSONL, 0)),
     "a.jsonl.xz": cut(lzma.compress(JSONL)),
     "a.jsonl.bz2": cut(halves(bz2.compress), 0.9),
@@ -221,7 +224,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_file_that_breaks_off_is_an_error_of_its_own(tmp_path, name):
     (tmp_path / name).write_bytes(BROKEN[name])
-    with pytest.raises(DataError, match=rf'{name}: unreadable file: not .*data\.on_broken = "skip"') as caught:
+    with pytest.raises(DataError, match=rf'{name}: unreadable file: (not|it ends) .*data\.on_broken = "skip"') as caught:
         read(tmp_path, on_invalid="skip")
     found = read(tmp_path, on_broken="skip")
     good = [d for d in found if d.text is not None]
@@ -269,6 +272,25 @@ def test_rows_of_a_file_without_the_column_are_all_counted(tmp_path):
     (tmp_path / "a.arrow").write_bytes(arrow([{"body": "x"}] * 25))
     pq.write_table(pa.table({"body": ["x"] * 25}), tmp_path / "b.parquet", row_group_size=5)
     assert [d.count for d in read(tmp_path, 50, on_invalid="skip")] == [25, 25]
+
+
+def test_a_bad_last_line_that_is_whole_is_a_row_among_others(tmp_path):
+    for bad in (b"bad", b"{bad}", b'{"text": "a"} more', JSONL[:-5] + b"\n"):
+        (tmp_path / "a.jsonl").write_bytes(JSONL + bad)
+        assert [d.broken for d in read(tmp_path, on_invalid="skip") if d.text is None] == [False]
+
+
+def test_a_member_and_a_key_of_one_name_are_told_where_they_differ(tmp_path):
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as archive:
+        for number, inner in enumerate(("outer", "inner")):
+            for suffix, content in (("json", json.dumps({"text": inner})), ("text", "outer")):
+                entry = tarfile.TarInfo(f"{number}.{suffix}")
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content.encode()))
+    (tmp_path / "a.tar").write_bytes(data.getvalue())
+    found = read(tmp_path, on_invalid="skip")
+    assert [d.text for d in found] == ["outer", None] and found[1].problem.startswith("twice there: 'text'")
 
 
 TWICE = {
