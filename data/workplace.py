@@ -64,7 +64,8 @@ def finished_pieces(built: Path) -> int:
 def take_over(built: Path, plain: dict[str, Any], show: Show) -> None:
     """Make the working folder ready: with what an earlier call finished there, if it was of the same recipe.
 
-    Raises DataError if it holds finished work of another recipe. What cannot be gone on with is cleared.
+    Raises DataError if it holds finished work of another recipe. What cannot be gone on with is cleared, as is work of an
+    earlier version, which did not write down what the files held.
     """
     try:
         before = json.loads((built / _IDENTITY).read_bytes())
@@ -72,7 +73,8 @@ def take_over(built: Path, plain: dict[str, Any], show: Show) -> None:
         before = None
     if before != plain:
         pieces_there = finished_pieces(built)
-        if pieces_there and isinstance(before, dict):
+        earlier = {name: value for name, value in plain.items() if name != "contents"}  # versions that knew none
+        if pieces_there and isinstance(before, dict) and before != earlier:
             names = [name for name in plain if before.get(name) != plain[name]] + [n for n in before if n not in plain]
             told = (
                 f"{names[0]} was {before.get(names[0])!r}" if names[0] not in ("files", "contents") else "the files were others"

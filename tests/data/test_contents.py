@@ -173,6 +173,20 @@ def test_what_was_finished_of_other_contents_is_not_gone_on_with(raw, tmp_path, 
         prepare(recipe(raw), tmp_path / "data", workers=1)
 
 
+def test_work_of_a_version_that_knew_no_contents_is_begun_anew(raw, tmp_path, monkeypatch):
+    with monkeypatch.context() as stop:
+        stop.setattr("data.prepare.assemble", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(recipe(raw), tmp_path / "data", workers=1)
+    noted = tmp_path / ".data.partial" / "recipe.json"
+    plain = json.loads(noted.read_text())
+    del plain["contents"]
+    noted.write_text(json.dumps(plain))
+    edit(raw / "a.jsonl")
+    made, _ = prepare(recipe(raw), tmp_path / "data", workers=1)
+    assert made.fingerprint == prepare(recipe(raw), tmp_path / "other", workers=1)[0].fingerprint
+
+
 def test_a_common_tokenizer_is_trained_anew_on_other_contents(raw, tmp_path):
     recipes = {"web": Recipe(SourceSpec(str(raw)), vocab=300, held_out=0.2)}
     prepare_all(recipes, tmp_path / "data")
