@@ -306,6 +306,9 @@ def load_tokenizer(what: Path | str, pattern: str = "", separator: str = "", bos
         content = ranks.from_file(path, pattern).encode() if alone else path.read_bytes()
     except OSError as error:
         known = f"; known by name: {', '.join(ranks.NAMES)}" if not path.suffix else ""
+        if path.is_dir():
+            inside = path / "tokenizer.json"
+            known = f"; give the file: {inside}" if inside.is_file() else "; give a tokenizer.json, and this folder has none"
         raise of_storage(error, f"data.tokenizer: cannot read {path}: {error.strerror}{known}") from None
     files: Files | None = None if alone else read_files(path.parent)
     return _parse(content, name, lambda backend: find_marks(backend, name, files, separator, bos))

@@ -301,7 +301,10 @@ def config(
         Path | None, typer.Option(help="print what a config file of accelerate says, as a base of runs", show_default=False)
     ] = None,
 ) -> None:
-    """Print a run's resolved config: its base files, its own settings and every default, as TOML."""
+    """Print a run's resolved config: its base files, its own settings and every default, as TOML.
+
+    What a run settles itself (train.micro_batch, checkpoint.every by time) has no line unless given; --schema has all keys.
+    """
     from trainer.config import RunConfig, load_config, to_toml
     from trainer.errors import ConfigError
 

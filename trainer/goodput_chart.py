@@ -42,8 +42,8 @@ def goodput_section(found: Goodput) -> str:
 
 def _table(found: Goodput) -> str:
     counts = {
-        "training": f"{found.steps:,} steps", "start-up": f"{found.starts:,} starts", "repeated": f"{found.repeated:,} steps",
-        "skipped": f"{found.skipped:,} steps", "retried": f"{found.retried:,} steps",
+        "training": f"{found.steps:,} steps", "start-up": f"{found.starts:,} start{'s' * (found.starts != 1)}",
+        "repeated": f"{found.repeated:,} steps", "skipped": f"{found.skipped:,} steps", "retried": f"{found.retried:,} steps",
     }  # fmt: skip
     meanings = {"training": "steps that count"} | CAUSES
     rows = []

@@ -134,6 +134,24 @@ class DataSection(Section):
     cache: CacheSection = CacheSection()
     prefetch: Count = Field(2, description="batches read ahead of the step")
 
+    @field_validator("bos")
+    @classmethod
+    def _bos_is_a_token(cls, value: str) -> str:
+        if value.lower() in ("", "yes", "true", "on", "no", "false", "off"):
+            raise ValueError(
+                '"auto" begins text as the tokenizer does, "none" with no token, else give the token, such as "<s>"'
+            )
+        return value
+
+    @field_validator("separator")
+    @classmethod
+    def _separator_is_a_token(cls, value: str) -> str:
+        if value.lower() in ("auto", "none", "yes", "true", "on", "no", "false", "off"):
+            raise ValueError(
+                'give the token, such as "</s>", or leave it out: then the tokenizer\'s files say what ends a document'
+            )
+        return value
+
     @model_validator(mode="after")
     def _agrees(self) -> DataSection:
         if self.packing == "fit" and not self.document_mask:

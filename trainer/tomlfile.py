@@ -58,7 +58,7 @@ def override(model: type[BaseModel], values: dict[str, Any], origin: Origin, tex
     kinds = dict(_fields(model))
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not key.strip():
+        if not equals or not all(part.strip() for part in key.split(".")):
             raise ConfigError(f"{text!r}: an override is written section.key=value")
         if not is_unicode(text):
             raise ConfigError(f"{text!a}: an override is UTF-8 text")

@@ -342,6 +342,14 @@ def test_what_cannot_be_loaded_says_what_to_do(tmp_path, monkeypatch):
         load_tokenizer(tmp_path / "cl100k_base.tiktoken")
     with pytest.raises(DataError, match=r"cannot read nowhere: No such file.*known by name: gpt2, bytes"):
         load_tokenizer("nowhere")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(
+        DataError, match=r"cannot read .*folder: Is a directory; give a tokenizer.json, and this folder has none"
+    ):
+        load_tokenizer(tmp_path / "folder")
+    (tmp_path / "folder" / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match=r"cannot read .*folder: Is a directory; give the file: .*/folder/tokenizer.json"):
+        load_tokenizer(tmp_path / "folder")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(DataError, match=r"'o200k_base': not in tiktoken's cache .*give a file o200k_base.tiktoken"):
         load_tokenizer("o200k_base")
