@@ -18,7 +18,7 @@ from launch.standing import State, held, records_of, state_of, state_of_plain
 from launch.tails import last_records
 from launch.typed import named
 from trainer.errors import LaunchError
-from trainer.runfolder import RunFolder
+from trainer.runfolder import RunFolder, predicting
 
 PACE = 50
 """Steps that speed and time left are the mean of."""
@@ -256,7 +256,7 @@ def _pace(path: Path, steps: int, state: State) -> dict[str, Any]:
     times = [record["time"] for record in (*metrics[-1:], *events[-1:]) if isinstance(record.get("time"), int | float)]
     found["seen"] = max(times, default=0.0)
     if taken:
-        predicted = [record for record in taken if record.get("tokens", 1)]
+        predicted = predicting(taken) or predicting(last_records(folder.metrics, PACE + 2))
         if predicted:
             loss = predicted[-1]["loss"]
             found["loss"] = math.nan if loss is None else loss  # a step whose loss is not finite

@@ -139,7 +139,7 @@ _WORDS = {
     "save-plan": "{told}",
     "save-failed": "could not save step {step}: {why}",
     "eval": "held-out loss {loss:.4f} at step {step}",
-    "eval-none": "no held-out loss at step {step}: nothing is predicted",
+    "eval-none": "no held-out loss at step {step}: nothing is predicted, or it is not finite",
     "skip": "step {step} changed nothing: {why}",
     "empty": "step {step} changed nothing: no token is predicted",
     "spike": "step {step}: {why}",

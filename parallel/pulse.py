@@ -104,6 +104,8 @@ def beat(phase: str, step: int | None = None) -> None:
     if step is not None and step != pulse.step:
         _begin(step, now)
     if phase not in WITHIN_STEPS:
+        if pulse.phase == "agree":  # the step itself has come to its end
+            _know(now)
         pulse.calm = min(pulse.calm, -1)
     pulse.beats += 1
     pulse.phase, pulse.time = phase, now
@@ -121,12 +123,18 @@ def _limit(phase: str) -> float:
     return max(pulse.patience, pulse.silence, pulse.normal)
 
 
-def _begin(step: int, now: float) -> None:
+def _know(now: float) -> None:
+    """Remember the step that ends, if it is like the others."""
     pulse = _pulse
     if pulse.calm > 0:
         pulse.known.append(now - pulse.begun)
         if len(pulse.known) >= _ENOUGH:
             pulse.normal = _FACTOR * max(pulse.known)
+
+
+def _begin(step: int, now: float) -> None:
+    pulse = _pulse
+    _know(now)
     pulse.step, pulse.begun = step, now
     pulse.calm += 1
 

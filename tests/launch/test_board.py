@@ -184,6 +184,18 @@ def test_a_row_tells_how_far_a_run_is_and_how_fast(tmp_path):
     assert "lost: n2" in told["nodes"] and "40/100" in told["step"] and told["checkpoint"] == "step 39"
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_loss_of_a_row_is_that_of_the_last_step_that_predicted_a_token(tmp_path, finished):
+    run, _ = submitted(tmp_path)
+    steps = [{"step": n, "time": NOW, "loss": None if n > 5 else 9.0 - n, "tokens": 64 * (n < 6), "computed_tokens": 64,
+              "step_seconds": 1.0} for n in range(1, 21)]  # fmt: skip
+    run.folder.metrics.write_text("".join(json.dumps(step) + "\n" for step in steps))
+    if finished:
+        run.folder.event("end", step=20, finished=True)
+    row, _ = look_at(run.folder.path, NOW + 10)
+    assert (row.step, row.loss) == (20, 4.0)
+
+
 class Counting:
     """A scheduler that counts the questions."""
 
@@ -297,7 +309,8 @@ def test_events_are_told_in_words():
     assert words({"event": "nodes", "nodes": ["n1"], "lost": {"n2": "no word"}, "attempt": 1}) == "nodes: n1; lost: n2"
     assert words({"event": "save"}) == "save"
     assert words({"event": "empty", "step": 4, "positions": [3, 4]}) == "step 4 changed nothing: no token is predicted"
-    assert words({"event": "eval", "step": 4, "loss": None}) == "no held-out loss at step 4: nothing is predicted"
+    why = "nothing is predicted, or it is not finite"
+    assert words({"event": "eval", "step": 4, "loss": None}) == f"no held-out loss at step 4: {why}"
     assert words({"event": "eval", "step": 4, "loss": 2.5}) == "held-out loss 2.5000 at step 4"
     assert (ago(NOW - 5, NOW), ago(NOW - 600, NOW), ago(NOW - 7200, NOW), ago(None, NOW)) == ("5 s", "10 min", "2 h", "")
 

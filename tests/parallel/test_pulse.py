@@ -99,6 +99,18 @@ def test_a_run_that_is_interrupted_in_every_step_keeps_its_patience(rank):
     assert rank.makes(50, 100.0, more=[("evaluate", 800.0)])
 
 
+@pytest.mark.parametrize("phase", ["evaluate", "save"])
+@pytest.mark.parametrize("seconds", [0.2, 100.0])
+def test_of_a_run_that_is_interrupted_in_every_second_step_the_others_are_judged(rank, phase, seconds):
+    for _ in range(20):
+        assert rank.makes(1, seconds)
+        assert rank.limit == PATIENCE or len(pulse._pulse.known) >= 8
+        assert rank.makes(1, seconds, more=[(phase, 800.0)])
+    assert rank.makes(1, 800.0), "the first one after it"
+    rank.makes(1, seconds)
+    assert rank.limit == pytest.approx(max(SILENCE, 12 * seconds), rel=0.1)
+
+
 def test_waiting_for_data_from_afar_is_no_measure_of_a_step(rank):
     pulse.limits(SILENCE, PATIENCE, slow=("data",))
     for _ in range(20):

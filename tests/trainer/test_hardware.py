@@ -20,6 +20,11 @@ BF16 = {
     "NVIDIA A10": 125, "NVIDIA A10G": 70, "NVIDIA A30": 165, "NVIDIA A40": 149.7, "NVIDIA RTX A6000": 154.8,
     "NVIDIA RTX 6000 Ada Generation": 364.2, "NVIDIA GeForce RTX 3090": 71, "NVIDIA GeForce RTX 4090": 165.2,
     "NVIDIA GeForce RTX 5090": 209.5, "Tesla V100-SXM2-16GB": None, "Tesla V100-SXM2-32GB": None, "Tesla T4": None,
+    "NVIDIA H800": 989, "NVIDIA H800 PCIe": 756, "NVIDIA H20": 148, "NVIDIA H20-3e": 148, "NVIDIA L20": 119.5,
+    "NVIDIA RTX A5000": 111.1, "NVIDIA RTX A4000": 76.7, "NVIDIA GeForce RTX 3080": 59.5, "NVIDIA GeForce RTX 3090 Ti": 80,
+    "NVIDIA GeForce RTX 4080": 97.5, "NVIDIA GeForce RTX 5080": 112.6, "A100-SXM-80GB": 312, "Quadro RTX 8000": None,
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": 503.8, "Tesla V100S-PCIE-32GB": None,
+    "NVIDIA GeForce RTX 2080 Ti": None, "AMD Instinct MI300A": 980.6, "AMD Instinct MI350X": 2300,
     "AMD Instinct MI250X": 191.5, "AMD Instinct MI300X": 1307, "AMD Instinct MI325X": 1307, "AMD Instinct MI355X": 2500,
 }  # fmt: skip
 UNKNOWN = [
@@ -58,7 +63,7 @@ def test_every_row_is_dense_and_whole():
     assert names.keys() == table().keys()
     for gpu in table().values():
         assert gpu.source
-        assert 10e9 < gpu.memory < 400e9
+        assert 10e9 <= gpu.memory < 400e9
         assert 0.1e12 < gpu.bandwidth < 10e12
         assert gpu.peak.keys() <= {"bf16", "fp16", "fp8", "tf32"}
         half = gpu.peak["fp16"]
