@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from parallel.layout import Coordinates, Layout
 from trainer.config import RunConfig
 from trainer.errors import ConfigError
 from trainer.sections import DataSection, MixedSection
-from trainer.streamed import streams
+from trainer.streamed import stream_fingerprint, streams
 
 _SOURCE_KEYS = ("format", "template", "where", "chat", "chat_date", "messages", "prompt", "response", "on_invalid", "on_broken")
 
@@ -176,8 +176,15 @@ class Feed:
         """How much there is to train on."""
         if self.streams:
             size = sum(stream.selection.source.bytes for stream in self.streams)
-            return f"{size / 1e6:,.1f} MB of raw text in {self.lanes} lanes"
+            now = ", by today's rules for conversations, unlike what was read before" if self._earlier else ""
+            return f"{size / 1e6:,.1f} MB of raw text in {self.lanes} lanes{now}"
         return f"{sum(corpus.info.tokens(TRAIN) for corpus in self.train.values()):,} training tokens"
+
+    @property
+    def _earlier(self) -> bool:
+        """Whether a source is known as an earlier version told it."""
+        known, now = cast(dict[str, str], self.identity["sources"]), recipes(self.config.data)
+        return any(known[s.name] != stream_fingerprint(now[s.name], s.selection.source) for s in self.streams)
 
     @property
     def distant(self) -> bool:
@@ -259,7 +266,7 @@ def open_feed(config: RunConfig) -> Feed:
     left_out = skips(data.skip)
     if data.stream:
         check_whole_batches(left_out, config.train.global_batch)
-        made, prints, lanes = streams(config, recipes(data), tokenizer)
+        made, prints, lanes = streams(config, recipes(data), tokenizer, {name: d.info.recipe for name, d in found.items()})
         train = {}
     else:
         made, lanes = (), 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain
@@ -50,10 +51,10 @@ _COUNTED_TOKENS = 1 << 20
 _PATIENCE = 600.0
 
 
-def stream_fingerprint(recipe: Recipe, source: Source) -> str:
-    """Changes when a setting of a source, or a name or size of its files does."""
+def stream_fingerprint(recipe: Recipe, source: Source, before: bool = False) -> str:
+    """Changes when a setting of a source, or a name or size of its files does. `before`: as earlier versions told it."""
     plain: dict[str, Any] = {
-        "files": source.describe(),
+        "files": source.describe(before),
         # Not on_invalid nor on_broken: where an error becomes a document left out, what was read before stays what it was.
         "spec": {**recipe.spec.identity(), "on_invalid": ""},
         "filters": asdict(recipe.filters),
@@ -126,7 +127,7 @@ def _is_there(folder: Path, recipe: Recipe, source: Source, wanted: int, tokeniz
         raise DataError(
             f"data.path: {folder} is prepared data: set data.stream = false to train on it, or give the stream another path"
         )
-    if info.recipe != stream_fingerprint(recipe, source):
+    if info.recipe not in (stream_fingerprint(recipe, source), stream_fingerprint(recipe, source, before=True)):
         raise DataError(
             f"data.path: {folder} was set apart for a stream of other files or settings: a run goes on with those that it was "
             "begun with alone: put them back, or begin another run with another data.path"
@@ -191,15 +192,17 @@ def _selection(recipe: Recipe, source: Source, tokenizer: Tokenizer) -> Selectio
 
 
 def streams(
-    config: RunConfig, recipes: dict[str, Recipe], tokenizer: Tokenizer
+    config: RunConfig, recipes: dict[str, Recipe], tokenizer: Tokenizer, made: Mapping[str, str]
 ) -> tuple[tuple[Stream, ...], dict[str, str], int]:
-    """The streams of a run's sources, the sources' fingerprints, and the number of lanes."""
+    """The streams of a run's sources, the sources' fingerprints, and the number of lanes. `made`: the fingerprints by which
+    their folders were set apart, which stay where an earlier version told them so."""
     batch = config.train.global_batch
     lanes = config.data.lanes or max(n for n in range(1, min(_MOST_LANES, batch) + 1) if batch % n == 0)
     out, prints = [], {}
     for name, recipe in recipes.items():
         source = open_source(recipe.spec)
-        prints[name] = stream_fingerprint(recipe, source)
+        earlier = made[name] == stream_fingerprint(recipe, source, before=True)
+        prints[name] = made[name] if earlier else stream_fingerprint(recipe, source)
         target = min(PIECE_BYTES, max(1 << 12, source.bytes // (4 * _MOST_LANES)))
         parts = pieces(source, target)
         selection = _selection(recipe, source, tokenizer)
