@@ -41,6 +41,13 @@ def place_here(ranks: int | None = None) -> World | None:
     from trainer.errors import ConfigError
 
     place = world_from(os.environ)
+    if place is not None and place.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        # A container that sets RANK and WORLD_SIZE for itself, and mpirun or srun in it: each rank would be a run of its own.
+        other = world_from({name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")})
+        if other is not None and other.size > 1:
+            raise ConfigError(
+                f"{place.source}, but {other.source}: two launchers: unset `RANK` and `WORLD_SIZE`, or the others"
+            )
     if place is not None and ranks not in (None, place.size):
         names = " and ".join(f"`{word.partition('=')[0]}`" for word in place.source.split())
         raise ConfigError(

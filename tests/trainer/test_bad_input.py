@@ -15,6 +15,7 @@ from parallel.world import World
 from runs import VOCAB, run_config, text_folder
 from trainer import checkpoint
 from trainer.config import to_toml
+from trainer.errors import ConfigError
 from trainer.rank import place_here
 
 
@@ -271,6 +272,22 @@ def test_ranks_that_agree_with_the_launcher_are_its_ranks(monkeypatch):
     for name, value in LONE.items():
         monkeypatch.setenv(name, value)
     assert place_here() == place_here(1) == World(0, 1, None, ("127.0.0.1", 29500))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+        {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "a[1-2]"},
+    ],
+)
+def test_a_lone_place_among_the_ranks_of_another_launcher_is_refused(monkeypatch, other):
+    for name, value in {**LONE, **other}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="two launchers"):
+        place_here()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one torchrun for each task")
+    assert place_here() == World(0, 1, None, ("127.0.0.1", 29500))
 
 
 def test_a_changed_tokenizer_is_noticed(run, config_file, tmp_path):
