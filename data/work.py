@@ -263,9 +263,9 @@ def _unique(work: Work, number: int, stream: Iterator[Document], tally: Tally) -
 
 def encode(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[tuple[Ids, Ids | None]]:
     """Ids of every document, the separator after them, and where there are parts, which of them are learned. The separator is
-    where a learned answer ends the document, unless that ends with a token at which generation stops already: then what is
-    learned is what the template writes, and the separator keeps documents apart. Plain text begins with the tokenizer's bos, if
-    it has one; parts are all that a template writes."""
+    where a learned answer ends the document, unless the template ends that with a special token, at which generation stops:
+    then what is learned is what the template writes, and the separator keeps documents apart. Plain text begins with the
+    tokenizer's bos, if it has one; parts are all that a template writes."""
     plain = iter(tokenizer.encode_arrays([document.text for document in batch if document.text and not document.parts]))
     begin = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype=np.uint32)
     for document in batch:
@@ -290,7 +290,11 @@ def _learns_end(tokenizer: Tokenizer, parts: tuple[Part, ...], ids: list[int]) -
     if not said or not said[-1].learned:
         return False
     last = next((i for i in reversed(ids) if tokenizer.decode([i]).strip()), None)
-    return last not in tokenizer.stops
+    if last is None or last in tokenizer.stops:
+        return False
+    # What is learned on its own behind the end of a turn leads on to the separator: a line end, in the built-in template.
+    leads_on = parts[-1].learned and not parts[-1].text.strip()
+    return leads_on or tokenizer.backend.id_to_token(last) not in tokenizer.special_tokens
 
 
 def _check_tokenizer(tokenizer: Tokenizer, batch: list[Document], job: Job) -> None:

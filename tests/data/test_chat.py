@@ -329,6 +329,17 @@ THINKING = (
 )
 
 
+def test_an_answer_that_is_rewritten_once_the_user_goes_on_is_a_text_without_what_follows():
+    text = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    samples = chat_samples(ChatTemplate("qwen", text), talk("a", "b", "and?"))
+    assert [[(p.text, p.learned) for p in parts] for parts in samples] == [
+        [("[user]a[assistant]", False), ("<think></think>b", True)]
+    ]
+
+
 def test_where_the_past_is_rewritten_each_answer_is_a_text_of_its_own(tmp_path):
     """As Qwen 3 does it, where the reasoning of earlier answers is left out: the model sees each as it will in use."""
     told = [TURNS[0], TURNS[1] | {"reasoning_content": "r1"}, TURNS[2], TURNS[3] | {"reasoning_content": "r2"}]
@@ -487,6 +498,13 @@ def test_ids_and_mask_are_those_of_transformers_under_every_kind_of_tokenizer(ki
         assert not flags[-1]  # </s> is what generation stops at already
 
 
+GEMMA_END = "{% for m in messages %}{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
+TRL_END = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+
 def test_the_separator_is_learned_where_nothing_else_ends_the_text():
     ours = train_tokenizer([WORDS] * 9, 300, ["<|im_start|>", "<|im_end|>"])
     plain = ChatTemplate("plain", "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' }}{% endfor %}")
@@ -498,6 +516,14 @@ def test_the_separator_is_learned_where_nothing_else_ends_the_text():
         (load_chat(CHATML), [*talk("a", "b", "c"), {"role": "assistant", "content": "d", "weight": 0}], ["b<|im_end|>"]),
         (plain, talk("a", "b"), ["assistant: b\n<|endoftext|>"]),
         (ending, talk("a", "b"), ["b<|endoftext|>"]),
+        # A turn's end of its own, which the tokenizer's files do not name as a stop: Llama 3, Gemma, TRL's marked templates.
+        (
+            ChatTemplate("llama", "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"),
+            talk("a", "b"),
+            ["b<|im_end|>"],
+        ),
+        (ChatTemplate("gemma", GEMMA_END), talk("a", "b"), ["b<|im_end|>\n"]),
+        (ChatTemplate("trl", TRL_END), talk("a", "b"), ["b<|im_end|>"]),
     ):
         parts = chat_parts(template, messages)
         ((ids, flags),) = encode(ours, [Document("d", "".join(p.text for p in parts), parts=parts)])
