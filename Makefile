@@ -4,8 +4,8 @@ VENV ?= .venv
 # More arguments for pip, such as another index to take a CPU build of torch from.
 PIP_ARGS ?=
 BIN := $(VENV)/bin
-# The quick start's ranks: the GPUs, or without any the cores, as far as the batch of 16 rows can be shared.
-RANKS ?= $(shell $(PYTHON) -c 'import os; from launch.gpus import gpus_here; n = gpus_here() or os.cpu_count(); print(max(r for r in (1, 2, 4, 8, 16) if r <= n))')
+# The quick start's ranks: the GPUs, or without any the cores, as far as the batch of 8 rows can be shared.
+RANKS ?= $(shell $(PYTHON) -c 'import os; from launch.gpus import gpus_here; n = gpus_here() or os.cpu_count(); print(max(r for r in (1, 2, 4, 8) if r <= n))')
 RUN := configs/runs/quickstart.toml
 # Tests that run at once. Many start several ranks, and wait for something in between: one a core is enough.
 WORKERS ?= 2

@@ -30,7 +30,7 @@ def test_the_readmes_commands_run_as_written(tmp_path):
     small = {
         r'source = ".*"': f'source = "{text_folder(tmp_path / "text")}"', r"steps = \d+": "steps = 8",
         r"tokenizer_vocab = \d+": f"tokenizer_vocab = {VOCAB}", r"held_out = [\d.]+": "held_out = 0.1",
-        r"warmup = \d+": "warmup = 2", r"every = 50": "every = 4",
+        r"warmup = \d+": "warmup = 2", r"every = 100": "every = 4",
     }  # fmt: skip
     for pattern, value in small.items():
         quickstart, count = re.subn(pattern, value, quickstart)
