@@ -348,7 +348,7 @@ def test_verify_names_all_that_is_damaged_and_nothing_else(lone, tmp_path, mikos
     code, out, errors = mikoshi("data", "verify", file)
     assert (code, errors) == (0, [])
     assert ": whole" in out
-    assert f"{len(list(data.glob('[!.]*'))) - 1} files read" in out  # all but dataset.json, which lists them
+    assert f"{len(list(data.glob('[!.]*'))) - 2} files read" in out  # all but dataset.json, which lists them, and sources.json
     shards = sorted(data.glob("train-*.shard"))
     assert len(shards) > 3
     plan = data / f"{plan_name('train', CONTEXT)}.pieces"

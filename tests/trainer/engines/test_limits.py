@@ -7,6 +7,7 @@ import pytest
 from layouts import BASE, MODELS
 from parallel.errors import LayoutError
 from runs import run_config
+from trainer.config import RunConfig
 from trainer.engines import megatron_limits
 from trainer.engines.carry import layout_of
 from trainer.engines.limit import Case
@@ -40,7 +41,7 @@ def fused(folder, *changes, **model):
     """A config that asks Megatron for what Transformer Engine has; by default nothing of it goes against that."""
     plain = run_config("nowhere", folder, model=BASE | model, data={"document_mask": False}, train={"context": 32})
     values = plain.model_dump(mode="json", exclude_none=True)
-    override(values, {}, ["engine.kind=megatron", "engine.precision=bf16", *changes])
+    override(RunConfig, values, {}, ["engine.kind=megatron", "engine.precision=bf16", *changes])
     return type(plain).model_validate(values)
 
 
