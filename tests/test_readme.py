@@ -28,7 +28,7 @@ def test_the_readmes_commands_run_as_written(tmp_path):
     models.mkdir()
     quickstart = (ROOT / "configs/runs/quickstart.toml").read_text()
     small = {
-        r'source = ".*"': f'source = "{text_folder(tmp_path / "text")}"', r"steps = \d+": "steps = 8",
+        r'source = ".*"': f'source = "{text_folder(tmp_path / "text")}"', r"\nsteps = \d+": "\nsteps = 8",
         r"tokenizer_vocab = \d+": f"tokenizer_vocab = {VOCAB}", r"held_out = [\d.]+": "held_out = 0.1",
         r"warmup = \d+": "warmup = 2", r"every = 100": "every = 4",
     }  # fmt: skip
