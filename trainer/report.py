@@ -149,13 +149,15 @@ def _tiles(
     counted = steps or every
     seconds = sorted(r["step_seconds"] for r in counted)[len(counted) // 2]
     rate = sorted(r["tokens_per_second"] for r in counted)[len(counted) // 2]
+    computed = sum(r.get("computed_tokens", r["tokens"]) for r in every)
+    predicted = sum(r["tokens"] for r in steps)
     tiles = [
         ("state", state),
         ("steps", f"{every[-1]['step']:,}"),
         ("training loss", loss_words(steps[-1]["loss"]) if steps else "none"),
         ("held-out loss", loss_words(evaluations[-1]["eval_loss"]) if evaluations else "-"),
-        ("tokens computed", f"{sum(r.get('computed_tokens', r['tokens']) for r in every):,}"),
-        ("tokens predicted", f"{sum(r['tokens'] for r in steps):,}"),
+        ("tokens computed", f"{computed:,}"),
+        *([("tokens predicted", f"{predicted:,}")] if predicted != computed else []),
         ("tokens computed/s, median", f"{rate:,.0f}"),
         ("step, median", f"{seconds * 1000:,.0f} ms"),
         ("goodput", f"{time_spent.share:.1%}"),
