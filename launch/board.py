@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 
 from launch.backend import JobState, open_backend
 from launch.cluster import ADAPTER
-from launch.record import FORMAT, Attempt, Result, is_there, newer
+from launch.record import FORMAT, Attempt, Result, content, is_there, newer
 from launch.runlogs import last_words
 from launch.standing import State, held, records_of, state_of, state_of_plain
 from launch.tails import last_records
@@ -96,7 +97,7 @@ def all_runs(folder: Path) -> list[Path]:
 def _may_be_run(path: Path) -> bool:
     """Also where somebody else's rights keep this from being known: look() then says so."""
     try:
-        return is_there(path / "spec.json") or is_there(path / "config.toml")
+        return is_there(f"{path}/spec.json") or is_there(f"{path}/config.toml")
     except OSError:
         return True
 
@@ -134,9 +135,9 @@ def look_at(path: Path, now: float) -> tuple[Row, tuple[str, ...]]:
 
 
 def _known(path: Path) -> _Known:
-    file = path / "spec.json"
+    file = f"{path}/spec.json"
     try:
-        text = file.read_bytes()
+        text = content(file)
     except FileNotFoundError:
         return _Known(path)
     except OSError as error:
@@ -148,7 +149,7 @@ def _known(path: Path) -> _Known:
     if not isinstance(spec, dict) or not isinstance(spec.get("format"), int) or not isinstance(spec.get("cluster"), dict):
         raise LaunchError(f"{named(file)}: damaged: it is no record of a run")
     if spec["format"] > FORMAT:
-        raise newer(file, spec["format"], spec.get("mikoshi", "?"))
+        raise newer(Path(file), spec["format"], spec.get("mikoshi", "?"))
     attempt = newest_attempt(path)
     if attempt is None:
         return _Known(path, spec)
@@ -173,10 +174,10 @@ def _job(attempt: Attempt, kind: str) -> dict[str, str]:
 def newest_attempt(path: Path) -> Attempt | None:
     """Of a run's folder."""
     try:
-        numbers = [int(name.name) for name in (path / "attempts").iterdir() if name.name.isdigit()]
+        numbers = [int(name) for name in os.listdir(f"{path}/attempts") if name.isdigit()]  # noqa: PTH208
     except OSError:
         return None
-    newest = (Attempt(path / "attempts" / str(number)) for number in sorted(numbers, reverse=True))
+    newest = (Attempt(Path(f"{path}/attempts/{number}")) for number in sorted(numbers, reverse=True))
     return next((attempt for attempt in newest if attempt.asked_for), None)
 
 
@@ -270,7 +271,7 @@ def _pace(path: Path, steps: int, state: State) -> dict[str, Any]:
 def _swept(path: Path) -> dict[str, str]:
     """The values that a sweep gave this run."""
     try:
-        found = json.loads((path / "sweep.json").read_bytes())
+        found = json.loads(content(f"{path}/sweep.json"))
     except (OSError, ValueError):
         return {}
     return {str(key): str(value) for key, value in found.items()} if isinstance(found, dict) else {}

@@ -16,8 +16,9 @@ from data.atomic import write_file
 from launch.apart import run_apart
 from launch.chaosverdict import Launch, Row, rows
 from parallel.lifeline import die_with_parent
-from trainer import checkpoint
 from trainer.checkpoint.of_run import checkpoints_of
+from trainer.checkpoint.restore import problem_of
+from trainer.checkpoint.verify import read_manifest
 from trainer.config import RunConfig, differences, load_config, to_toml
 from trainer.engines.carry import layout_of
 from trainer.errors import ConfigError, RunError
@@ -196,9 +197,9 @@ def same_weights(one: RunConfig, other: RunConfig) -> bool:
     """Whether the newest checkpoints of two runs are of their last step, sound, and the same to the bit."""
     stores = [checkpoints_of(RunFolder(run.run.path), run) for run in (one, other)]
     last = one.train.steps
-    if any(store.steps()[:1] != [last] or checkpoint.problem_of(store, last) for store in stores):
+    if any(store.steps()[:1] != [last] or problem_of(store, last) for store in stores):
         return False
-    ours, theirs = (checkpoint.read_manifest(store, last).files for store in stores)
+    ours, theirs = (read_manifest(store, last).files for store in stores)
     return ours == theirs
 
 

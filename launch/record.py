@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import uuid
 from dataclasses import dataclass
@@ -137,13 +138,13 @@ class Attempt:
     def asked_for(self) -> bool:
         """Whether its request is there: its folder is made a moment before."""
         try:
-            return (self.path / "request.json").stat().st_size > 0
+            return os.stat(f"{self.path}/request.json").st_size > 0  # noqa: PTH116
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     @property
     def request(self) -> Request:
-        found = read(self.path / "request.json", Request)
+        found = read(f"{self.path}/request.json", Request)
         if found is None:
             raise LaunchError(f"{self.path / 'request.json'}: missing: this attempt was never asked for; remove its folder")
         return found
@@ -158,9 +159,9 @@ class Attempt:
 
     def read_job(self) -> dict[str, str]:
         """The same; raises LaunchError where it is damaged."""
-        file = self.path / "job.json"
+        file = f"{self.path}/job.json"
         try:
-            found = json.loads(file.read_bytes())
+            found = json.loads(content(file))
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -173,22 +174,22 @@ class Attempt:
 
     @property
     def started(self) -> Started | None:
-        return read(self.path / "started.json", Started)
+        return read(f"{self.path}/started.json", Started)
 
     @property
     def status(self) -> Status | None:
         """None also where it is damaged: it tells of progress alone."""
         with contextlib.suppress(LaunchError):
-            return read(self.path / "status.json", Status)
+            return read(f"{self.path}/status.json", Status)
         return None
 
     @property
     def stop(self) -> Stop | None:
-        return read(self.path / "stop.json", Stop)
+        return read(f"{self.path}/stop.json", Stop)
 
     @property
     def result(self) -> Result | None:
-        return read(self.path / "result.json", Result)
+        return read(f"{self.path}/result.json", Result)
 
     @property
     def found_bad(self) -> list[str]:
@@ -301,23 +302,33 @@ def newer(file: Path, kind: object, made: object) -> LaunchError:
     return LaunchError(f"{named(file)}: format {kind} of Mikoshi {made}, and this one reads {FORMAT}: update Mikoshi here")
 
 
-def read(path: Path, model: type[M]) -> M | None:
+def content(path: str) -> bytes:
+    """A small file, whole. Takes half as long as Path.read_bytes, which counts where a thousand runs are looked at. Raises
+    OSError where it cannot be read."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return b"".join(iter(lambda: os.read(handle, 1 << 16), b""))
+    finally:
+        os.close(handle)
+
+
+def read(path: Path | str, model: type[M]) -> M | None:
     """A record, or None where there is none yet. Raises LaunchError where it is damaged."""
     try:
-        return model.model_validate_json(path.read_bytes(), strict=True)
+        return model.model_validate_json(content(str(path)), strict=True)
     except FileNotFoundError:
         return None
     except ValidationError as error:
         first = error.errors()[0]
         where = f"{'.'.join(map(str, first['loc']))}: " if first["loc"] else ""
-        mend = "remove it" if model in (Started, Status, Stop, Result) else f"move {named(path.parent)} away"
+        mend = "remove it" if model in (Started, Status, Stop, Result) else f"move {named(Path(path).parent)} away"
         raise LaunchError(f"{named(path)}: damaged: {where}{first['msg']}; {mend}") from None
 
 
-def is_there(path: Path) -> bool:
+def is_there(path: Path | str) -> bool:
     """Whether a file or folder exists. Raises OSError where that cannot be told, as of a disk that does not answer."""
     try:
-        path.stat()
+        os.stat(path)  # noqa: PTH116
     except (FileNotFoundError, NotADirectoryError):
         return False
     return True

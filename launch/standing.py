@@ -42,10 +42,11 @@ class Records:
 
 
 def records_of(attempt: Attempt, ended: tuple[Mapping[str, str], Result] | None = None) -> Records:
-    """`ended`: the job and the result of one that has ended for good, where they are known. Raises LaunchError where a record
-    is damaged."""
-    request, started, status, stop = attempt.request, attempt.started, attempt.status, attempt.stop
+    """`ended`: the job and the result of one that has ended for good, where they are known: who asked it to stop then tells
+    nothing more. Raises LaunchError where a record is damaged."""
+    request, started, status = attempt.request, attempt.started, attempt.status
     job, result = (attempt.job, attempt.result) if ended is None else ended
+    stop = attempt.stop if ended is None else None
     handed_over = started is not None or (attempt.path / "job.json").exists()
     return Records(attempt.number, request, job, started, status, stop, result, handed_over)
 

@@ -10,7 +10,7 @@ import pytest
 
 from layouts import BASE, MODELS, degrees
 from runs import GPT2_MODEL, TINY_MODEL, figures, run_config
-from trainer.checkpoint import newest_valid
+from trainer.checkpoint.restore import newest_valid
 from trainer.config import to_toml
 from trainer.runfolder import read_jsonl
 

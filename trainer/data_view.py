@@ -25,8 +25,9 @@ from data.rows import IGNORED, Where
 from data.shards import Shard
 from data.tokenizer import Tokenizer
 from parallel.layout import Layout
-from trainer.checkpoint import Store, read_manifest
 from trainer.checkpoint.of_run import checkpoints_of
+from trainer.checkpoint.store import Store
+from trainer.checkpoint.verify import read_manifest
 from trainer.config import load_config
 from trainer.errors import CheckpointError, ConfigError
 from trainer.feed import Feed, open_feed

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data.tokenizer import Tokenizer, load_saved
 from parallel.world import World
-from trainer import checkpoint
 from trainer.checkpoint.of_run import checkpoints_of
+from trainer.checkpoint.restore import load, newest_valid
 from trainer.config import RunConfig, load_config, parse_config
 from trainer.engines import build_engine, leave_empty
 from trainer.engines.base import Engine
@@ -47,7 +47,7 @@ class Sampling:
 
 def load_model(folder: RunFolder, device: torch.device) -> tuple[GPT, Tokenizer, RunConfig, int]:
     """The newest valid checkpoint's model, fp32, its tokenizer, its config and its step. Raises CheckpointError."""
-    found = checkpoint.newest_valid(checkpoints_of(folder, load_config(folder.path), reader=True), set_aside=False)
+    found = newest_valid(checkpoints_of(folder, load_config(folder.path), reader=True), set_aside=False)
     if found is None:
         raise CheckpointError(f"{folder.path}: there is no checkpoint yet; train first, or wait for one")
     path, manifest, _ = found
@@ -55,7 +55,7 @@ def load_model(folder: RunFolder, device: torch.device) -> tuple[GPT, Tokenizer,
     with torch.device("meta"):
         model = GPT(config.model)
     model.to_empty(device=device)
-    checkpoint.load(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    load(path, manifest, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return model.eval(), load_saved(folder.tokenizer), config, manifest.step
 
 
@@ -144,7 +144,7 @@ def generate_together(
 def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, device: torch.device) -> tuple[Engine, Tokenizer]:
     """The newest valid checkpoint's model over all ranks of `place`: tp and pp as in `overrides`, the rest hold shards.
     Collective. Raises CheckpointError or LayoutError."""
-    found = checkpoint.newest_valid(checkpoints_of(folder, load_config(folder.path), reader=True), set_aside=False)
+    found = newest_valid(checkpoints_of(folder, load_config(folder.path), reader=True), set_aside=False)
     if found is None:
         raise CheckpointError(f"{folder.path}: there is no checkpoint yet; train first, or wait for one")
     path, manifest, _ = found
@@ -156,7 +156,7 @@ def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, devi
         )
     engine = build_engine(config, layout_of(config, place.size), device, fill_weights=leave_empty)
     state = {name: tensor for name, tensor in engine.state().items() if name.startswith("model.")}
-    checkpoint.load(path, manifest, state)
+    load(path, manifest, state)
     engine.load_state(state)
     return engine, load_saved(folder.tokenizer)
 

@@ -15,8 +15,10 @@ from data.rows import Batch
 from parallel.layout import Layout
 from parallel.pulse import beat, limits
 from parallel.world import World
-from trainer.checkpoint import Saver, Store, on_first_rank
+from trainer.checkpoint.agree import on_first_rank
 from trainer.checkpoint.of_run import checkpoints_of, keep_of
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.store import Store
 from trainer.config import RunConfig
 from trainer.engines import build_engine
 from trainer.engines.base import Engine, StepResult

@@ -17,10 +17,12 @@ from data.record import Continued, Reader, Total, make_record
 from parallel.layout import Layout
 from parallel.pulse import beat
 from parallel.sharding import local
-from trainer import checkpoint
 from trainer.changed import anew_told, changes_told, moments_begun_anew
-from trainer.checkpoint import Store, on_first_rank
-from trainer.checkpoint.agree import of_all_ranks
+from trainer.checkpoint.agree import of_all_ranks, on_first_rank
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.restore import load, newest_valid, problem_of
+from trainer.checkpoint.store import Store
+from trainer.checkpoint.verify import read_manifest
 from trainer.config import RunConfig, differences, parse_config, to_toml
 from trainer.engines.base import Engine
 from trainer.errors import USER_ERRORS, CheckpointError, RunError, SpoiledError
@@ -65,7 +67,7 @@ def resume(
     rewinds = _rewinds(folder)
     on_first_rank(lambda: _leave_abandoned(store, rewinds))
     feed = open_feed(without(config, rewinds))
-    found = checkpoint.newest_valid(store, digests=config.checkpoint.verify == "digests")
+    found = newest_valid(store, digests=config.checkpoint.verify == "digests")
     if found is None and not fresh:
         raise SpoiledError(f"{store.place}: no checkpoint is left to go back to: the run begins anew")
     manifest, refused = (None, []) if found is None else (found[1], found[2])
@@ -85,7 +87,7 @@ def resume(
     if found is not None and manifest is not None and data is not None:
         state = engine.state()
         anew = moments_begun_anew(state, manifest.tensors)
-        checkpoint.load(store, manifest, {name: tensor for name, tensor in state.items() if name not in anew})
+        load(store, manifest, {name: tensor for name, tensor in state.items() if name not in anew})
         for name in anew:
             local(state[name]).zero_()
         engine.load_state(state)
@@ -122,7 +124,7 @@ def _read_from(where: str) -> Iterator[None]:
 
 
 def _checked(
-    config: RunConfig, manifest: checkpoint.Manifest, folder: RunFolder, store: Store
+    config: RunConfig, manifest: Manifest, folder: RunFolder, store: Store
 ) -> tuple[dict[str, tuple[Any, Any]], list[str], dict[str, Any]]:
     """What has changed since a checkpoint, the same in words, and its record of the data. Raises CheckpointError where it is
     of another run."""
@@ -166,7 +168,7 @@ def _leave_abandoned(store: Store, rewinds: list[Rewind]) -> None:
     """Remove checkpoints of a history that the run has gone back before: a kill came in between."""
     for step in store.steps() if rewinds else []:
         try:
-            left = abandoned(rewinds, step, checkpoint.read_manifest(store, step).record["data"]["skipped"])
+            left = abandoned(rewinds, step, read_manifest(store, step).record["data"]["skipped"])
         except (CheckpointError, KeyError, TypeError, ValueError):
             continue  # damaged or altered: told as such when it is gone on with
         if left:
@@ -187,7 +189,7 @@ def go_back(config: RunConfig, going: Going, done: int, store: Store) -> bool:
             "optim.lr, or look at the batches that its events name"
         )
     early = [step for step in on_first_rank(store.steps) if step <= done - asked.rewind and step % every == 0]
-    to = next((step for step in early if checkpoint.problem_of(store, step) is None), None)
+    to = next((step for step in early if problem_of(store, step) is None), None)
     if to is None:
         return False
     first, stop = going.positions(to, done + asked.skip)

@@ -12,7 +12,8 @@ from data.atomic import write_file
 from data.chat import write_chat
 from data.jsontext import non_finite
 from parallel.layout import Layout
-from trainer.checkpoint import Outcome, on_first_rank
+from trainer.checkpoint.agree import on_first_rank
+from trainer.checkpoint.saver import Outcome
 from trainer.config import RunConfig, to_toml
 from trainer.console import TrainConsole, loss_words
 from trainer.engines.base import StepResult

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from parallel.pulse import beat
-from trainer.checkpoint import Outcome, Saver
+from trainer.checkpoint.saver import Outcome, Saver
 from trainer.config import RunConfig
 from trainer.errors import CheckpointError
 from trainer.runlog import RunLog

@@ -5,7 +5,7 @@
 In each world of gloo ranks the state is cut over all of them, as under ZeRO 3, and the contenders take turns, each round in
 another order; a time is that of the slowest rank. All of them flush what they have written to the disk (torch.save does
 so here by an fsync of its own). What ours does beside the others: SHA-256 and XXH3 of every byte when saving, XXH3 again
-before loading, unless only sizes are compared (checkpoint.verify = "sizes"). "warm": the files are in the page cache;
+before loading, unless only sizes are compared (verify = "sizes"). "warm": the files are in the page cache;
 "cold": they have been dropped from it. Memory: the most that a rank's process grew by meanwhile.
 """
 
@@ -48,16 +48,17 @@ def state_of(gigabytes, mesh, seed=0):
 
 
 def ours_save(folder, state):
-    from trainer import checkpoint
+    from trainer.checkpoint.saver import save as save_checkpoint
 
-    checkpoint.save(folder, 1, state, {"config": ""}, keep=1)
+    save_checkpoint(folder, 1, state, {"config": ""}, keep=1)
 
 
 def ours_load(folder, state, digests=True):
-    from trainer import checkpoint
+    from trainer.checkpoint.restore import load as load_checkpoint
+    from trainer.checkpoint.restore import newest_valid
 
-    path, manifest, _ = checkpoint.newest_valid(folder, digests=digests)
-    checkpoint.load(path, manifest, state)
+    path, manifest, _ = newest_valid(folder, digests=digests)
+    load_checkpoint(path, manifest, state)
 
 
 def ours_load_by_size(folder, state):
@@ -101,7 +102,9 @@ class Background:
         self.saver = None
 
     def ours(self, folder, state):
-        from trainer.checkpoint import Keep, LocalStore, Saver
+        from trainer.checkpoint.keep import Keep
+        from trainer.checkpoint.saver import Saver
+        from trainer.checkpoint.store import LocalStore
 
         if self.saver is None:
             self.saver = Saver(LocalStore(folder), Keep(1))

@@ -10,7 +10,9 @@ import torch
 
 from parallel.replicas import digest
 from runs import run_config
-from trainer.checkpoint import Keep, Saver, load, newest_valid
+from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.store import open_store
 from trainer.config import to_toml
 from trainer.straggler import Stragglers

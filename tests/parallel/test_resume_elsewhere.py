@@ -5,7 +5,8 @@ import torch
 
 from layouts import BASE, MODELS, degrees
 from runs import engine_and_rows, run_config, whole_state
-from trainer import checkpoint
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.saver import save
 
 
 def steps(engine, loader, numbers):
@@ -15,15 +16,15 @@ def steps(engine, loader, numbers):
 def save_after_two(config, folder):
     engine, loader = engine_and_rows(config)
     steps(engine, loader, range(2))
-    checkpoint.save(folder, 2, engine.state(), {"config": "", "fingerprint": "f", "samples": 32}, keep=3)
+    save(folder, 2, engine.state(), {"config": "", "fingerprint": "f", "samples": 32}, keep=3)
     return whole_state(engine.state()), steps(engine, loader, range(2, 4))
 
 
 def go_on(config, folder):
     engine, loader = engine_and_rows(config)
-    path, manifest, _ = checkpoint.newest_valid(folder)
+    path, manifest, _ = newest_valid(folder)
     state = engine.state()
-    checkpoint.load(path, manifest, state)
+    load(path, manifest, state)
     engine.load_state(state)
     return whole_state(engine.state()), steps(engine, loader, range(2, 4))
 

@@ -11,8 +11,9 @@ import tomli_w
 
 from launch.record import Submitted, open_submitted
 from runs import run_config
-from trainer import checkpoint
 from trainer.checkpoint.of_run import checkpoints_of
+from trainer.checkpoint.restore import problem_of
+from trainer.checkpoint.verify import read_manifest
 from trainer.config import to_toml
 from trainer.runfolder import RunFolder, read_jsonl
 
@@ -93,5 +94,5 @@ def digests(run: Submitted) -> dict:
     store = checkpoints_of(RunFolder(run.folder.path), run.spec.config)
     last = run.spec.config.train.steps
     assert store.steps()[:1] == [last], f"newest checkpoints {store.steps()}, not of step {last}"
-    assert not checkpoint.problem_of(store, last)
-    return json.loads(json.dumps(checkpoint.read_manifest(store, last).files, default=str))
+    assert not problem_of(store, last)
+    return json.loads(json.dumps(read_manifest(store, last).files, default=str))

@@ -16,7 +16,7 @@ import pytest
 
 from runs import VOCAB, run_config
 from trainer import cli
-from trainer.checkpoint import read_manifest, steps_in
+from trainer.checkpoint.verify import read_manifest, steps_in
 from trainer.config import to_toml
 from trainer.runfolder import read_jsonl
 

@@ -7,7 +7,8 @@ import torch.distributed as dist
 
 from layouts import BASE, MODELS, degrees
 from runs import engine_and_rows, held_out_of, run_config, whole_state
-from trainer import checkpoint
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.saver import save as save_checkpoint
 
 
 def engine_config(dataset, folder, model, kind="native", layout="", /, **sections):
@@ -53,7 +54,7 @@ def save_after(config, folder, steps):
     engine, loader = engine_and_rows(config)
     for n in range(steps):
         engine.step(loader.batch(n), config.optim.lr)
-    checkpoint.save(folder, steps, engine.state(), {"config": "", "fingerprint": "f", "samples": 0}, keep=9)
+    save_checkpoint(folder, steps, engine.state(), {"config": "", "fingerprint": "f", "samples": 0}, keep=9)
     state = whole_state(engine.state())
     return state, figures(engine.step(loader.batch(n), config.optim.lr) for n in range(steps, steps + 5))
 
@@ -62,13 +63,13 @@ def go_on(config, folder, save=True):
     """Load the newest checkpoint, save what was loaded one step further, and train five steps: the state loaded, and their
     figures."""
     engine, loader = engine_and_rows(config)
-    path, manifest, _ = checkpoint.newest_valid(folder)
+    path, manifest, _ = newest_valid(folder)
     state = engine.state()
-    checkpoint.load(path, manifest, state)
+    load(path, manifest, state)
     engine.load_state(state)
     loaded, start = whole_state(engine.state()), manifest.step
     if save:
-        checkpoint.save(folder, start + 1, engine.state(), manifest.record, keep=9)
+        save_checkpoint(folder, start + 1, engine.state(), manifest.record, keep=9)
     first = 3  # the batches that follow the first save, however often the state was handed on
     return loaded, figures(engine.step(loader.batch(n), config.optim.lr) for n in range(first, first + 5))
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from runs import run_config
-from trainer.checkpoint import read_manifest, steps_in
+from trainer.checkpoint.verify import read_manifest, steps_in
 from trainer.config import to_toml
 from trainer.interop.accelerate_start import lone_of_several
 from trainer.runfolder import read_jsonl

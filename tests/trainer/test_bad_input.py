@@ -13,7 +13,7 @@ import pytest
 from disks import small_disk
 from parallel.world import World
 from runs import VOCAB, run_config, text_folder
-from trainer import checkpoint
+from trainer.checkpoint.verify import steps_in, verify
 from trainer.config import to_toml
 from trainer.errors import ConfigError
 from trainer.rank import place_here
@@ -168,7 +168,7 @@ def trained(run, config_file):
 
 def test_a_checkpoint_with_an_altered_or_missing_byte_falls_back_and_says_so(run, config_file):
     folder = trained(run, config_file)
-    newest, older, _ = checkpoint.steps_in(folder / "checkpoints")
+    newest, older, _ = steps_in(folder / "checkpoints")
     file = newest / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -180,12 +180,12 @@ def test_a_checkpoint_with_an_altered_or_missing_byte_falls_back_and_says_so(run
     assert "step-00000003/rank-00000.safetensors: altered" in out.replace("\n", "")
     assert "step-00000002/rank-00000.safetensors: has" in out.replace("\n", "")
     assert "resumed after step 1" in out
-    assert checkpoint.steps_in(folder / "checkpoints")[0].name == "step-00000003"
+    assert steps_in(folder / "checkpoints")[0].name == "step-00000003"
 
 
 def test_no_checkpoint_left_is_not_a_silent_start(run, config_file):
     folder = trained(run, config_file)
-    for path in checkpoint.steps_in(folder / "checkpoints"):
+    for path in steps_in(folder / "checkpoints"):
         (path / "manifest.json").unlink()
     for _ in range(2):
         one_error(run("train", config_file), "no valid checkpoint is left", "manifest.json", "start from step 0")
@@ -354,8 +354,8 @@ def test_full_disk_while_saving(run, config_file, tmp_path):
         one_error(result, "cannot be saved", os.strerror(errno.ENOSPC), "make room")
         assert "training goes on" in result[1]
         assert not left_over(disk)
-        for path in checkpoint.steps_in(disk / "test" / "checkpoints"):
-            checkpoint.verify(path)
+        for path in steps_in(disk / "test" / "checkpoints"):
+            verify(path)
 
 
 def test_read_only_disk(run, config_file, tmp_path):

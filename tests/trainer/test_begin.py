@@ -10,7 +10,8 @@ from data.errors import DataError
 from layouts import degrees
 from parallel.world import World
 from runs import GPT2_MODEL, TINY_MODEL, engine_and_rows, loader_of, run_config
-from trainer.checkpoint import load, newest_valid, steps_in
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.verify import steps_in
 from trainer.config import load_config
 from trainer.engines.carry import layout_of
 from trainer.errors import CheckpointError, RunError

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from runs import run_config
-from trainer import checkpoint
 from trainer.changed import changes_told, moments_begun_anew
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.saver import save
 from trainer.config import RunConfig, differences, parse_config, to_toml
 from trainer.model.gpt import GPT
 from trainer.optim import Optimizers
@@ -89,9 +90,9 @@ def test_a_muon_checkpoint_of_experts_under_adamw_goes_on(dataset, tmp_path, mik
     (tmp_path / "run.toml").write_text(to_toml(run))
     assert mikoshi("train", "run.toml", "run.name=test")[0] == 0
     folder = tmp_path / "runs/test/checkpoints"
-    saved, manifest, _ = checkpoint.newest_valid(folder)
+    saved, manifest, _ = newest_valid(folder)
     state = {name: torch.zeros(entry["shape"], dtype=torch.float32) for name, entry in manifest.tensors.items()}
-    checkpoint.load(saved, manifest, state)
+    load(saved, manifest, state)
     before = {}
     for name, tensor in state.items():
         owner, _, moment = name.rpartition(".")
@@ -102,7 +103,7 @@ def test_a_muon_checkpoint_of_experts_under_adamw_goes_on(dataset, tmp_path, mik
         elif not (".router.weight" in name and name.startswith("optim.")):
             before[name] = tensor
     saved.store.remove(2)
-    checkpoint.save(folder, 2, before, {key: value for key, value in manifest.record.items() if key != "step"}, keep=3)
+    save(folder, 2, before, {key: value for key, value in manifest.record.items() if key != "step"}, keep=3)
     code, out, errors = mikoshi("train", "run.toml", "run.name=test", "train.steps=5")
     assert code == 0, (out, errors)
     assert "optimizer state of 8 parameters begins anew" in out

@@ -8,7 +8,9 @@ import torch
 
 from manifests import resigned
 from runs import GPT2_MODEL, data_layout, loader_of, run_config
-from trainer import checkpoint
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.saver import save
+from trainer.checkpoint.verify import step_folder, steps_in, verify
 from trainer.engines import build_engine
 from trainer.errors import CheckpointError
 
@@ -22,13 +24,13 @@ def tensors(seed=0):
 
 def test_round_trip_without_a_process_group(tmp_path):
     state = tensors()
-    checkpoint.save(tmp_path, 3, state, RECORD, keep=2)
-    path, manifest, rejected = checkpoint.newest_valid(tmp_path)
+    save(tmp_path, 3, state, RECORD, keep=2)
+    path, manifest, rejected = newest_valid(tmp_path)
     assert (manifest.step, manifest.record["config"], rejected) == (3, "x = 1", [])
     found = {name: torch.zeros_like(t) for name, t in state.items()}
-    checkpoint.load(path, manifest, found)
+    load(path, manifest, found)
     assert all(torch.equal(found[name], state[name]) for name in state)
-    for file in checkpoint.step_folder(tmp_path, 3).iterdir():
+    for file in step_folder(tmp_path, 3).iterdir():
         assert b"\x80\x04" not in file.read_bytes()[:4], "no pickle"
 
 
@@ -49,21 +51,21 @@ def whole(engine):
 
 def save_trained(config, zero, folder):
     engine = trained(config, zero)
-    checkpoint.save(folder, 2, engine.state(), RECORD, keep=3)
+    save(folder, 2, engine.state(), RECORD, keep=3)
     return whole(engine)
 
 
 def save_later(config, zero, folder):
-    checkpoint.save(folder, 3, trained(config, zero).state(), RECORD, keep=3)
+    save(folder, 3, trained(config, zero).state(), RECORD, keep=3)
 
 
 def restore_fresh(config, zero, folder):
     import torch.distributed as dist
 
     engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), torch.device("cpu"))
-    path, manifest, _ = checkpoint.newest_valid(folder)
+    path, manifest, _ = newest_valid(folder)
     state = engine.state()
-    checkpoint.load(path, manifest, state)
+    load(path, manifest, state)
     engine.load_state(state)
     return whole(engine)
 
@@ -108,12 +110,12 @@ def test_any_damage_is_refused_by_name_and_the_older_step_is_used(tmp_path, how)
     rng = random.Random(how)
     pristine = tmp_path / "pristine"
     for step in (1, 2):
-        checkpoint.save(pristine, step, tensors(step), RECORD, keep=5)
+        save(pristine, step, tensors(step), RECORD, keep=5)
     for number in range(24):
         folder = tmp_path / f"{number}"
         shutil.copytree(pristine, folder)
-        hurt = damage(checkpoint.step_folder(folder, 2), how, rng)
-        _path, manifest, rejected = checkpoint.newest_valid(folder)
+        hurt = damage(step_folder(folder, 2), how, rng)
+        _path, manifest, rejected = newest_valid(folder)
         assert manifest.step == 1
         assert len(rejected) == 1
         assert hurt.name in rejected[0]
@@ -127,7 +129,7 @@ def save_on_ranks(folder, steps):
     whole, plan.FILE_BYTES = plan.FILE_BYTES, 500
     try:
         for step in steps:
-            checkpoint.save(folder, step, {**tensors(step), "model.c": torch.full((40, 3), float(step))}, RECORD, keep=5)
+            save(folder, step, {**tensors(step), "model.c": torch.full((40, 3), float(step))}, RECORD, keep=5)
     finally:
         plan.FILE_BYTES = whole
 
@@ -141,60 +143,60 @@ def test_swapped_files_are_refused_by_name_whether_of_one_step_or_two(ranks, tmp
     for number, (one, step, other, beside) in enumerate(swaps):
         folder = tmp_path / f"{number}"
         shutil.copytree(tmp_path / "pristine", folder)
-        here, there = checkpoint.step_folder(folder, step) / one, checkpoint.step_folder(folder, beside) / other
+        here, there = step_folder(folder, step) / one, step_folder(folder, beside) / other
         mine, theirs = here.read_bytes(), there.read_bytes()
         assert mine != theirs
         here.write_bytes(theirs)
         there.write_bytes(mine)
-        saved, manifest, rejected = checkpoint.newest_valid(folder)
+        saved, manifest, rejected = newest_valid(folder)
         assert manifest.step == saved.step == (2 if beside == 3 else 1)
         assert any(name in rejected[0] for name in (one, other))
         assert len(rejected) == (1 if beside == 3 else 2)
 
 
 def test_by_sizes_alone_a_changed_byte_passes_and_a_missing_one_does_not(tmp_path):
-    checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=5)
-    file = checkpoint.step_folder(tmp_path, 1) / "rank-00000.safetensors"
+    save(tmp_path, 1, tensors(), RECORD, keep=5)
+    file = step_folder(tmp_path, 1) / "rank-00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert checkpoint.newest_valid(tmp_path, digests=False)[1].step == 1
+    assert newest_valid(tmp_path, digests=False)[1].step == 1
     file.write_bytes(content[:-1])
     with pytest.raises(CheckpointError, match=r"rank-00000\.safetensors: has"):
-        checkpoint.newest_valid(tmp_path, digests=False)
+        newest_valid(tmp_path, digests=False)
 
 
 def test_every_load_compares_xxh3_and_leaves_sha256_to_who_asks_for_it(tmp_path):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, tensors(), RECORD, keep=5)
-    newest = checkpoint.step_folder(tmp_path, 2)
+        save(tmp_path, step, tensors(), RECORD, keep=5)
+    newest = step_folder(tmp_path, 2)
     resigned(newest, digests={"sha256": "0" * 64})
-    assert checkpoint.newest_valid(tmp_path)[1].step == 2
+    assert newest_valid(tmp_path)[1].step == 2
     resigned(newest, digests={"xxh3": "0" * 32})
-    _, manifest, rejected = checkpoint.newest_valid(tmp_path)
+    _, manifest, rejected = newest_valid(tmp_path)
     assert (manifest.step, len(rejected)) == (1, 1)
     assert "rank-00000.safetensors: altered: its bytes do not match the manifest's XXH3" in rejected[0]
 
 
 def test_without_a_valid_one_nothing_starts_over_silently(tmp_path):
-    checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=5)
-    (checkpoint.step_folder(tmp_path, 1) / "rank-00000.safetensors").unlink()
+    save(tmp_path, 1, tensors(), RECORD, keep=5)
+    (step_folder(tmp_path, 1) / "rank-00000.safetensors").unlink()
     for _ in range(2):  # a restart must not take the refusal for an empty folder
         with pytest.raises(CheckpointError, match=r"no valid checkpoint is left.*rank-00000.*missing.*start from step 0"):
-            checkpoint.newest_valid(tmp_path)
+            newest_valid(tmp_path)
 
 
 def test_a_reader_beside_a_live_run_moves_nothing(tmp_path):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, tensors(), RECORD, keep=5)
-    (checkpoint.step_folder(tmp_path, 2) / "rank-00000.safetensors").unlink()
+        save(tmp_path, step, tensors(), RECORD, keep=5)
+    (step_folder(tmp_path, 2) / "rank-00000.safetensors").unlink()
     before = sorted(p.name for p in tmp_path.iterdir())
-    _, manifest, rejected = checkpoint.newest_valid(tmp_path, set_aside=False)
+    _, manifest, rejected = newest_valid(tmp_path, set_aside=False)
     assert (manifest.step, len(rejected)) == (1, 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
 def verdict(folder):
-    _, manifest, rejected = checkpoint.newest_valid(folder)
+    _, manifest, rejected = newest_valid(folder)
     return manifest.step, rejected
 
 
@@ -213,31 +215,31 @@ def test_what_a_killed_save_left_is_cleared_by_the_next(tmp_path):
     stale = tmp_path / ".step-00000033.partial"
     stale.mkdir()
     (stale / "rank-00000.safetensors").write_bytes(b"half")
-    checkpoint.save(tmp_path, 40, tensors(), RECORD, keep=2)
+    save(tmp_path, 40, tensors(), RECORD, keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000040"]
 
 
 def test_a_linked_file_is_refused(tmp_path):
-    checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=5)
-    file = checkpoint.step_folder(tmp_path, 1) / "rank-00000.safetensors"
+    save(tmp_path, 1, tensors(), RECORD, keep=5)
+    file = step_folder(tmp_path, 1) / "rank-00000.safetensors"
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CheckpointError, match="not a regular file"):
-        checkpoint.verify(file.parent)
+        verify(file.parent)
 
 
 def test_only_the_newest_are_kept(tmp_path):
     for step in range(1, 6):
-        checkpoint.save(tmp_path, step, tensors(), RECORD, keep=2)
-    assert [p.name for p in checkpoint.steps_in(tmp_path)] == ["step-00000005", "step-00000004"]
+        save(tmp_path, step, tensors(), RECORD, keep=2)
+    assert [p.name for p in steps_in(tmp_path)] == ["step-00000005", "step-00000004"]
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_never_written_over_another(tmp_path):
-    checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=2)
+    save(tmp_path, 1, tensors(), RECORD, keep=2)
     with pytest.raises(CheckpointError, match="exists already"):
-        checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=2)
-    checkpoint.verify(checkpoint.step_folder(tmp_path, 1))
+        save(tmp_path, 1, tensors(), RECORD, keep=2)
+    verify(step_folder(tmp_path, 1))
 
 
 def failing_save(folder, failing_rank):
@@ -250,7 +252,7 @@ def failing_save(folder, failing_rank):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
         mine = {f"model.{dist.get_rank()}": torch.ones(400), "model.shared": torch.ones(100)}
-        checkpoint.save(folder, 1, mine, RECORD, keep=2)
+        save(folder, 1, mine, RECORD, keep=2)
     except CheckpointError as error:
         return str(error)
     finally:
@@ -265,7 +267,7 @@ def test_what_one_rank_cannot_write_is_told_to_all_and_leaves_nothing(ranks, tmp
 
 
 def test_a_missing_tensor_is_named(tmp_path):
-    checkpoint.save(tmp_path, 1, tensors(), RECORD, keep=2)
-    path, manifest, _ = checkpoint.newest_valid(tmp_path)
+    save(tmp_path, 1, tensors(), RECORD, keep=2)
+    path, manifest, _ = newest_valid(tmp_path)
     with pytest.raises(CheckpointError, match=r"model\.other"):
-        checkpoint.load(path, manifest, {"model.other": torch.zeros(2)})
+        load(path, manifest, {"model.other": torch.zeros(2)})

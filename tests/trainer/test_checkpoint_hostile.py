@@ -16,7 +16,9 @@ import torch
 
 from forked import forked
 from manifests import resigned
-from trainer import checkpoint
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.saver import save
+from trainer.checkpoint.verify import step_folder
 from trainer.errors import CheckpointError
 
 RUNNING = (
@@ -172,8 +174,8 @@ def looked_at(folder):
     signal.alarm(20)  # whatever waits for a FIFO or a device does not wait for long
     sys.addaudithook(hook)
     try:
-        saved, manifest, rejected = checkpoint.newest_valid(folder)
-        checkpoint.load(saved, manifest, state)
+        saved, manifest, rejected = newest_valid(folder)
+        load(saved, manifest, state)
         ended = ("loaded", manifest.step, rejected)
     except CheckpointError as error:
         ended = ("refused", None, [str(error)])
@@ -188,8 +190,8 @@ def test_nothing_runs_and_nothing_outside_is_opened(tmp_path, monkeypatch, attac
     secret.write_bytes(bytes(200))
     folder = tmp_path / "checkpoints"
     for step in (1, 2):
-        checkpoint.save(folder, step, tensors(), {"config": ""}, keep=5)
-    attack(checkpoint.step_folder(folder, 2), secret)
+        save(folder, step, tensors(), {"config": ""}, keep=5)
+    attack(step_folder(folder, 2), secret)
     (ended, whole, ran, opened), killed_by = forked(looked_at, folder)
     assert killed_by is None
     how, step, reasons = ended

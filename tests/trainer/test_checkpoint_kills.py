@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from forked import forked
-from trainer import checkpoint
-from trainer.checkpoint import Keep, LocalStore, Saver
+from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.restore import load, newest_valid, problem_of
+from trainer.checkpoint.saver import Saver, save
+from trainer.checkpoint.store import LocalStore
 
 WATCHED = ("/trainer/checkpoint/", "/data/atomic.py")
 
@@ -54,15 +56,15 @@ def saving(folder, steps, background, deadly=None):
 
 def assert_nothing_torn(folder, at):
     """Returns the newest step; 0 if there is none."""
-    found = checkpoint.newest_valid(folder)
+    found = newest_valid(folder)
     for step in LocalStore(folder).steps():
-        assert checkpoint.problem_of(folder, step) is None, at
+        assert problem_of(folder, step) is None, at
     if found is None:
         return 0
     saved, manifest, rejected = found
     assert not rejected, at
     state = {name: torch.zeros_like(tensor) for name, tensor in tensors(0).items()}
-    checkpoint.load(saved, manifest, state)
+    load(saved, manifest, state)
     for name, tensor in tensors(manifest.step).items():
         assert torch.equal(state[name], tensor), at
     return manifest.step
@@ -80,7 +82,7 @@ def killed_everywhere(tmp_path, background, points):
         newest = assert_nothing_torn(folder, point)
         under_way = max(number for number, line in enumerate(begun, 1) if line < point)
         assert newest in (under_way - 1, under_way), point
-        checkpoint.save(folder, 9, tensors(9), {"config": ""}, keep=2)
+        save(folder, 9, tensors(9), {"config": ""}, keep=2)
         assert assert_nothing_torn(folder, point) == 9
         left = sorted(path.name for path in folder.iterdir())
         assert left == sorted(f"step-{step:08d}" for step in LocalStore(folder).steps()), point

@@ -11,9 +11,11 @@ import torch
 
 from faulty import Fault, faulty_s3
 from runs import data_layout, loader_of, run_config
-from trainer import checkpoint
-from trainer.checkpoint import Keep, Saver, restore
+from trainer.checkpoint import restore
+from trainer.checkpoint.keep import Keep
 from trainer.checkpoint.remote import open_remote_store
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.saver import Saver
 from trainer.engines import build_engine
 from trainer.errors import CheckpointError
 
@@ -61,9 +63,9 @@ def restore_fresh(config, zero, url, options, scratch):
 
     store = opened(url, options, scratch)
     engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), torch.device("cpu"))
-    saved, manifest, _ = checkpoint.newest_valid(store)
+    saved, manifest, _ = newest_valid(store)
     state = engine.state()
-    checkpoint.load(saved, manifest, state)
+    load(saved, manifest, state)
     engine.load_state(state)
     return whole(engine)
 
@@ -93,7 +95,8 @@ KILLED = """
 import sys
 from pathlib import Path
 import torch
-from trainer.checkpoint import Keep, Saver
+from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.saver import Saver
 from trainer.checkpoint.remote import open_remote_store
 url, endpoint, scratch = sys.argv[1:]
 options = {"endpoint": endpoint, "region": "us-east-1", "access_key_id": "test", "secret_access_key": "test"}
@@ -130,14 +133,14 @@ def test_killed_before_the_manifest_is_there_it_does_not_exist(tmp_path, s3, pla
     assert out.split() == ["1"]
     s3.changing = real
     store = opened(place, s3.options, tmp_path / "scratch")
-    _, manifest, refused = checkpoint.newest_valid(store)
+    _, manifest, refused = newest_valid(store)
     assert (manifest.step, refused) == (1, [])
     found = {"w": torch.zeros(3 << 20)}
-    checkpoint.load(store, manifest, found)
+    load(store, manifest, found)
     assert found["w"].unique().tolist() == [1.0]
     assert save(store, 2, {"w": torch.full((3 << 20,), 5.0)}).error is None
     assert (store.steps(), store.others()) == ([2, 1], [])
-    assert checkpoint.newest_valid(store)[1].step == 2
+    assert newest_valid(store)[1].step == 2
 
 
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete", "swap", "stray", "manifest"])
@@ -159,13 +162,13 @@ def test_a_damaged_object_is_refused_by_name_and_the_older_step_used(tmp_path, s
         s3.put(f"{folder}/{(name := 'rank-00007.safetensors')}", body)
     else:
         s3.put(f"{folder}/{(name := 'manifest.json')}", store.manifest(2).replace(b"float32", b"float64"))
-    _, manifest, refused = checkpoint.newest_valid(store)
+    _, manifest, refused = newest_valid(store)
     assert manifest.step == 1
     assert len(refused) == 1
     assert f"{s3.url}/{folder}/{name}" in refused[0]
     assert (store.steps(), store.others()) == ([1], ["step-00000002/damaged-manifest.json"])
     found = {"w": torch.zeros(1000)}
-    checkpoint.load(store, manifest, found)
+    load(store, manifest, found)
     assert found["w"].unique().tolist() == [1.0]
 
 
@@ -175,11 +178,11 @@ def test_by_sizes_alone_what_is_altered_is_refused_all_the_same(tmp_path, s3, pl
     body = store.local(1, name).read_bytes()
     store.release()
     s3.put(f"{tmp_path.name}/step-00000001/{name}", body[:-1] + bytes([body[-1] ^ 1]))
-    saved, manifest, refused = checkpoint.newest_valid(store, digests=False)
+    saved, manifest, refused = newest_valid(store, digests=False)
     assert (saved.step, refused) == (1, [])
     found = {"w": torch.zeros(1000)}
     with pytest.raises(CheckpointError, match=rf"{place}/step-00000001/{name}: altered: .*SHA-256"):
-        checkpoint.load(saved, manifest, found)
+        load(saved, manifest, found)
     assert not found["w"].any()
 
 
@@ -189,11 +192,11 @@ def test_a_store_that_is_away_condemns_nothing_and_a_save_fails_by_name(tmp_path
     s3.always(lambda _: Fault(status=503))
     monkeypatch.setattr(restore, "_PAUSES", (0.0,))
     with pytest.raises(OSError, match=rf"{place}/.*: failed 2 times"):
-        checkpoint.newest_valid(store)
+        newest_valid(store)
     outcome = save(store, 2, {"w": torch.ones(1000)})
     assert f"{place}/" in outcome.error
     assert "503" in outcome.error
     s3.forget()
     assert (store.steps(), store.others()) == ([1], [])
     assert save(store, 2, {"w": torch.ones(1000)}).error is None
-    assert checkpoint.newest_valid(store)[1].step == 2
+    assert newest_valid(store)[1].step == 2

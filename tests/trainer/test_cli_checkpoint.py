@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ import torch
 from faulty import faulty_s3
 from manifests import resigned
 from runs import run_config
-from trainer import checkpoint
-from trainer.checkpoint import Keep, LocalStore, Saver
+from trainer.checkpoint.keep import Keep
 from trainer.checkpoint.remote import open_remote_store
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.store import LocalStore
+from trainer.checkpoint.verify import step_folder
 from trainer.config import to_toml
 
 PARALLEL = {"tp": 2, "zero": 1}
@@ -51,7 +54,7 @@ def run(tmp_path):
 
 
 def of(run, step):
-    return checkpoint.step_folder(run / "checkpoints", step)
+    return step_folder(run / "checkpoints", step)
 
 
 def steps(run):
@@ -303,3 +306,14 @@ def test_the_help_of_export_promises_what_is_true(mikoshi):
     told = " ".join(out.split())
     assert "Mikoshi's own names" in told
     assert "transformers" not in told
+
+
+@pytest.mark.parametrize("words", [["list"], ["prune", "--dry-run"], ["verify"]], ids=lambda words: words[0])
+def test_what_looks_at_files_alone_starts_without_torch(run, words):
+    program = (
+        "import sys\nfrom trainer.cli import command\n"
+        "try:\n    command()\nexcept SystemExit as end:\n    print(end.code or 0, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, "checkpoint", words[0], str(run), *words[1:]]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.stdout.splitlines()[-1] == "0 False", found.stderr

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from datarun import events, inside, paragraphs, records, run, write_run
-from trainer.checkpoint import newest_valid
+from trainer.checkpoint.restore import newest_valid
 from trainer.compare import Round, figures
 from trainer.runfolder import predicting
 from trainer.runlog import mean_loss

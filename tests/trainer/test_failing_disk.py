@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from forked import forked
-from trainer import checkpoint
-from trainer.checkpoint import LocalStore, restore
-from trainer.checkpoint.pieces import opened, piece_file, read_through
-from trainer.checkpoint.store import NO_FILE
+from trainer.checkpoint import restore
+from trainer.checkpoint.files import opened, read_through
+from trainer.checkpoint.pieces import piece_file
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.saver import save
+from trainer.checkpoint.store import NO_FILE, LocalStore
+from trainer.checkpoint.verify import read_manifest
 from trainer.errors import CheckpointError
 
 NAME = "rank-00000.safetensors"
@@ -51,7 +54,7 @@ class Failing(LocalStore):
 
 def checkpoints(folder):
     for step in (1, 2):
-        checkpoint.save(folder, step, {"w": torch.full((100,), float(step))}, {"config": ""}, keep=5)
+        save(folder, step, {"w": torch.full((100,), float(step))}, {"config": ""}, keep=5)
     return folder
 
 
@@ -64,11 +67,11 @@ def names(folder):
 def test_what_passes_is_asked_again_and_what_stays_is_raised(tmp_path, monkeypatch, what, number):
     monkeypatch.setattr(restore, "_PAUSES", (0.0, 0.0))
     folder = checkpoints(tmp_path / "c")
-    saved, manifest, refused = checkpoint.newest_valid(Failing(folder, what, number, 2))
+    saved, manifest, refused = newest_valid(Failing(folder, what, number, 2))
     assert (saved.step, manifest.step, refused) == (2, 2, [])
     store = Failing(folder, what, number, 99)
     with pytest.raises(OSError, match=re.escape(os.strerror(number))) as told:
-        checkpoint.newest_valid(store)
+        newest_valid(store)
     assert not isinstance(told.value, CheckpointError)
     assert store.times == 96
     assert names(folder) == ["step-00000001", "step-00000002"]
@@ -80,7 +83,7 @@ def resumed_where_one_rank_fails(folder, times):
     restore._PAUSES = (0.0, 0.0)
     try:
         store = Failing(folder, "folder", errno.EIO, times) if dist.get_rank() == 1 else LocalStore(folder)
-        return checkpoint.newest_valid(store)[1].step
+        return newest_valid(store)[1].step
     except OSError as error:
         return str(error)
     finally:
@@ -132,10 +135,10 @@ def test_what_cannot_be_read_while_loading_is_no_mistake_of_the_users(tmp_path):
     store = Failing(folder, "file", errno.EIO, 99)
     state = {"w": torch.zeros(100)}
     with pytest.raises(OSError, match=r"step-00000002: cannot be read: .*Input/output error"):
-        checkpoint.load(store, checkpoint.read_manifest(folder, 2), state)
+        load(store, read_manifest(folder, 2), state)
     (folder / "step-00000002" / NAME).unlink()
     with pytest.raises(CheckpointError, match=rf"step-00000002: cannot be loaded: .*{NAME}: missing"):
-        checkpoint.load(LocalStore(folder), checkpoint.read_manifest(folder, 2), state)
+        load(LocalStore(folder), read_manifest(folder, 2), state)
 
 
 def test_damage_is_still_damage(tmp_path):
@@ -143,6 +146,6 @@ def test_damage_is_still_damage(tmp_path):
     folder = checkpoints(tmp_path / "c")
     shutil.rmtree(folder / "step-00000002")
     (folder / "step-00000002").symlink_to(folder / "step-00000001")
-    _, manifest, refused = checkpoint.newest_valid(folder)
+    _, manifest, refused = newest_valid(folder)
     assert manifest.step == 1
     assert "a link, not a folder" in refused[0]

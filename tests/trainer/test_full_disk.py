@@ -4,7 +4,7 @@ import pytest
 
 from datarun import command, events, finish, records, wait_for_step, write_run
 from disks import small_disk
-from trainer.checkpoint import newest_valid
+from trainer.checkpoint.restore import newest_valid
 
 STEPS = 200
 

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from datarun import consumed, events, inside, noisy_sources, records, run, write_run
-from trainer.checkpoint import newest_valid, steps_in
+from trainer.checkpoint.restore import newest_valid
+from trainer.checkpoint.verify import steps_in
 
 STEPS, NOISY = 48, 36
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from runs import run_config
-from trainer import checkpoint
+from trainer.checkpoint.verify import step_folder
 from trainer.config import to_toml
 
 # Audit events that mean that something runs, and every path that is opened; reported at the end.
@@ -97,7 +97,7 @@ def trained(dataset, tmp_path, mikoshi):
     (tmp_path / "run.toml").write_text(to_toml(config))
     code, out, errors = mikoshi("train", "run.toml", "run.name=test")
     assert code == 0, out + "\n".join(errors)
-    return checkpoint.step_folder(tmp_path / "runs" / "test" / "checkpoints", 3)
+    return step_folder(tmp_path / "runs" / "test" / "checkpoints", 3)
 
 
 def rewrite(path, change):

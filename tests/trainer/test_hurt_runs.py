@@ -12,7 +12,7 @@ import pytest
 import hurt
 from datarun import events, folder_of, noisy_sources, records, run, wait_for_step, write_run
 from stores import until
-from trainer.checkpoint import newest_valid
+from trainer.checkpoint.restore import newest_valid
 from trainer.runfolder import read_jsonl
 
 # Starts the ranks as `mikoshi train` does, with another function for their work.

@@ -4,16 +4,17 @@ import pytest
 import torch
 
 from runs import run_config
-from trainer import checkpoint
-from trainer.checkpoint import Keep, LocalStore
-from trainer.checkpoint.keep import kept
+from trainer.checkpoint.keep import Keep, kept, prune, surplus
 from trainer.checkpoint.of_run import keep_of
+from trainer.checkpoint.saver import save
+from trainer.checkpoint.store import LocalStore
+from trainer.checkpoint.verify import step_folder
 from trainer.errors import CheckpointError
 
 
 def kept_after(folder, steps, keep):
     for step in steps:
-        checkpoint.save(folder, step, {"w": torch.full((10,), float(step))}, {"config": ""}, keep=keep)
+        save(folder, step, {"w": torch.full((10,), float(step))}, {"config": ""}, keep=keep)
     return LocalStore(folder).steps()
 
 
@@ -29,11 +30,11 @@ def test_the_newest_and_every_so_many_are_kept(tmp_path):
 def test_the_last_valid_one_stays_whatever_is_asked(tmp_path):
     kept_after(tmp_path, [1, 2, 3, 4, 5], Keep(9))
     for step in (4, 5):
-        (checkpoint.step_folder(tmp_path, step) / "rank-00000.safetensors").write_bytes(b"torn")
+        (step_folder(tmp_path, step) / "rank-00000.safetensors").write_bytes(b"torn")
     store = LocalStore(tmp_path)
-    assert checkpoint.surplus(store, Keep(2)) == [2, 1]
-    assert checkpoint.surplus(store, Keep(2), valid={5}) == [3, 2, 1]
-    assert checkpoint.prune(store, Keep(1)) == [4, 2, 1]
+    assert surplus(store, Keep(2)) == [2, 1]
+    assert surplus(store, Keep(2), valid={5}) == [3, 2, 1]
+    assert prune(store, Keep(1)) == [4, 2, 1]
     assert store.steps() == [5, 3]
 
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from places import A, B, saved, write
-from trainer import checkpoint
 from trainer.checkpoint import restore
 from trainer.checkpoint import store as store_module
+from trainer.checkpoint.restore import newest_valid
 from trainer.checkpoint.store import LocalStore
 from trainer.errors import CheckpointError
 
@@ -146,7 +146,7 @@ def test_what_may_not_be_read_is_told_by_name_and_not_taken_for_damaged(monkeypa
             with pytest.raises(PermissionError, match=r"step-00000002"):
                 ask()
             with pytest.raises(OSError, match=r"step-00000002: cannot be verified: Permission denied"):
-                checkpoint.newest_valid(store)
+                newest_valid(store)
             assert store.steps() == [2, 1]
 
         def as_nobody():

@@ -10,12 +10,13 @@ import sys
 import pytest
 import torch
 
-from trainer import checkpoint
-from trainer.checkpoint.manifest import encode, overlap, parse
+from trainer.checkpoint.manifest import FORMAT, encode, overlap, parse
+from trainer.checkpoint.saver import save
+from trainer.checkpoint.verify import read_manifest
 from trainer.errors import CheckpointError
 
 GOOD = {
-    "format": checkpoint.FORMAT,
+    "format": FORMAT,
     "record": {"step": 3, "config": "x = 1"},
     "made": {"ranks": 2},
     "files": {
@@ -173,11 +174,11 @@ def test_every_changed_or_missing_byte_is_refused():
 
 def test_a_manifest_of_another_step_is_refused(tmp_path):
     for step in (1, 2):
-        checkpoint.save(tmp_path, step, {"w": torch.ones(3)}, {"config": ""}, keep=5)
+        save(tmp_path, step, {"w": torch.ones(3)}, {"config": ""}, keep=5)
     raw = (tmp_path / "step-00000001" / "manifest.json").read_bytes()
     (tmp_path / "step-00000002" / "manifest.json").write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"step-00000002/manifest\.json: of step 1, not 2"):
-        checkpoint.read_manifest(tmp_path, 2)
+        read_manifest(tmp_path, 2)
 
 
 def cut(shape, rng):

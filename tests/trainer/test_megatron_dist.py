@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_gpt import gpt_model, logits_of, on_cpu
 from runs import GPT2_MODEL, TINY_MODEL, run_config
-from trainer.checkpoint import LocalStore
+from trainer.checkpoint.store import LocalStore
 from trainer.config import to_toml
 from trainer.errors import CheckpointError
 from trainer.interop.begin import begin_run

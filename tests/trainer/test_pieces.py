@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from xxhash import xxh3_128_hexdigest
 
 from trainer.checkpoint.digests import Both
-from trainer.checkpoint.pieces import DTYPES, bytes_of, dtype_named, lay_out, piece_file, read_through, write
+from trainer.checkpoint.files import read_through
+from trainer.checkpoint.manifest import DTYPES
+from trainer.checkpoint.pieces import bytes_of, dtype_named, lay_out, piece_file, write
 from trainer.errors import CheckpointError
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from left import left_by
 from runs import GPT2_MODEL, run_config
-from trainer.checkpoint import newest_valid
+from trainer.checkpoint.restore import newest_valid
 from trainer.config import to_toml
 from trainer.runfolder import read_jsonl
 

@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 
 from runs import run_config
-from trainer.checkpoint import Keep, LocalStore, Saver
+from trainer.checkpoint.keep import Keep
 from trainer.checkpoint.of_run import keep_of
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.store import LocalStore
 from trainer.config import load_config, to_toml
 from trainer.errors import ConfigError
 from trainer.save_schedule import SOONEST, SaveSchedule

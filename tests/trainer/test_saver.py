@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from disks import small_disk
-from trainer import checkpoint
-from trainer.checkpoint import Keep, LocalStore, Saver
+from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.saver import Saver, save
+from trainer.checkpoint.store import LocalStore
+from trainer.checkpoint.verify import read_manifest
 from trainer.checkpoint.waiting import Task
 from trainer.errors import CheckpointError
 
@@ -22,10 +25,10 @@ def tensors(seed=0, rows=40):
 
 
 def restored(place, state):
-    saved, manifest, rejected = checkpoint.newest_valid(place)
+    saved, manifest, rejected = newest_valid(place)
     assert not rejected
     found = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-    checkpoint.load(saved, manifest, found)
+    load(saved, manifest, found)
     return manifest, found
 
 
@@ -83,8 +86,8 @@ def test_in_the_background_or_not_the_bytes_are_the_same_and_the_memory_is_used_
         saver.begin(step, tensors(step), RECORD)
         assert saver.conclude().error is None
         rooms.add(tuple(staged.bytes.data_ptr() for staged in saver._staged))
-        checkpoint.save(tmp_path / "b", step, tensors(step), RECORD, keep=9)
-        here, there = (checkpoint.read_manifest(tmp_path / name, step) for name in "ab")
+        save(tmp_path / "b", step, tensors(step), RECORD, keep=9)
+        here, there = (read_manifest(tmp_path / name, step) for name in "ab")
         assert (here.files, here.tensors) == (there.files, there.tensors)
     assert len(rooms) == 1
 
@@ -154,7 +157,7 @@ def test_a_write_that_fails_on_one_rank_is_given_up_by_all_and_the_next_works(ra
         assert failed == f"rank {failing_rank}: File too large"
         assert not left
         assert again is None
-    assert checkpoint.newest_valid(tmp_path / "c")[1].step == 1
+    assert newest_valid(tmp_path / "c")[1].step == 1
 
 
 def test_a_full_disk_is_told_leaves_nothing_and_the_next_save_works_once_there_is_room(tmp_path):

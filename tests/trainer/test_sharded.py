@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from runs import GPT2_MODEL, TINY_MODEL, run_config
-from trainer import checkpoint
-from trainer.checkpoint import steps_in
+from trainer.checkpoint.restore import load
+from trainer.checkpoint.saver import save
+from trainer.checkpoint.verify import steps_in, verify
 from trainer.config import to_toml
 from trainer.errors import CheckpointError, ConfigError
 from trainer.interop.begin import begin_run
@@ -43,9 +44,9 @@ def same(found, expected):
 def weights_of(run):
     """Of a run's checkpoint of step 0."""
     where = run.run.path / "checkpoints" / "step-00000000"
-    manifest = checkpoint.verify(where)
+    manifest = verify(where)
     state = {f"model.{name}": torch.empty(p.shape) for name, p in GPT(run.model).named_parameters()}
-    checkpoint.load(where, manifest, state)
+    load(where, manifest, state)
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
@@ -120,7 +121,7 @@ def test_the_command_and_its_refusals(begun, tmp_path, mikoshi):
 def test_a_damaged_newer_one_is_told_and_the_wrong_folder_named(begun, tmp_path, mikoshi):
     config, model = begun
     state = {f"model.{name}": p.detach() for name, p in model.named_parameters()}
-    checkpoint.save(config.run.path / "checkpoints", 4, state, {"config": to_toml(config)}, keep=9)
+    save(config.run.path / "checkpoints", 4, state, {"config": to_toml(config)}, keep=9)
     newest = next((config.run.path / "checkpoints" / "step-00000004").glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-9])
     done = subprocess.run(

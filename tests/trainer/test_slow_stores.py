@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 
 from parallel import pulse
-from trainer.checkpoint import Keep, LocalStore, Saver, waiting
+from trainer.checkpoint import waiting
+from trainer.checkpoint.keep import Keep
+from trainer.checkpoint.saver import Saver
+from trainer.checkpoint.store import LocalStore
 
 TIMEOUT = 2.0  # of the process group
 WORK = 2.6  # of the one rank that all others wait for

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from trainer.checkpoint.restore import Saved, verify
 from trainer.checkpoint.store import Store
+from trainer.checkpoint.verify import Saved, verify
 from trainer.errors import CheckpointError
 
 

@@ -17,14 +17,19 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, TypedDict
 
-import torch
-
 from trainer.checkpoint.digests import DIGITS, Digests
-from trainer.checkpoint.pieces import DTYPES, dtype_named
 from trainer.checkpoint.store import MANIFEST, checked
 from trainer.errors import CheckpointError
 
 FORMAT = 2
+# What may be in a checkpoint: torch's name of an element -> the safetensors format's.
+DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+_SIZES = {name: int(re.sub(r"_.*|\D", "", code) or 8) // 8 for name, code in DTYPES.items()}  # bytes an element
 _PREFIX = re.compile(rb'\{"sha256":"([0-9a-f]{64})","content":')
 _HEX = re.compile(r"[0-9a-f]+")
 _LIMIT = 1 << 62  # of sizes and counts: products of two dimensions stay within Python's fast integers
@@ -71,6 +76,8 @@ def file_of(where: object) -> str:
 
 def provenance(record: Mapping[str, Any], ranks: int) -> dict[str, Any]:
     """The `made` of a manifest that is written now."""
+    import torch  # here alone: reading a manifest does without, in a tenth of the time
+
     try:
         ours = version("mikoshi")
     except PackageNotFoundError:
@@ -143,7 +150,7 @@ def _check_tensor(key: str, entry: Any, room: dict[str, int]) -> None:
     shape = _counts(f"{key}.shape", entry["shape"])
     if not isinstance(entry["pieces"], list):
         raise ValueError(f"{key}.pieces: not a list")
-    itemsize = dtype_named(entry["dtype"]).itemsize
+    itemsize = _SIZES[entry["dtype"]]
     boxes = []
     for number, piece in enumerate(entry["pieces"]):
         at = f"{key}.pieces[{number}]"

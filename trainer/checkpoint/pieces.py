@@ -10,9 +10,8 @@ import json
 import math
 import mmap
 import os
-import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +21,11 @@ import torch
 from torch import Tensor
 
 from trainer.checkpoint.digests import Both, Digests
-from trainer.checkpoint.store import NO_FILE
+from trainer.checkpoint.files import opened
+from trainer.checkpoint.manifest import DTYPES
 from trainer.errors import CheckpointError
 
-# What may be in a checkpoint: torch's name of an element -> the format's.
-DTYPES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8",
-    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
 _BLOCK = 8 << 20  # bytes written, then digested while they are in the processor's cache
-_READ = 512 << 10  # bytes read, then digested while they are in a core's own cache
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 
@@ -106,41 +98,6 @@ def write(out: BinaryIO, header: bytes, parts: Iterable[Tensor], stop: threading
             out.write(block)
             digests.update(block)
     return digests.hexdigests()
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A handle of a regular file. Raises CheckpointError for anything else, and does not wait for what a FIFO has to say;
-    OSError where it cannot be opened, which says nothing against it."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except OSError as error:
-        if error.errno not in NO_FILE:
-            raise
-        raise CheckpointError(f"{path}: not a regular file") from None
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        yield handle
-    finally:
-        os.close(handle)
-
-
-def read_through(path: Path, update: Callable[[memoryview], object]) -> None:
-    """Show `update` every byte of a regular file, a block at a time. Raises CheckpointError if it is none; OSError where it
-    cannot be read, which says nothing against it.
-
-    Not through a mapping, though that is somewhat faster: a disk that fails under one kills the process.
-    """
-    buffer = memoryview(bytearray(_READ))
-    with opened(path) as handle:
-        try:
-            while count := os.readv(handle, [buffer]):
-                update(buffer[:count])
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 @dataclass

@@ -32,8 +32,8 @@ from torch.futures import Future
 
 from data.cores import cores
 from trainer.checkpoint.agree import cause, from_first_rank, place, to_first_rank
-from trainer.checkpoint.manifest import Manifest, PieceEntry, TensorEntry
-from trainer.checkpoint.pieces import DTYPES, Contents, PieceFile, dtype_name, dtype_named, lay_out, piece_file
+from trainer.checkpoint.manifest import DTYPES, Manifest, PieceEntry, TensorEntry
+from trainer.checkpoint.pieces import Contents, PieceFile, dtype_name, dtype_named, lay_out, piece_file
 from trainer.errors import CheckpointError
 
 _BoxTold = tuple[str, Sequence[int], Sequence[int], str]

@@ -29,8 +29,8 @@ from trainer.checkpoint.keep import Keep, prune
 from trainer.checkpoint.manifest import FileEntry, Manifest, encode, provenance
 from trainer.checkpoint.pieces import bytes_of, write
 from trainer.checkpoint.plan import Share, Written, plan_save
-from trainer.checkpoint.restore import step_folder
 from trainer.checkpoint.store import LocalStore, Store
+from trainer.checkpoint.verify import step_folder
 from trainer.checkpoint.waiting import Task, on_first_rank_in_time, wait_for_all
 from trainer.errors import CheckpointError
 

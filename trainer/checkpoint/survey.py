@@ -14,12 +14,12 @@ from functools import cache
 
 from data.cores import cores
 from trainer.checkpoint.digests import Both, differing
+from trainer.checkpoint.files import read_through
 from trainer.checkpoint.keep import Keep, kept
 from trainer.checkpoint.keep import surplus as beside_sizes
 from trainer.checkpoint.manifest import FileEntry, Manifest
-from trainer.checkpoint.pieces import read_through
-from trainer.checkpoint.restore import read_manifest
 from trainer.checkpoint.store import Store
+from trainer.checkpoint.verify import read_manifest
 from trainer.errors import CheckpointError
 
 _DEGREES = ("tp", "pp", "cp", "ep")

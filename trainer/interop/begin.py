@@ -16,11 +16,11 @@ from torch._subclasses import FakeTensorMode
 
 from data.atomic import write_file
 from data.record import make_record
-from trainer.checkpoint import Manifest, Store
-from trainer.checkpoint.manifest import FileEntry, encode, provenance
+from trainer.checkpoint.manifest import FileEntry, Manifest, encode, provenance
 from trainer.checkpoint.of_run import checkpoints_of
 from trainer.checkpoint.pieces import bytes_of, write
 from trainer.checkpoint.plan import plan_save
+from trainer.checkpoint.store import Store
 from trainer.config import RunConfig, to_toml
 from trainer.engines.carry import layout_of
 from trainer.errors import CheckpointError

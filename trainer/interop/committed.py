@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer import checkpoint
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.of_run import checkpoints_of
 from trainer.checkpoint.pieces import dtype_named
-from trainer.checkpoint.restore import Saved, at
+from trainer.checkpoint.restore import load, newest_valid
 from trainer.checkpoint.store import step_of
+from trainer.checkpoint.verify import Saved, at, verify
 from trainer.config import RunConfig, load_config, parse_config
 from trainer.errors import CheckpointError
 from trainer.runfolder import open_run
@@ -25,7 +26,7 @@ class Committed:
     why newer ones of the run were not taken."""
 
     saved: Saved
-    manifest: checkpoint.Manifest
+    manifest: Manifest
     config: RunConfig
     read: Callable[[str], Tensor]
     passed: tuple[str, ...] = ()
@@ -36,10 +37,10 @@ def open_committed(place: Path) -> Committed:
     passed: list[str] = []
     if step_of(place.name) is not None:
         saved = at(place)
-        manifest = checkpoint.verify(saved)
+        manifest = verify(saved)
     else:
         folder = open_run(place)
-        found = checkpoint.newest_valid(checkpoints_of(folder, load_config(folder.path), reader=True), set_aside=False)
+        found = newest_valid(checkpoints_of(folder, load_config(folder.path), reader=True), set_aside=False)
         if found is None:
             raise CheckpointError(f"{place}: there is no checkpoint yet: train first, or wait for one")
         saved, manifest, passed = found
@@ -49,7 +50,7 @@ def open_committed(place: Path) -> Committed:
         if entry is None:
             raise CheckpointError(f"{saved}: it has no model.{name}, which its config's model needs")
         tensor = torch.empty(entry["shape"], dtype=dtype_named(entry["dtype"]))
-        checkpoint.load(saved, manifest, {f"model.{name}": tensor})
+        load(saved, manifest, {f"model.{name}": tensor})
         return tensor
 
     config = parse_config(manifest.record.get("config", ""), str(saved))

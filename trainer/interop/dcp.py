@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.manifest import overlap
-from trainer.checkpoint.pieces import DTYPES, dtype_named, opened
+from trainer.checkpoint.files import opened
+from trainer.checkpoint.manifest import DTYPES, overlap
+from trainer.checkpoint.pieces import dtype_named
 from trainer.checkpoint.store import checked
 from trainer.errors import CheckpointError
 from trainer.interop.pickled import Made, Named, read_pickle

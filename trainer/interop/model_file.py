@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import write_file
-from trainer.checkpoint.pieces import opened
+from trainer.checkpoint.files import opened
 from trainer.errors import CheckpointError
 from trainer.model.config import ModelConfig
 

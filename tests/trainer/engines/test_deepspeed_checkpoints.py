@@ -6,7 +6,8 @@ import torch
 from layouts import BASE, MODELS, degrees
 from parallel.sharding import local
 from runs import engine_and_rows, run_config, whole_state
-from trainer import checkpoint
+from trainer.checkpoint.restore import load, newest_valid
+from trainer.checkpoint.saver import save
 from trainer.errors import CheckpointError
 
 pytest.importorskip("deepspeed")
@@ -22,7 +23,7 @@ def begin(config, folder):
     """Two steps, saved, and five more."""
     engine, loader = engine_and_rows(config)
     steps(engine, loader, range(2))
-    checkpoint.save(folder, 2, engine.state(), {"config": "", "fingerprint": "f", "samples": 32}, keep=3)
+    save(folder, 2, engine.state(), {"config": "", "fingerprint": "f", "samples": 32}, keep=3)
     return whole_state(engine.state()), steps(engine, loader, range(2, 7))
 
 
@@ -30,12 +31,12 @@ def hand_on(config, here, there):
     """The state as it was loaded, saved again elsewhere, and the next five steps. What was trained before is forgotten."""
     engine, loader = engine_and_rows(config)
     steps(engine, loader, range(1))
-    path, manifest, _ = checkpoint.newest_valid(here)
+    path, manifest, _ = newest_valid(here)
     state = engine.state()
-    checkpoint.load(path, manifest, state)
+    load(path, manifest, state)
     engine.load_state(state)
     loaded = whole_state(engine.state())
-    checkpoint.save(there, 2, engine.state(), {"config": "", "fingerprint": "f", "samples": 32}, keep=3)
+    save(there, 2, engine.state(), {"config": "", "fingerprint": "f", "samples": 32}, keep=3)
     return loaded, steps(engine, loader, range(2, 7))
 
 
