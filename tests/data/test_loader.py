@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_the_ranks_rows_together_are_the_one_ranks_batch(dataset, step, world, s
     step=st.integers(0, 60), world=st.sampled_from([1, 2, 3, 4, 8]), packing=st.sampled_from(["cut", "fit"]),
     window=st.sampled_from([0, 1, 2]),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_so_they_are_of_any_mixture_packing_and_window(mixed, step, world, packing, window):
     one = mixed_loader(mixed, packing=packing, window=window).batch(step)
     parts = [mixed_loader(mixed, r, world, packing, window).batch(step) for r in range(world)]
@@ -436,14 +437,14 @@ def killed_and_resumed(mixed, folder, kills, seed):
         child = subprocess.Popen([sys.executable, "-c", CONSUMER, *arguments], cwd=Path(__file__).parents[2])
         target = start + int(rng.integers(1, 12))
         while child.poll() is None and not (folder / f"{target}.tokens").exists():
-            pass
+            time.sleep(0.002)
         assert child.poll() is None, f"the consumer of kill {kill} ended by itself"
         os.kill(child.pid, signal.SIGKILL)
         child.wait()
     return json.loads((folder / "record.json").read_text())["samples"] // 24
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.soak)])
 def test_killed_anywhere_and_resumed_on_other_ranks_the_tokens_are_those_of_one_rank(mixed, tmp_path, kills):
     steps = killed_and_resumed(mixed, tmp_path / "log", kills, seed=kills)
     one = mixed_loader(mixed)

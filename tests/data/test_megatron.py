@@ -104,6 +104,7 @@ for number in range(count):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="megatron-core is not installed")
 def test_megatron_core_reads_what_we_write_and_we_what_it_writes(tmp_path):
     count, draw, ours = 12, np.random.default_rng(5), {}

@@ -28,7 +28,9 @@ def chi_square_is_usual(counts, expected):
     return abs(statistic - degrees) < 5 * np.sqrt(2 * degrees)
 
 
-@pytest.mark.parametrize("n", [1000, 65_536, 99_991])
+@pytest.mark.parametrize(
+    "n", [1000, pytest.param(65_536, marks=pytest.mark.slow), pytest.param(99_991, marks=pytest.mark.slow)]
+)
 def test_samples_land_evenly_and_neighbours_part(n):
     keys, parts = 200, 10
     pairs, steps = np.zeros((parts, parts)), []

@@ -240,7 +240,7 @@ def test_a_worker_that_is_killed_is_named_and_the_rest_is_kept(tmp_path):
     assert contents(tmp_path / "data") == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("asking", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("asking", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_stopped_on_request(tmp_path, asking):
     corpus(tmp_path / "text", 3000)
     process = begin(tmp_path / "text", tmp_path / "data")

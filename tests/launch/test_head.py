@@ -158,6 +158,7 @@ def test_what_a_scheduler_tells_one_node_all_of_them_heed(lead):
     assert save
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_head_that_is_killed(lead):
     run, head = lead(2, steps=10**5)
     until(lambda: steps(run) > 5)
@@ -197,6 +198,7 @@ def test_a_node_whose_ranks_die_again_and_again_is_replaced_by_a_spare(lead):
     assert run.attempts[0].result.bad_nodes == ["n1"]
 
 
+@pytest.mark.slow
 def test_a_config_that_cannot_run_is_refused_in_a_line_and_no_rank_starts(lead):
     run, head = lead(2, data={"path": "nowhere"})
     assert head.wait(60) == USER_ERROR

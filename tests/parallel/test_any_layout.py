@@ -81,7 +81,13 @@ def accepted(ranks, dataset, folder, world, model, layout, mask, recompute):
 
 
 @pytest.mark.parametrize(
-    "examples", [12, pytest.param(100, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.soak)]
+    "examples",
+    [
+        6,
+        pytest.param(12, marks=pytest.mark.slow),
+        pytest.param(100, marks=pytest.mark.slow),
+        pytest.param(1000, marks=pytest.mark.soak),
+    ],
 )
 def test_drawn_layouts(ranks, dataset, tmp_path, examples):
     ran = []

@@ -60,7 +60,8 @@ CASES = [
     ("gpt2", 8, "cp=2 tp=2 pp=2"), ("qwen3", 8, "tp=2 pp=2 replicas=2 schedule=dualpipev"),
     ("mixtral", 8, "ep=4 cp=2 zero=3"), ("mixtral", 8, "ep=2 tp=2 cp=2"),
 ]  # fmt: skip
-FAST = {"tp=4", "cp=4", "cp=2 tp=2 pp=2"}
+FAST = {("qwen3", "tp=4"), ("llama", "cp=4")}
+"""One of a kind: test_any_layout.py draws layouts of three axes, and the slow tests have all."""
 
 
 def digest(tensor):
@@ -130,7 +131,7 @@ def assert_same_run(found, alone):
 
 
 def case(model, world, layout):
-    fast = layout in FAST
+    fast = (model, layout) in FAST
     return pytest.param(model, world, layout, id=f"{model}-{world}-{layout}", marks=[] if fast else [pytest.mark.slow])
 
 
@@ -143,8 +144,14 @@ def test_the_same_run(ranks, dataset, tmp_path, model, world, layout):
 @pytest.mark.parametrize(
     ("model", "world", "layout"),
     [
-        ("llama", 2, "tp=2"), ("llama", 4, "cp=2 zero=3"), ("gpt2", 2, "pp=2 schedule=zbv"), ("mixtral", 2, "ep=2"),
-        pytest.param("deepseek", 4, "tp=2 ep=2", marks=pytest.mark.slow), ("gpt2", 4, "zero=2 replicas=2"),
+        ("llama", 4, "cp=2 zero=3"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                ("llama", 2, "tp=2"), ("gpt2", 2, "pp=2 schedule=zbv"), ("mixtral", 2, "ep=2"), ("deepseek", 4, "tp=2 ep=2"),
+                ("gpt2", 4, "zero=2 replicas=2"),
+            ]
+        ),
     ],
 )  # fmt: skip
 def test_bf16_is_the_same_run_to_its_own_rounding(ranks, dataset, tmp_path, model, world, layout):
@@ -163,11 +170,11 @@ def test_bf16_is_the_same_run_to_its_own_rounding(ranks, dataset, tmp_path, mode
 @pytest.mark.parametrize(
     ("model", "world", "layout"),
     [
-        ("mixtral", 4, "ep=2 tp=2"),
         *(
             pytest.param(model, 4, layout, marks=pytest.mark.slow)
             for model, layout in [
-                ("mixtral", "zero=3"), ("mixtral", "zero=0"), ("mixtral", "tp=2"), ("mixtral", "tp=4"), ("mixtral", "ep=4"),
+                ("mixtral", "ep=2 tp=2"), ("mixtral", "zero=3"),
+                ("mixtral", "zero=0"), ("mixtral", "tp=2"), ("mixtral", "tp=4"), ("mixtral", "ep=4"),
                 ("mixtral", "ep=4 tp=2 expert_tp=1"), ("deepseek", "tp=2 ep=2 zero=3"), ("deepseek", "pp=2 ep=2"),
                 ("deepseek", "ep=2 zero=3"), ("deepseek", "ep=2 replicas=2"),
                 ("mixtral", "cp=2 ep=2"), ("mixtral", "ep=2 offload=optimizer"),
@@ -186,7 +193,9 @@ def test_muon_moves_every_expert_as_on_one_rank(ranks, dataset, tmp_path, model,
     assert_same_run(ranks.run(train, config(layout), world=world), alone)
 
 
-@pytest.mark.parametrize(("world", "layout"), [(1, "zero=2"), (4, "tp=2 zero=3"), (4, "pp=2 zero=2")])
+@pytest.mark.parametrize(
+    ("world", "layout"), [(1, "zero=2"), (4, "tp=2 zero=3"), pytest.param(4, "pp=2 zero=2", marks=pytest.mark.slow)]
+)
 def test_optimizer_state_in_the_hosts_memory(ranks, dataset, tmp_path, world, layout):
     alone = reference(ranks, config_of(dataset, tmp_path, "gpt2"))
     config = config_of(dataset, tmp_path, "gpt2", f"{layout} offload=optimizer")
@@ -195,7 +204,12 @@ def test_optimizer_state_in_the_hosts_memory(ranks, dataset, tmp_path, world, la
 
 @pytest.mark.parametrize(
     "layout",
-    ["cp=2 tp=2", "pp=2 tp=2", "cp=4 context_kind=ulysses", "cp=4 context_kind=ring", "cp=2 tp=2 context_kind=ring"],
+    [
+        "cp=2 tp=2",
+        "cp=4 context_kind=ulysses",
+        "cp=4 context_kind=ring",
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("pp=2 tp=2", "cp=2 tp=2 context_kind=ring")),
+    ],
 )
 def test_rows_read_as_one_document(ranks, dataset, tmp_path, layout):
     alone = reference(ranks, config_of(dataset, tmp_path, "llama", mask=False))
@@ -228,7 +242,8 @@ def evaluations(config):
 @pytest.mark.parametrize(
     ("world", "layout", "kind"),
     [(2, "zero=3", "native"), (4, "tp=4", "native"), (4, "tp=2 pp=2", "native"), (2, "cp=2", "native"),
-     (2, "zero=1", "deepspeed"), (2, "pp=2 zero=1", "deepspeed"), (2, "tp=2", "megatron"), (4, "tp=4", "megatron")],
+     (2, "zero=1", "deepspeed"), pytest.param(2, "pp=2 zero=1", "deepspeed", marks=pytest.mark.slow),
+     (2, "tp=2", "megatron"), pytest.param(4, "tp=4", "megatron", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_a_held_out_loss_leaves_out_rows_that_pad_the_vocabulary(ranks, dataset, tmp_path, world, layout, kind):
     """Of tp=4, two ranks hold nothing but such rows."""
@@ -285,7 +300,7 @@ def balanced(config):
         pytest.param("deepspeed", "mixtral", 2, "zero=1", "fit"),
         pytest.param("deepspeed", "mixtral", 2, "cp=2 context_kind=ulysses zero=2", "fit", marks=pytest.mark.slow),
         pytest.param("deepspeed", "mixtral", 2, "pp=2 zero=1", "fit", marks=pytest.mark.slow),
-        pytest.param("megatron", "mixtral", 2, "tp=2", "fit"),
+        pytest.param("megatron", "mixtral", 2, "tp=2", "fit", marks=pytest.mark.slow),
         pytest.param("megatron", "mixtral", 4, "tp=2 pp=2", "fit", marks=pytest.mark.slow),
         pytest.param("megatron", "deepseek", 4, "cp=2 tp=2", "fit", marks=pytest.mark.slow),
     ],

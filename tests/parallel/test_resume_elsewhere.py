@@ -33,7 +33,7 @@ def go_on(config, folder):
     ("model", "saved", "elsewhere"),
     [
         ("gpt2", (4, "tp=2 pp=2 schedule=zbv"), [(1, ""), (4, "tp=2 cp=2"), (2, "pp=2"), (4, "pp=2 schedule=zbv zero=3")]),
-        ("llama", (4, "tp=4"), [(2, "tp=2"), (4, "pp=4"), (4, "zero=3 replicas=2")]),
+        pytest.param("llama", (4, "tp=4"), [(2, "tp=2"), (4, "pp=4"), (4, "zero=3 replicas=2")], marks=pytest.mark.slow),
         pytest.param(
             "deepseek", (4, "ep=2 tp=2"), [(1, ""), (4, "ep=4"), (4, "pp=2 ep=2 schedule=interleaved")], marks=pytest.mark.slow
         ),

@@ -91,7 +91,7 @@ def killed_everywhere(tmp_path, background, points):
     assert seen == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("background", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_killed_at_points_all_over_three_saves(tmp_path, background):
     killed_everywhere(tmp_path, background, 40)
 

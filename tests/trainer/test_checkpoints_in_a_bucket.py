@@ -108,7 +108,13 @@ for step in range(1, 100):
 """
 
 
-@pytest.mark.parametrize("moment", ["POST rank-00000.safetensors", "PUT rank-00000.safetensors", "PUT manifest.json"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "PUT manifest.json",
+        *(pytest.param(f"{verb} rank-00000.safetensors", marks=pytest.mark.slow) for verb in ("POST", "PUT")),
+    ],
+)
 def test_killed_before_the_manifest_is_there_it_does_not_exist(tmp_path, s3, place, moment):
     """Every request of the second save of that kind is held up until its process has been killed: none is answered."""
     killed, real = [], s3.changing

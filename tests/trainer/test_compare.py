@@ -236,13 +236,13 @@ def test_a_mistake_ends_the_command_before_anything_runs(mikoshi, config, argume
 
 
 def test_layouts_beside_each_other(mikoshi, config):
-    layouts = [part for text in ("zero=0", "zero=3", "tp=3", "tp=2") for part in ("--layouts", text)]
+    layouts = [part for text in ("zero=0", "tp=3", "tp=2") for part in ("--layouts", text)]
     code, out, errors = mikoshi("compare", config, *layouts, "--ranks", 2, "--steps", STEPS, "--rounds", 2, "--json")
     assert (code, errors) == (0, [])
     told, folder = json.loads(out), config.parent / "runs" / "compare-tiny"
     assert json.loads((folder / "summary.json").read_text()) == told
     assert told["complete"]
-    whole, sharded, refused, tensor = told["contestants"]
+    whole, refused, tensor = told["contestants"]
     assert "tp 3" in refused["refused"]
     assert refused["figures"] is None
     # In turn, by what each run itself has recorded: not by the plan.
@@ -254,13 +254,12 @@ def test_layouts_beside_each_other(mikoshi, config):
             if times:
                 spans.append((times[0], times[-1], (turn, number)))
     spans.sort()
-    assert [turn for _, _, turn in spans] == [(1, 0), (1, 1), (1, 3), (2, 3), (2, 1), (2, 0)]
+    assert [turn for _, _, turn in spans] == [(1, 0), (1, 2), (2, 2), (2, 0)]
     assert all(before[1] < after[0] for before, after in itertools.pairwise(spans))
     # The layout is not the run.
-    for one in (sharded, tensor):
-        assert one["figures"]["loss"]["relative"] < 1e-5
-        assert one["figures"]["grad_norm"]["relative"] < 1e-5
-        assert len(one["figures"]["memory"]) == 2
+    assert tensor["figures"]["loss"]["relative"] < 1e-5
+    assert tensor["figures"]["grad_norm"]["relative"] < 1e-5
+    assert len(tensor["figures"]["memory"]) == 2
     assert whole["figures"]["loss"]["absolute"] == 0.0
     # Nothing is evaluated and nothing saved, and the table can be made again.
     kinds = {e["event"] for one in told["contestants"] for e in read_jsonl(folder / one["folder"] / "round-1" / "events.jsonl")}
@@ -268,7 +267,7 @@ def test_layouts_beside_each_other(mikoshi, config):
     assert not list(folder.rglob("manifest.json"))
     code, out, _ = mikoshi("compare", folder)
     assert code == 0
-    assert out.count("native") >= 4
+    assert out.count("native") >= 3
     page = (folder / "compare.html").read_text()
     assert "refused: 2 ranks cannot be laid out" in page
     assert f"{whole['figures']['tokens_per_second']:,.0f}" in page
@@ -337,6 +336,7 @@ def test_one_that_fails_is_told_and_ends_no_other(config, tmp_path):
     assert _code(found, out) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_ranks_and_keeps_what_was_measured(config, tmp_path):
     command = [sys.executable, "-P", "-m", "trainer.cli", "compare", str(config), "--ranks", "2", "--steps", "2000"]
     command += ["--out", str(tmp_path / "out")]

@@ -120,6 +120,7 @@ def streamed(tmp_path_factory):
     return config_file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("journey", journeys())
 def test_a_stream_goes_on_by_any_ranks_as_if_nothing_had_been(streamed, journey):
     name = f"journey-{list(JOURNEYS).index(journey)}"

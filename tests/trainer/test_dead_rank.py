@@ -33,7 +33,11 @@ MARK = "MIKOSHI_TEST_MARK"
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("raise", ["rank 3 failed:", "Traceback", "an error on purpose in step 2", "error: rank 3 ended with exit code 1"]),
+        pytest.param(
+            "raise",
+            ["rank 3 failed:", "Traceback", "an error on purpose in step 2", "error: rank 3 ended with exit code 1"],
+            marks=pytest.mark.slow,
+        ),
         ("kill", ["error: rank 3 was killed (SIGKILL)", "at step 2, in forward"]),
     ],
 )

@@ -77,9 +77,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in ("leaves", "python", "deep") else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS]
-)
+@pytest.mark.parametrize("name", [n if n in ("leaves", "python") else pytest.param(n, marks=pytest.mark.slow) for n in CONFIGS])
 def test_a_config_is_only_values(tmp_path, trap, name):
     (tmp_path / "run.toml").write_text(CONFIGS[name])
     code, ran, opened, out = watched(tmp_path, "train", "run.toml")

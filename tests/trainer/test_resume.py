@@ -130,6 +130,7 @@ def test_the_launcher_killed_at_a_random_step_and_resumed_is_the_same_to_the_bit
     assert_same_metrics(steps_recorded(config_file, "killed"), quiet[1], exact=True)
 
 
+@pytest.mark.slow
 def test_a_rank_killed_at_a_random_step_is_started_again_and_the_run_is_the_same_to_the_bit(config_file, quiet):
     step = random.randrange(22, 50)
     process = start(config_file, "rank")
@@ -155,11 +156,13 @@ def test_resumed_on_another_number_of_ranks_goes_on_with_the_same_losses(config_
     assert [e["ranks"] for e in events if e["event"] == "start"] == [1, 4]
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_does_nothing(config_file, quiet):
     assert f"finished {STEPS} steps" in finish(start(config_file, "quiet"))
     assert weights(config_file, "quiet") == quiet[0]
 
 
+@pytest.mark.slow
 def test_torchrun_places_are_taken_as_given(config_file, quiet):
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer.cli",

@@ -119,7 +119,11 @@ def config_of(dataset, folder, layout, count):
 
 @pytest.mark.parametrize(
     ("layout", "rank", "since"),
-    [("zero=0", 2, 6), pytest.param("zero=3", 0, 7, marks=pytest.mark.slow), ("pp=2", 3, 1)],
+    [
+        ("zero=0", 2, 6),
+        pytest.param("zero=3", 0, 7, marks=pytest.mark.slow),
+        pytest.param("pp=2", 3, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_slow_rank_is_named_within_20_steps_of_training(ranks, dataset, tmp_path, layout, rank, since):
     found = ranks.run(steps, config_of(dataset, tmp_path, layout, 30), 30, rank, since, world=4)

@@ -127,7 +127,7 @@ def await_step(folder, child, step):
         time.sleep(0.05)
 
 
-WAYS = [(1, 0), pytest.param(1, 3, marks=pytest.mark.slow), (2, 3), pytest.param(2, 0, marks=pytest.mark.slow)]
+WAYS = [(1, 0), *(pytest.param(*way, marks=pytest.mark.slow) for way in ((1, 3), (2, 3), (2, 0)))]
 
 
 @pytest.mark.parametrize(("ranks", "restarts"), WAYS)

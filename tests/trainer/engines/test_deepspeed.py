@@ -159,6 +159,7 @@ def test_the_runs_own_offload_is_deepspeeds(ranks, dataset, tmp_path):
         assert_same_course(found, reference)
 
 
+@pytest.mark.slow
 def test_secondary_copies_of_parameters(ranks, dataset, tmp_path):
     reference = native(ranks, config_of(dataset, tmp_path, "llama"), 3)
     mine = config_of(dataset, tmp_path, "llama", engine=DEEPSPEED | {"deepspeed": {"hpz": 2}}, parallel={"zero": 3})

@@ -17,7 +17,6 @@ PLACES = {
     "megatron": [(4, "tp=2 zero=3"), (4, "tp=2 pp=2")],
 }
 PAIRS = [*itertools.permutations(PLACES, 2), *((kind, kind) for kind in ("deepspeed", "megatron"))]
-FAST = {("deepspeed", "megatron")}
 
 
 def assert_same(found, saved, before, after):
@@ -30,12 +29,9 @@ def assert_same(found, saved, before, after):
         assert (loss, norm) == pytest.approx(one[:2], rel=1e-5)
 
 
-def pair(one, other):
-    return pytest.param(one, other, marks=[] if (one, other) in FAST else [pytest.mark.slow])
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.soak)])
-@pytest.mark.parametrize(("one", "other"), [pair(*kinds) for kinds in PAIRS])
+@pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_gone_on_with_by_another_engine(ranks, dataset, tmp_path, model, one, other):
     (world, layout), (elsewhere, other_layout) = PLACES[one][0], PLACES[other][1]
     saved = engine_config(dataset, tmp_path, model, one, layout)
