@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel.collectives import exchange, gather
-from parallel.layout import ContextKind
+from mikoshi.parallel.collectives import exchange, gather
+from mikoshi.parallel.layout import ContextKind
 
 Attend = Callable[[Tensor, Tensor, Tensor, object], Tensor]
 

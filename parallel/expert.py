@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from parallel.collectives import exchange, exchange_counts, gather, reduce_scatter, sizes, total
-from parallel.tensor import own
+from mikoshi.parallel.collectives import exchange, exchange_counts, gather, reduce_scatter, sizes, total
+from mikoshi.parallel.tensor import own
 
 
 def expert_parallel(experts: Any, ep: ProcessGroup | None, expert_tp: ProcessGroup | None) -> None:

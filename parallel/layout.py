@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from parallel.errors import LayoutError
-from parallel.schedule import Schedule, orders, rank_of, virtual_stages
+from mikoshi.parallel.errors import LayoutError
+from mikoshi.parallel.schedule import Schedule, orders, rank_of, virtual_stages
 
 ZeroStage = Literal[0, 1, 2, 3]
 ContextKind = Literal["all-gather", "ring", "ulysses"]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from parallel.layout import Layout
+from mikoshi.parallel.layout import Layout
 
 
 @dataclass(frozen=True)

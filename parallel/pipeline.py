@@ -18,10 +18,10 @@ from torch.distributed import ProcessGroup
 from torch.distributed.pipelining._backward import stage_backward_input
 from torch.torch_version import TorchVersion
 
-from parallel.layout import Layout
-from parallel.pulse import beat
-from parallel.schedule import Action, forward_programs, programs, rank_of
-from parallel.zero import Reduction
+from mikoshi.parallel.layout import Layout
+from mikoshi.parallel.process.heartbeat import beat
+from mikoshi.parallel.schedule import Action, forward_programs, programs, rank_of
+from mikoshi.parallel.zero import Reduction
 
 # Before torch 2.13 the node of a custom function does not outlive the graph that stage_backward_input lets go of.
 _NODES_DIE = TorchVersion(torch.__version__) < "2.13"

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
-from parallel.mesh import Groups
-from parallel.sharding import local, place
+from mikoshi.parallel.mesh import Groups
+from mikoshi.parallel.sharding import local, place
 
 Axis = tuple[str, str]
 """A mesh, dense or experts, and one of its dimensions; or ("ends", ""): first and last stage, of a tied embedding."""

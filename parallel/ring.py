@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from parallel.context import Attend
+from mikoshi.parallel.context import Attend
 
 _aten = torch.ops.aten
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
 
-from parallel.errors import LayoutError
+from mikoshi.parallel.errors import LayoutError
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev"]
 Work = Literal["forward", "backward", "backward-input", "backward-weight"]

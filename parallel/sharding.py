@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._python_dispatch import _disable_current_modes
 
-from parallel.collectives import gather
+from mikoshi.parallel.collectives import gather
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from parallel.collectives import gather, reduce_scatter, total
-from parallel.sharding import axes, placements
+from mikoshi.parallel.collectives import gather, reduce_scatter, total
+from mikoshi.parallel.sharding import axes, placements
 
 _SEQUENCE = -2
 

@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from parallel.layout import Layout
-from parallel.mesh import Groups
-from parallel.schedule import splits_backward
+from mikoshi.parallel.layout import Layout
+from mikoshi.parallel.mesh import Groups
+from mikoshi.parallel.schedule import splits_backward
 
 # A collective of a few megabytes costs mostly its start, and a meeting of the ranks.
 _UNIT_BYTES = 8 << 20

@@ -40,7 +40,7 @@ def conversations(tmp_path_factory):
 @pytest.fixture
 def mikoshi(tmp_path, monkeypatch, capfd):
     """Call the command line in this process: returns its exit code, what it printed and its error lines."""
-    from trainer import cli
+    from mikoshi.launch.cli import main as cli
 
     monkeypatch.chdir(tmp_path)
 

@@ -29,9 +29,9 @@ def bench(monkeypatch):
     [
         ("import contender; contender.main = work; contender.run()", 0),
         ("import contender; contender.main = lambda: [work(), 1 / 0]; contender.run()", 1),
-        ("from trainer import cli; from parallel import world; world._joined = True\n"
-         "cli.main = lambda: [work(), sys.exit(75)]; cli.command()", 75),
-        ("from trainer.interop.accelerate_prepare import finish; work(); finish(3)", 3),
+        ("from mikoshi.launch.cli import main as cli; from mikoshi.parallel.process import process_group\n"
+         "process_group._joined = True; cli.main = lambda: [work(), sys.exit(75)]; cli.command()", 75),
+        ("from mikoshi.trainer.interop.accelerate.prepare import finish; work(); finish(3)", 3),
     ],
 )  # fmt: skip
 def test_a_process_that_was_a_rank_ends_whatever_its_threads_do(end, code):

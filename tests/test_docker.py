@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mikoshi.trainer.record.run_folder import read_jsonl
 from runs import TINY_MODEL
-from trainer.runfolder import read_jsonl
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ["Dockerfile.cpu", "Dockerfile.cuda"]

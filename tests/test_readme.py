@@ -50,7 +50,7 @@ def test_the_readmes_commands_run_as_written(tmp_path):
 
     def run(line):
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "trainer.cli", *shlex.split(line, comments=True)[1:]],
+            [sys.executable, "-P", "-m", "mikoshi", *shlex.split(line, comments=True)[1:]],
             cwd=tmp_path, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
@@ -66,7 +66,7 @@ def test_the_readmes_commands_run_as_written(tmp_path):
 
 def test_the_quick_start_itself_takes_their_settings():
     """Where it is trained in the test above it is a small one, with other steps."""
-    from trainer.config import load_config
+    from mikoshi.trainer.config.run import load_config
 
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     lines = [line.strip() for page in pages for line in page.read_text().splitlines()]
@@ -78,7 +78,7 @@ def test_the_quick_start_itself_takes_their_settings():
 
 
 def test_the_readmes_settings_are_settings(tmp_path):
-    from trainer.config import load_config
+    from mikoshi.trainer.config.run import load_config
 
     blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert blocks

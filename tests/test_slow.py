@@ -9,10 +9,10 @@ import time
 import pytest
 
 from layouts import BASE, MODELS, degrees
+from mikoshi.trainer.checkpoint.restore import newest_valid
+from mikoshi.trainer.config.run import to_toml
+from mikoshi.trainer.record.run_folder import read_jsonl
 from runs import GPT2_MODEL, TINY_MODEL, figures, run_config
-from trainer.checkpoint.restore import newest_valid
-from trainer.config import to_toml
-from trainer.runfolder import read_jsonl
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,15 @@ def test_a_run_killed_again_and_again_ends_like_a_quiet_one(dataset, tmp_path):
     (tmp_path / "run.toml").write_text(to_toml(config))
 
     def start(name):
-        command = [sys.executable, "-P", "-m", "trainer.cli", "train", str(tmp_path / "run.toml"), f"run.name={name}"]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "mikoshi",
+            "train",
+            str(tmp_path / "run.toml"),
+            f"run.name={name}",
+        ]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path)
 
     def digests(name):

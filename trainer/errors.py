@@ -1,7 +1,7 @@
 """Mistakes of the user that end a command with one line and exit code 2. A stack trace is for our bugs only."""
 
-from data.errors import DataError
-from parallel.errors import LayoutError
+from mikoshi.data.errors import DataError
+from mikoshi.parallel.errors import LayoutError
 
 
 class ConfigError(ValueError):

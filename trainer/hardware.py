@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-_PLACES = (Path(__file__).parent.parent / "configs/hardware", Path(sysconfig.get_path("data"), "share/mikoshi/hardware"))
+_PLACES = (Path(__file__).resolve().parents[1] / "configs/hardware", Path(sysconfig.get_path("data"), "share/mikoshi/hardware"))
 
 
 @dataclass(frozen=True)

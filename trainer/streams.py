@@ -13,8 +13,8 @@ import sys
 import threading
 from typing import Any
 
-from trainer.errors import OutputError
-from trainer.exit_codes import DONE
+from mikoshi.trainer.errors import OutputError
+from mikoshi.trainer.exit_codes import DONE
 
 _GONE = (errno.EPIPE, errno.EIO)
 """The reader of a pipe has gone, or the terminal has."""

@@ -9,9 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from launch.cluster import LocalCluster
-from launch.record import Attempt, Request, Result, Started, Status, create, new_spec
-from trainer.config import RunConfig
+from mikoshi.launch.config.cluster import LocalCluster
+from mikoshi.launch.runs.record import Attempt, Request, Result, Started, Status, create, new_spec
+from mikoshi.trainer.config.run import RunConfig
 
 ROUNDS = 5
 
@@ -50,7 +50,7 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     with tempfile.TemporaryDirectory() as name:
         make_runs(Path(name), count)
-        command = [sys.executable, "-P", "-m", "trainer.cli", "runs", "--folder", name]
+        command = [sys.executable, "-P", "-m", "mikoshi", "runs", "--folder", name]
         taken = []
         for _ in range(ROUNDS):
             begin = time.perf_counter()

@@ -61,10 +61,10 @@ def model_of(case):
 def fill(model, case, places):
     """The initial weights of Mikoshi's model, into another's. `places`: in our names, what it calls something else; a
     name that begins with "T " holds the matrix transposed. Theirs keep queries, keys and values in one matrix."""
-    from trainer.model.config import ModelConfig
-    from trainer.model.gpt import GPT
-    from trainer.model.init import Region, initial
-    from trainer.model.init import fill as fill_ours
+    from mikoshi.trainer.model.config import ModelConfig
+    from mikoshi.trainer.model.gpt import GPT
+    from mikoshi.trainer.model.init import Region, initial
+    from mikoshi.trainer.model.init import fill as fill_ours
 
     config = ModelConfig(**model_of(case))
     with torch.device("meta"):
@@ -83,10 +83,10 @@ def fill(model, case, places):
 
 
 def ours(case, rank, world, device, precision):
-    from data.rows import Batch
-    from trainer.config import RunConfig
-    from trainer.engines import build_engine
-    from trainer.engines.carry import layout_of
+    from mikoshi.data.dataset.rows import Batch
+    from mikoshi.trainer.config.run import RunConfig
+    from mikoshi.trainer.engines.build import build_engine
+    from mikoshi.trainer.engines.layout import layout_of
 
     config = RunConfig.model_validate(
         {
@@ -252,7 +252,7 @@ def main():
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--turns", type=int, help="port of the store that says when to take a step; default: at once")
     args = parser.parse_args()
-    from parallel.world import World, join, pick_device, wait_for_all, world_from
+    from mikoshi.parallel.process.process_group import World, join, pick_device, wait_for_all, world_from
 
     place = world_from(os.environ) or World()
     device = pick_device("auto", place)

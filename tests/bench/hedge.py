@@ -19,8 +19,8 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]
 
-from data.store import CacheLimits, Wanted, open_store  # noqa: E402
 from faulty import Fault, faulty_s3  # noqa: E402
+from mikoshi.data.io.fetch import CacheLimits, Wanted, open_store  # noqa: E402
 
 SIZE, THREADS = 65_536, 4
 

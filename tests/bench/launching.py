@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "support"))
 import clusterrun
 import slurmcluster
 from clusterrun import SLOW, ended, events, mikoshi, opened, step_of, until
+from mikoshi.trainer.record.run_folder import read_jsonl
 from runs import make_dataset
-from trainer.runfolder import read_jsonl
 
 
 def submit(slurm, folder, dataset, name, steps, *more):

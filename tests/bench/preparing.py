@@ -24,12 +24,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.prepare import Recipe, prepare
-from data.tokenizer import load_tokenizer
+from mikoshi.data.prepare.prepare import Recipe, prepare
+from mikoshi.data.tokenizer.tokenizer import load_tokenizer
 
 BARE = """
 import json, sys, time
-from data.tokenizer import load_tokenizer
+from mikoshi.data.tokenizer.tokenizer import load_tokenizer
 texts = [json.loads(line)["text"] for line in open(sys.argv[1], encoding="utf-8")][int(sys.argv[2])::int(sys.argv[3])]
 encoding = load_tokenizer("gpt2")._fast.encoding
 encoding.encode_ordinary("warm")

@@ -151,8 +151,8 @@ def step_table(case, ranks, rounds, steps, precision, contenders):
 def mfu(case_name, tokens_per_s):
     from contender import CASES
 
-    from trainer.metrics import flops_per_token, peak_flops
-    from trainer.model.config import ModelConfig
+    from mikoshi.trainer.model.config import ModelConfig
+    from mikoshi.trainer.record.metrics import flops_per_token, peak_flops
 
     case = CASES[case_name]
     config = ModelConfig(
@@ -234,7 +234,7 @@ def engines_table(rounds, ranks, gpu):
 
 
 def mikoshi(*arguments):
-    return [sys.executable, "-P", "-m", "trainer.cli", *map(str, arguments)]
+    return [sys.executable, "-P", "-m", "mikoshi", *map(str, arguments)]
 
 
 def startup(rounds, ranks):
@@ -256,9 +256,9 @@ def startup(rounds, ranks):
 
 def overhead(steps):
     """The share of a step that the loop around the engine takes: data, metrics, logs, the question whether to stop."""
-    from parallel.world import World, join, leave
-    from trainer import loop
-    from trainer.config import load_config
+    from mikoshi.parallel.process.process_group import World, join, leave
+    from mikoshi.trainer.config.run import load_config
+    from mikoshi.trainer.train import loop
 
     inside = []
 

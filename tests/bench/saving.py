@@ -48,14 +48,14 @@ def state_of(gigabytes, mesh, seed=0):
 
 
 def ours_save(folder, state):
-    from trainer.checkpoint.saver import save as save_checkpoint
+    from mikoshi.trainer.checkpoint.saver import save as save_checkpoint
 
     save_checkpoint(folder, 1, state, {"config": ""}, keep=1)
 
 
 def ours_load(folder, state, digests=True):
-    from trainer.checkpoint.restore import load as load_checkpoint
-    from trainer.checkpoint.restore import newest_valid
+    from mikoshi.trainer.checkpoint.restore import load as load_checkpoint
+    from mikoshi.trainer.checkpoint.restore import newest_valid
 
     path, manifest, _ = newest_valid(folder, digests=digests)
     load_checkpoint(path, manifest, state)
@@ -102,9 +102,9 @@ class Background:
         self.saver = None
 
     def ours(self, folder, state):
-        from trainer.checkpoint.keep import Keep
-        from trainer.checkpoint.saver import Saver
-        from trainer.checkpoint.store import LocalStore
+        from mikoshi.trainer.checkpoint.retention import Keep
+        from mikoshi.trainer.checkpoint.saver import Saver
+        from mikoshi.trainer.checkpoint.storage.local import LocalStore
 
         if self.saver is None:
             self.saver = Saver(LocalStore(folder), Keep(1))
@@ -209,7 +209,7 @@ def measure(gigabytes, rounds, root):
 def as_rank(rank, world, store, *arguments):
     import torch.distributed as dist
 
-    from parallel.gloo import one_worker
+    from mikoshi.parallel.process.gloo import one_worker
 
     one_worker()
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)

@@ -24,12 +24,12 @@ LINKS = 30_000  # names that a file may have: ext4 allows 65,000
 CHILD = """
 import json, resource, sys, time
 from pathlib import Path
-from data.corpus import open_corpus
-from data.course import make_course
-from data.curriculum import Asked, begin
-from data.dataset import open_dataset
-from data.loader import Loader
-from data.store import CacheLimits
+from mikoshi.data.dataset.split import open_corpus
+from mikoshi.data.sampling.sampler import make_course
+from mikoshi.data.sampling.curriculum import Asked, begin
+from mikoshi.data.dataset.dataset import open_dataset
+from mikoshi.data.loader.loader import Loader
+from mikoshi.data.io.fetch import CacheLimits
 
 folder, step, window = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 began = time.perf_counter()
@@ -52,7 +52,7 @@ print(json.dumps(told))
 
 def make(folder, shards, tokens=TOKENS):
     """The corpus: an index of so many shards, and a few sparse files under as many names."""
-    from data.shards import HEADER_BYTES, MAGIC, VERSION, DatasetInfo, ShardInfo, fingerprint, write_index
+    from mikoshi.data.dataset.shards import HEADER_BYTES, MAGIC, VERSION, DatasetInfo, ShardInfo, fingerprint, write_index
 
     folder.mkdir(parents=True)
     size = HEADER_BYTES + 2 * tokens + 8 * DOCUMENTS

@@ -24,8 +24,8 @@ from pathlib import Path
 import tiktoken
 from tokenizers import Tokenizer as Backend
 
-from data.ranks import PATTERNS, unwritten
-from data.tokenizer import load_tokenizer, parse_tokenizer
+from mikoshi.data.tokenizer.merge_ranks import PATTERNS, unwritten
+from mikoshi.data.tokenizer.tokenizer import load_tokenizer, parse_tokenizer
 
 LEAST = 0.95
 

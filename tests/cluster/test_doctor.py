@@ -32,7 +32,7 @@ def examined(net, tmp_path):
     (tmp_path / "cluster.toml").write_text(CLUSTER.format(identity=net.identity, known=net.known_hosts))
 
     def look(code):
-        argv = [sys.executable, "-P", "-m", "trainer.cli", "doctor", "--on", "cluster.toml", "--json"]
+        argv = [sys.executable, "-P", "-m", "mikoshi", "doctor", "--on", "cluster.toml", "--json"]
         done = net["login"].run(*argv, cwd=tmp_path)
         assert done.returncode == code, done.stdout + done.stderr
         assert not list(tmp_path.glob(".mikoshi*")), "nothing is left"

@@ -11,20 +11,20 @@ import pytest
 import clusterrun
 import slurmcluster
 from clusterrun import SLOW, digests, ended, events, mikoshi, opened, step_of, until, write_cluster, write_run
-from launch.cluster import load_cluster
-from launch.record import Request, create, new_spec
-from launch.slurm import SlurmBackend
-from parallel.nodelist import expand
+from mikoshi.launch.backends.slurm.slurm import SlurmBackend
+from mikoshi.launch.config.cluster import load_cluster
+from mikoshi.launch.runs.record import Request, create, new_spec
+from mikoshi.parallel.process.nodelist import expand
+from mikoshi.trainer.errors import LaunchError
 from runs import run_config
-from trainer.errors import LaunchError
 
 pytestmark = pytest.mark.skipif(bool(slurmcluster.missing()), reason=slurmcluster.missing() or "none")
 
 PATIENCE = {"lost": 3.0, "start": 60.0}
 
 STAND_IN = """
-from launch.record import Result, open_submitted
-from launch.slurm_site import SlurmSite
+from mikoshi.launch.runs.record import Result, open_submitted
+from mikoshi.launch.backends.slurm.site import SlurmSite
 
 task = os.environ["SLURM_ARRAY_TASK_ID"]
 run = open_submitted(Path(sys.argv[2]))
@@ -34,7 +34,7 @@ if task == "1" and "SLURM_RESTART_COUNT" not in os.environ:
     site.after(run, attempt, Result(state="failed", code=1, why="a node", time=1.0, bad_nodes=["n3"]))
 time.sleep(600)
 """
-"""In the place of launch.head: the second task of an array asks to be queued again, as for a node that is bad."""
+"""In the place of controller.head: the second task of an array asks to be queued again, as for a node that is bad."""
 
 
 def place(folder, dataset, name="run", cluster=None, **sections):
@@ -264,7 +264,7 @@ def test_the_doctor_looks_at_nodes_of_a_job_of_its_own(slurm, tmp_path):
 @pytest.mark.slow
 def test_a_doctor_that_is_ended_gives_its_nodes_back(slurm, tmp_path):
     write_cluster(tmp_path, kind="slurm", gpus_per_node=0, patience=PATIENCE)
-    argv = [sys.executable, "-P", "-m", "trainer.cli", "doctor", "--on", "cluster.toml", "--nodes", "2"]
+    argv = [sys.executable, "-P", "-m", "mikoshi", "doctor", "--on", "cluster.toml", "--nodes", "2"]
     with subprocess.Popen(argv, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as doctor:
         try:
             until(lambda: jobs(slurm), "it has nodes", 60)

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 from hosts import cut, lan, mend, on, power_off, power_on, until, why_not
-from launch.cluster import SshCluster, load_cluster
-from launch.local import LocalBackend
-from launch.record import Request, Submitted, create, new_spec
-from launch.ssh import SshSite
+from mikoshi.launch.backends.local.local import LocalBackend
+from mikoshi.launch.backends.ssh.ssh import SshSite
+from mikoshi.launch.config.cluster import SshCluster, load_cluster
+from mikoshi.launch.runs.record import Request, Submitted, create, new_spec
+from mikoshi.trainer.errors import LaunchError
+from mikoshi.trainer.record.run_folder import RunFolder
 from runs import run_config
 from standin import noted, standin
-from trainer.errors import LaunchError
-from trainer.runfolder import RunFolder
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "none")
 
@@ -157,7 +157,7 @@ def test_a_hostfile_names_the_hosts_and_their_ranks(net, tmp_path):
 
 @contextlib.contextmanager
 def agent(net, name, folder, then=ECHO, **fields):
-    """A stand-in for launch.node on a host, started as the head starts it: its process here, and what it noted there."""
+    """A stand-in for agent.node on a host, started as the head starts it: its process here, and what it noted there."""
     workdir = folder / "it's \\ a $(touch canary)\nfolder!"
     workdir.mkdir(parents=True)
     python = standin(folder / "bin" / "python !\n\\", then)
@@ -185,7 +185,7 @@ def alive(net, name, note):
 @pytest.mark.parametrize("name", ["n1", "n2", "n3"])
 def test_an_agent_is_reached_exactly_through_a_pipe_alone(net, name, tmp_path):
     with agent(net, name, tmp_path) as (process, note, workdir):
-        assert note["argv"] == ["-P", "-m", "launch.node"] and note["cwd"] == str(workdir)
+        assert note["argv"] == ["-P", "-m", "mikoshi.launch.agent.node"] and note["cwd"] == str(workdir)
         assert note["env"]["SET"] == "0 !" and "SSH_AUTH_SOCK" not in note["env"] and "SSH_TTY" not in note["env"]
         assert process.stdout.readline() == "up\n", "something else was written into the pipe"
         text = "a line; $(touch canary) \\ ü"

@@ -10,9 +10,9 @@ import pytest
 
 from clusterrun import SLOW, ended, events, step_of, until, words
 from hosts import cut, lan, mend, on, power_off, power_on, why_not
-from launch.chaos import same_weights
-from launch.cluster import LocalCluster, SshCluster
-from launch.record import Request, create, new_spec
+from mikoshi.launch.chaos.run import same_weights
+from mikoshi.launch.config.cluster import LocalCluster, SshCluster
+from mikoshi.launch.runs.record import Request, create, new_spec
 from runs import run_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "none")]
@@ -20,8 +20,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_n
 SUBMIT = """
 import sys
 from pathlib import Path
-from launch.backend import open_backend
-from launch.record import open_submitted
+from mikoshi.launch.backends.open import open_backend
+from mikoshi.launch.runs.record import open_submitted
 run = open_submitted(Path(sys.argv[1]))
 attempt, backend = run.attempts[-1], open_backend(run.spec.cluster)
 backend.check(run, attempt.request)
@@ -30,8 +30,8 @@ attempt.write_job(backend.submit(run, attempt))
 ASK = """
 import sys
 from pathlib import Path
-from launch.backend import open_backend
-from launch.record import open_submitted
+from mikoshi.launch.backends.open import open_backend
+from mikoshi.launch.runs.record import open_submitted
 run = open_submitted(Path(sys.argv[1]))
 attempt, backend = run.attempts[-1], open_backend(run.spec.cluster)
 if sys.argv[2] == "look":
@@ -156,7 +156,7 @@ def test_no_remote_process_outlives_the_local_end(submit, net, how):
     if how == "power":
         power_off(net, "login")
     else:
-        head = next(process for process in on(net["login"]) if "launch.head" in process.cmdline())
+        head = next(process for process in on(net["login"]) if "mikoshi.launch.controller.head" in process.cmdline())
         head.send_signal(signal.SIGKILL)
     try:
         for name in NODES:

@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
+from mikoshi.trainer.config.run import to_toml
 from runs import run_config
-from trainer.config import to_toml
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def mikoshi(folder, *arguments):
-    argv = [sys.executable, "-P", "-m", "trainer.cli", *map(str, arguments)]
+    argv = [sys.executable, "-P", "-m", "mikoshi", *map(str, arguments)]
     return subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=500)
 
 

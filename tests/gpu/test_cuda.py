@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from parallel.world import World, join, leave
+from mikoshi.parallel.process.process_group import World, join, leave
+from mikoshi.trainer.engines.build import build_engine
+from mikoshi.trainer.model import attention, loss
+from mikoshi.trainer.model.gpt import GPT
 from runs import GPT2_MODEL, TINY_MODEL, data_layout, loader_of, run_config
-from trainer.engines import build_engine
-from trainer.model import attention, loss
-from trainer.model.gpt import GPT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,7 +93,7 @@ def test_generation_with_a_cache(dataset, tmp_path):
     config = run_config(dataset, tmp_path)
     torch.manual_seed(0)
     model = GPT(config.model).to(CUDA)
-    from trainer.generate import Sampling, generate
+    from mikoshi.trainer.generation.generate import Sampling, generate
 
     found = list(generate(model, [1, 2, 3], 20, Sampling(0.0), end=-1))
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_grouped_products_train_the_experts_that_the_cpu_trains(dataset, tmp_pat
 
 
 def test_a_dry_run_tells_what_the_gpu_then_holds(dataset, tmp_path):
-    from trainer.dryrun import dry_run
+    from mikoshi.trainer.estimate.dryrun import dry_run
 
     model = {"vocab": 8192, "context": 1024, "layers": 8, "width": 512, "heads": 8, "kv_heads": 4}
     config = run_config(

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from parallel.world import World, join, leave
+from mikoshi.parallel.process.process_group import World, join, leave
+from mikoshi.trainer.engines.build import build_engine
+from mikoshi.trainer.engines.limit import installed
+from mikoshi.trainer.engines.limits import refuse
+from mikoshi.trainer.errors import ConfigError
 from runs import GPT2_MODEL, TINY_MODEL, data_layout, loader_of, run_config
-from trainer.engines import build_engine
-from trainer.engines.limit import installed
-from trainer.engines.limits import refuse
-from trainer.errors import ConfigError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -125,7 +125,7 @@ def test_engines_are_compared_on_a_gpu(dataset, tmp_path, mikoshi):
     """Each that is installed runs; MFU is not known in fp32, memory is the allocator's."""
     import json
 
-    from trainer.config import to_toml
+    from mikoshi.trainer.config.run import to_toml
 
     config = run_config(dataset, tmp_path / "runs", model=LLAMA, engine={"compile": "off"}, data={"document_mask": False})
     (tmp_path / "run.toml").write_text(to_toml(config))

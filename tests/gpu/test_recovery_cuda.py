@@ -8,14 +8,14 @@ import time
 import pytest
 import torch
 
-from parallel.replicas import digest
+from mikoshi.parallel.replicas import digest
+from mikoshi.trainer.checkpoint.restore import load, newest_valid
+from mikoshi.trainer.checkpoint.retention import Keep
+from mikoshi.trainer.checkpoint.saver import Saver
+from mikoshi.trainer.checkpoint.storage.open import open_store
+from mikoshi.trainer.config.run import to_toml
+from mikoshi.trainer.guard.straggler import Stragglers
 from runs import run_config
-from trainer.checkpoint.keep import Keep
-from trainer.checkpoint.restore import load, newest_valid
-from trainer.checkpoint.saver import Saver
-from trainer.checkpoint.store import open_store
-from trainer.config import to_toml
-from trainer.straggler import Stragglers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,7 +31,7 @@ def test_faults_on_cuda_end_as_promised(dataset, tmp_path):
     )  # fmt: skip
     (tmp_path / "run.toml").write_text(to_toml(config))
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "trainer.cli", "chaos", "run.toml", "--ranks", str(ranks), "--faults", "6", "--json",
+        [sys.executable, "-P", "-m", "mikoshi", "chaos", "run.toml", "--ranks", str(ranks), "--faults", "6", "--json",
          "--kinds", "kill,stop,nan,preempt,launcher,corrupt"],
         cwd=tmp_path, capture_output=True, text=True, timeout=500,
     )  # fmt: skip

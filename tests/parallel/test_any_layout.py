@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from parallel.errors import LayoutError
-from parallel.schedule import Schedule
+from mikoshi.parallel.errors import LayoutError
+from mikoshi.parallel.schedule import Schedule
+from mikoshi.trainer.engines.layout import layout_of
 from runs import figures, run_config
-from trainer.engines.carry import layout_of
 
 MODELS = st.fixed_dictionaries(
     {

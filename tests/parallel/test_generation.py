@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from layouts import BASE, MODELS, degrees
+from mikoshi.trainer.engines.build import build_engine
+from mikoshi.trainer.engines.layout import layout_of
+from mikoshi.trainer.generation.generate import Sampling, generate, generate_together
+from mikoshi.trainer.model.gpt import GPT
 from runs import run_config
-from trainer.engines import build_engine
-from trainer.engines.carry import layout_of
-from trainer.generate import Sampling, generate, generate_together
-from trainer.model.gpt import GPT
 
 PROMPT = [5, 9, 200, 31, 8]
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.errors import LayoutError
-from parallel.layout import Asked, Batch, ModelFacts, plan
-from parallel.pipeline import split_layers
-from parallel.schedule import Schedule, bubble, forward_programs, programs, rank_of, virtual_stages
+from mikoshi.parallel.errors import LayoutError
+from mikoshi.parallel.layout import Asked, Batch, ModelFacts, plan
+from mikoshi.parallel.pipeline import split_layers
+from mikoshi.parallel.schedule import Schedule, bubble, forward_programs, programs, rank_of, virtual_stages
 
 DENSE = ModelFacts(layers=8, heads=8, kv_heads=2, vocab=512, mlp=256)
 MOE = replace(DENSE, experts=8, expert_mlp=64)

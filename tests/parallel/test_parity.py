@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from layouts import BASE, MODELS, degrees
+from mikoshi.trainer.engines.batches import weigh_balance
+from mikoshi.trainer.feed.feed import open_feed
+from mikoshi.trainer.model.gpt import GPT
 from runs import engine_and_rows, held_out_of, run_config, whole_state
-from trainer.engines.feeding import weigh_balance
-from trainer.feed import open_feed
-from trainer.model.gpt import GPT
 
 # Model, ranks, layout. The data ranks are what the degrees leave over.
 CASES = [

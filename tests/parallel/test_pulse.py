@@ -2,7 +2,7 @@
 
 import pytest
 
-from parallel import pulse
+from mikoshi.parallel.process import heartbeat as pulse
 
 SILENCE, PATIENCE = 60.0, 900.0
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layouts import BASE, MODELS, degrees
-from parallel.replicas import Difference, apart, check, digest
-from parallel.sharding import local, place
+from mikoshi.parallel.replicas import Difference, apart, check, digest
+from mikoshi.parallel.sharding import local, place
 from runs import engine_and_rows, run_config
 
 LAYOUTS = [

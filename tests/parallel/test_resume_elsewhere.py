@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from layouts import BASE, MODELS, degrees
+from mikoshi.trainer.checkpoint.restore import load, newest_valid
+from mikoshi.trainer.checkpoint.saver import save
 from runs import engine_and_rows, run_config, whole_state
-from trainer.checkpoint.restore import load, newest_valid
-from trainer.checkpoint.saver import save
 
 
 def steps(engine, loader, numbers):

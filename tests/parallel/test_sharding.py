@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from parallel.sharding import sum_of_squares
+from mikoshi.parallel.sharding import sum_of_squares
 
 
 def test_the_sum_of_squares_is_the_same_of_a_matrix_and_of_its_shards():

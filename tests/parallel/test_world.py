@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from launch.bandwidth import Plan, _group
-from parallel import gloo, world
-from parallel.errors import LayoutError
-from parallel.nodelist import expand
-from parallel.world import World, join, leave, meet, one_gpu_each, pick_device, world_from
+from mikoshi.launch.agent.bandwidth import Plan, _group
+from mikoshi.parallel.errors import LayoutError
+from mikoshi.parallel.process import gloo
+from mikoshi.parallel.process import process_group as world
+from mikoshi.parallel.process.nodelist import expand
+from mikoshi.parallel.process.process_group import World, join, leave, meet, one_gpu_each, pick_device, world_from
 
 
 def test_nobody_launched_it():

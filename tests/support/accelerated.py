@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
-from trainer.config import load_config
-from trainer.errors import ConfigError
-from trainer.interop.accelerate_prepare import finish, prepare
-from trainer.interop.dataloader import training_batches
+from mikoshi.trainer.config.run import load_config
+from mikoshi.trainer.errors import ConfigError
+from mikoshi.trainer.interop.accelerate.prepare import finish, prepare
+from mikoshi.trainer.interop.dataloader import training_batches
 
 STEPS = 4
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import tomli_w
 
-from launch.record import Submitted, open_submitted
+from mikoshi.launch.runs.record import Submitted, open_submitted
+from mikoshi.trainer.checkpoint.of_run import checkpoints_of
+from mikoshi.trainer.checkpoint.restore import problem_of
+from mikoshi.trainer.checkpoint.verify import read_manifest
+from mikoshi.trainer.config.run import to_toml
+from mikoshi.trainer.record.run_folder import RunFolder, read_jsonl
 from runs import run_config
-from trainer.checkpoint.of_run import checkpoints_of
-from trainer.checkpoint.restore import problem_of
-from trainer.checkpoint.verify import read_manifest
-from trainer.config import to_toml
-from trainer.runfolder import RunFolder, read_jsonl
 
 SLOW = {"layers": 4, "width": 128, "mlp_width": 256}
 """A model whose step takes long enough (some 0.1 s on a core) for something to happen within a run of a minute."""
@@ -40,7 +40,7 @@ def write_cluster(folder: Path, **fields) -> Path:
 
 def mikoshi(folder: Path, *arguments, env=None, timeout=120.0) -> subprocess.CompletedProcess:
     """A command as a user gives it, from `folder`."""
-    program = [sys.executable, "-P", "-m", "trainer.cli", *map(str, arguments)]
+    program = [sys.executable, "-P", "-m", "mikoshi", *map(str, arguments)]
     more = {**os.environ, **(env or {})}
     return subprocess.run(program, cwd=folder, env=more, capture_output=True, text=True, timeout=timeout)
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from mikoshi.launch.cli import main as cli
+from mikoshi.trainer.checkpoint.verify import read_manifest, steps_in
+from mikoshi.trainer.config.run import to_toml
+from mikoshi.trainer.record.run_folder import read_jsonl
 from runs import VOCAB, run_config
-from trainer import cli
-from trainer.checkpoint.verify import read_manifest, steps_in
-from trainer.config import to_toml
-from trainer.runfolder import read_jsonl
 
 
 def paragraphs(package=email, least=40):
@@ -93,7 +93,7 @@ def write_run(folder, data_path, steps=40, **sections):
 def command(config_file, verb, *overrides, ranks=1, env=None):
     arguments = [*verb.split(), str(config_file), *map(str, overrides), *(["--ranks", str(ranks)] if verb == "train" else [])]
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "trainer.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-P", "-m", "mikoshi", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         cwd=config_file.parent, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
     )  # fmt: skip
 

@@ -6,9 +6,9 @@ import pytest
 import torch.distributed as dist
 
 from layouts import BASE, MODELS, degrees
+from mikoshi.trainer.checkpoint.restore import load, newest_valid
+from mikoshi.trainer.checkpoint.saver import save as save_checkpoint
 from runs import engine_and_rows, held_out_of, run_config, whole_state
-from trainer.checkpoint.restore import load, newest_valid
-from trainer.checkpoint.saver import save as save_checkpoint
 
 
 def engine_config(dataset, folder, model, kind="native", layout="", /, **sections):

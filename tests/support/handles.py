@@ -5,7 +5,7 @@ import os
 import resource
 from pathlib import Path
 
-from data.errors import reading
+from mikoshi.data.errors import reading
 
 
 @contextlib.contextmanager

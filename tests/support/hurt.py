@@ -5,11 +5,12 @@ import math
 import os
 import time
 
-from parallel import pulse
-from parallel.sharding import local
-from trainer import feed, loop, save_schedule
-from trainer.checkpoint.store import LocalStore
-from trainer.rank import train_supervised
+from mikoshi.parallel.process import heartbeat as pulse
+from mikoshi.parallel.sharding import local
+from mikoshi.trainer.checkpoint.storage.local import LocalStore
+from mikoshi.trainer.feed import feed
+from mikoshi.trainer.train import loop, save_schedule
+from mikoshi.trainer.train.rank import train_supervised
 
 
 def on_a_slow_disk(run, seconds):

@@ -2,7 +2,7 @@
 
 from itertools import count
 
-from trainer.checkpoint.remote import open_remote_store
+from mikoshi.trainer.checkpoint.storage.bucket import open_remote_store
 
 PART = 5 << 20  # the smallest part that S3 takes
 A, B = "rank-00000.safetensors", "rank-00001.safetensors"

@@ -28,7 +28,7 @@ def _serve(pipe, said):
 
     torch.set_num_threads(1)
     # Brought in at once and left out of every collection to come, of which there is one a call: it would take 0.2 s each.
-    importlib.import_module("trainer.engines.native")
+    importlib.import_module("mikoshi.trainer.engines.native.engine")
     gc.collect()
     gc.freeze()
     while True:
@@ -54,8 +54,8 @@ def _module(file):
 def _call(function, args, rank, world, store):
     import torch.distributed as dist
 
-    from parallel.gloo import one_worker
-    from parallel.world import leave
+    from mikoshi.parallel.process.gloo import one_worker
+    from mikoshi.parallel.process.process_group import leave
 
     one_worker()
     dist.init_process_group(

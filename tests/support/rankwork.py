@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.atomic import write_file
-from parallel import pulse
-from parallel.world import join, world_from
-from trainer.exit_codes import DONE, PREEMPTED, USER_ERROR
-from trainer.runfolder import RunFolder
-from trainer.stop import ASKING
+from mikoshi.data.io.atomic import write_file
+from mikoshi.parallel.process import heartbeat as pulse
+from mikoshi.parallel.process.process_group import join, world_from
+from mikoshi.trainer.exit_codes import DONE, PREEMPTED, USER_ERROR
+from mikoshi.trainer.record.run_folder import RunFolder
+from mikoshi.trainer.signals import ASKING
 
 
 def rank():
@@ -154,11 +154,11 @@ def deaf(folder):
 
 def place(folder):
     """Say where this rank finds itself."""
-    import data
+    import mikoshi
 
     told = {
         "env": dict(os.environ), "cwd": str(Path.cwd()), "comm": Path("/proc/self/comm").read_text().strip(),
-        "parent": os.getppid(), "session": os.getsid(0), "cuda": torch.cuda.is_initialized(), "data": data.__file__,
+        "parent": os.getppid(), "session": os.getsid(0), "cuda": torch.cuda.is_initialized(), "mikoshi": mikoshi.__file__,
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
         "handlers": [signal.getsignal(number) == signal.SIG_DFL for number in ASKING],
         "main": "rerun" in dir(sys.modules["__main__"]), "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208

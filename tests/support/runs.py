@@ -5,13 +5,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.prepare import Recipe, prepare
-from data.text import SourceSpec
-from parallel.sharding import local, place
-from trainer.config import RunConfig
-from trainer.engines import build_engine
-from trainer.engines.carry import layout_of
-from trainer.feed import open_feed
+from mikoshi.data.prepare.prepare import Recipe, prepare
+from mikoshi.data.sources.text import SourceSpec
+from mikoshi.parallel.sharding import local, place
+from mikoshi.trainer.config.run import RunConfig
+from mikoshi.trainer.engines.build import build_engine
+from mikoshi.trainer.engines.layout import layout_of
+from mikoshi.trainer.feed.feed import open_feed
 
 VOCAB = 384
 

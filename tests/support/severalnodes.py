@@ -6,14 +6,14 @@ import sys
 import time
 from pathlib import Path
 
-from launch.cluster import LocalCluster
-from launch.record import Request, create, new_spec
+from mikoshi.launch.config.cluster import LocalCluster
+from mikoshi.launch.runs.record import Request, create, new_spec
 from runs import run_config
 
 PROGRAM = """
 import sys
 from pathlib import Path
-import launch.head as head
+import mikoshi.launch.controller.head as head
 
 class Site:
     def __init__(self, cluster, run, attempt):
@@ -24,7 +24,7 @@ class Site:
         if Path({folder!r}, "down-" + node).exists():
             return ["sh", "-c", "echo no route to this host >&2; exit 255"]
         # Its name is in the command, for a test to find it.
-        return [sys.executable, "-P", "-m", "launch.node", node]
+        return [sys.executable, "-P", "-m", "mikoshi.launch.agent.node", node]
     def after(self, run, attempt, result):
         return result
 
@@ -64,6 +64,6 @@ def agents(head):
     found = {}
     for child in psutil.Process(head.pid).children():
         command = child.cmdline()
-        if "launch.node" in command:
+        if "mikoshi.launch.agent.node" in command:
             found[command[-1]] = child
     return found

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.store import CacheLimits, Wanted, open_store
 from faulty import Fault
+from mikoshi.data.io.fetch import CacheLimits, Wanted, open_store
 
 ROOT = Path(__file__).parents[2]
 SIZE = 200_064
@@ -22,7 +22,7 @@ HALF = 1_500_000  # of the big one: enough for some of it to be on disk
 CLIENT = """
 import hashlib, json, sys
 from pathlib import Path
-from data.store import CacheLimits, Wanted, open_store
+from mikoshi.data.io.fetch import CacheLimits, Wanted, open_store
 told = json.loads(sys.argv[1])
 with open_store(told["url"], CacheLimits(Path(told["folder"]), **told["limits"]), told["options"]) as store:
     for line in told["wanted"]:

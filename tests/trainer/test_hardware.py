@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer import hardware
-from trainer.hardware import gpu_named, table
-from trainer.metrics import peak_flops
+from mikoshi.trainer import hardware
+from mikoshi.trainer.hardware import gpu_named, table
+from mikoshi.trainer.record.metrics import peak_flops
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 BF16 = {
     "NVIDIA L4": 121, "NVIDIA L40": 181, "NVIDIA L40S": 362,
     "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 NVL": 835.5, "NVIDIA H200": 989,

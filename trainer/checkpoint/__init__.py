@@ -7,4 +7,6 @@
 The pieces are planned by torch.distributed.checkpoint (DCP), which also maps them onto another layout when loading;
 reading and writing is ours, so that nothing on disk is a pickle. Every function named collective is called by all
 ranks together.
+
+Entry points: `saver.Saver`, `restore.newest_valid` and `restore.load`, `storage.open.open_store`, `survey` (for people).
 """

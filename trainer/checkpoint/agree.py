@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from trainer.errors import USER_ERRORS
+from mikoshi.trainer.errors import USER_ERRORS
 
 _KNOWN: Mapping[str, type[Exception]] = {
     kind.__name__: kind

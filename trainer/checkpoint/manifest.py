@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, TypedDict
 
-from trainer.checkpoint.digests import DIGITS, Digests
-from trainer.checkpoint.store import MANIFEST, checked
-from trainer.errors import CheckpointError
+from mikoshi.trainer.checkpoint.storage.base import MANIFEST, checked
+from mikoshi.trainer.checkpoint.storage.digests import DIGITS, Digests
+from mikoshi.trainer.errors import CheckpointError
 
 FORMAT = 2
 # What may be in a checkpoint: torch's name of an element -> the safetensors format's.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 
-from trainer.checkpoint.keep import Keep
-from trainer.checkpoint.store import Store, open_store
-from trainer.config import RunConfig
-from trainer.runfolder import RunFolder
+from mikoshi.trainer.checkpoint.retention import Keep
+from mikoshi.trainer.checkpoint.storage.base import Store
+from mikoshi.trainer.checkpoint.storage.open import open_store
+from mikoshi.trainer.config.run import RunConfig
+from mikoshi.trainer.record.run_folder import RunFolder
 
 
 def checkpoints_of(run: RunFolder, config: RunConfig, reader: bool = False) -> Store:

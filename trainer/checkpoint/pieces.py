@@ -20,10 +20,10 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.digests import Both, Digests
-from trainer.checkpoint.files import opened
-from trainer.checkpoint.manifest import DTYPES
-from trainer.errors import CheckpointError
+from mikoshi.trainer.checkpoint.manifest import DTYPES
+from mikoshi.trainer.checkpoint.storage.digests import Both, Digests
+from mikoshi.trainer.checkpoint.storage.files import opened
+from mikoshi.trainer.errors import CheckpointError
 
 _BLOCK = 8 << 20  # bytes written, then digested while they are in the processor's cache
 _LARGEST_HEADER = 100_000_000  # the format's own limit

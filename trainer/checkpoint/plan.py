@@ -1,7 +1,7 @@
 """Who writes which piece of which tensor, and which pieces make up what a rank asks for: DCP's planning, for any layout.
 
 torch.distributed.checkpoint (DCP) knows where each rank's shards lie in the whole tensors; of replicas one rank writes,
-so that the bytes are shared out evenly. Files and how they are read and written are ours (trainer.checkpoint.pieces).
+so that the bytes are shared out evenly. Files and how they are read and written are ours (checkpoint.pieces).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_planned
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from data.cores import cores
-from trainer.checkpoint.agree import cause, from_first_rank, place, to_first_rank
-from trainer.checkpoint.manifest import DTYPES, Manifest, PieceEntry, TensorEntry
-from trainer.checkpoint.pieces import Contents, PieceFile, dtype_name, dtype_named, lay_out, piece_file
-from trainer.errors import CheckpointError
+from mikoshi.data.io.cores import cores
+from mikoshi.trainer.checkpoint.agree import cause, from_first_rank, place, to_first_rank
+from mikoshi.trainer.checkpoint.manifest import DTYPES, Manifest, PieceEntry, TensorEntry
+from mikoshi.trainer.checkpoint.pieces import Contents, PieceFile, dtype_name, dtype_named, lay_out, piece_file
+from mikoshi.trainer.errors import CheckpointError
 
 _BoxTold = tuple[str, Sequence[int], Sequence[int], str]
 _ItemTold = tuple[str, str, tuple[list[int], list[int], str, list[int]] | None]

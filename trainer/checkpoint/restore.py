@@ -15,12 +15,13 @@ from typing import TypeVar
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from trainer.checkpoint.agree import cause, of_all_ranks, on_first_rank, place
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.plan import fill
-from trainer.checkpoint.store import LocalStore, Store
-from trainer.checkpoint.verify import Saved, at, verify
-from trainer.errors import CheckpointError
+from mikoshi.trainer.checkpoint.agree import cause, of_all_ranks, on_first_rank, place
+from mikoshi.trainer.checkpoint.manifest import Manifest
+from mikoshi.trainer.checkpoint.plan import fill
+from mikoshi.trainer.checkpoint.storage.base import Store
+from mikoshi.trainer.checkpoint.storage.local import LocalStore
+from mikoshi.trainer.checkpoint.verify import Saved, at, verify
+from mikoshi.trainer.errors import CheckpointError
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@
     advance   when all have: the stamps are gathered, rank 0 commits in its thread; when it has: the Outcome
 
 No collective is called off the main thread. What fails anywhere, fails everywhere: the partial goes, the next save works.
-The main threads wait in slices (trainer.checkpoint.waiting): a store may be slower than a process group is patient.
+The main threads wait in slices (checkpoint.waiting): a store may be slower than a process group is patient.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.sharding import local
-from trainer.checkpoint.agree import cause, of_all_ranks, place, to_first_rank
-from trainer.checkpoint.keep import Keep, prune
-from trainer.checkpoint.manifest import FileEntry, Manifest, encode, provenance
-from trainer.checkpoint.pieces import bytes_of, write
-from trainer.checkpoint.plan import Share, Written, plan_save
-from trainer.checkpoint.store import LocalStore, Store
-from trainer.checkpoint.verify import step_folder
-from trainer.checkpoint.waiting import Task, on_first_rank_in_time, wait_for_all
-from trainer.errors import CheckpointError
+from mikoshi.parallel.sharding import local
+from mikoshi.trainer.checkpoint.agree import cause, of_all_ranks, place, to_first_rank
+from mikoshi.trainer.checkpoint.manifest import FileEntry, Manifest, encode, provenance
+from mikoshi.trainer.checkpoint.pieces import bytes_of, write
+from mikoshi.trainer.checkpoint.plan import Share, Written, plan_save
+from mikoshi.trainer.checkpoint.retention import Keep, prune
+from mikoshi.trainer.checkpoint.storage.base import Store
+from mikoshi.trainer.checkpoint.storage.local import LocalStore
+from mikoshi.trainer.checkpoint.verify import step_folder
+from mikoshi.trainer.checkpoint.waiting import Task, on_first_rank_in_time, wait_for_all
+from mikoshi.trainer.errors import CheckpointError
 
 _WRITERS = 2  # one waits for the disk while the other digests
 

@@ -12,15 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 
-from data.cores import cores
-from trainer.checkpoint.digests import Both, differing
-from trainer.checkpoint.files import read_through
-from trainer.checkpoint.keep import Keep, kept
-from trainer.checkpoint.keep import surplus as beside_sizes
-from trainer.checkpoint.manifest import FileEntry, Manifest
-from trainer.checkpoint.store import Store
-from trainer.checkpoint.verify import read_manifest
-from trainer.errors import CheckpointError
+from mikoshi.data.io.cores import cores
+from mikoshi.trainer.checkpoint.manifest import FileEntry, Manifest
+from mikoshi.trainer.checkpoint.retention import Keep, kept
+from mikoshi.trainer.checkpoint.retention import surplus as beside_sizes
+from mikoshi.trainer.checkpoint.storage.base import Store
+from mikoshi.trainer.checkpoint.storage.digests import Both, differing
+from mikoshi.trainer.checkpoint.storage.files import read_through
+from mikoshi.trainer.checkpoint.verify import read_manifest
+from mikoshi.trainer.errors import CheckpointError
 
 _DEGREES = ("tp", "pp", "cp", "ep")
 

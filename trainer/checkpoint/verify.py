@@ -8,11 +8,12 @@ from pathlib import Path
 
 from xxhash import xxh3_128
 
-from data.cores import cores
-from trainer.checkpoint.files import read_through
-from trainer.checkpoint.manifest import FileEntry, Manifest, file_of, parse
-from trainer.checkpoint.store import LocalStore, Store, step_name, step_of
-from trainer.errors import CheckpointError
+from mikoshi.data.io.cores import cores
+from mikoshi.trainer.checkpoint.manifest import FileEntry, Manifest, file_of, parse
+from mikoshi.trainer.checkpoint.storage.base import Store, step_name, step_of
+from mikoshi.trainer.checkpoint.storage.files import read_through
+from mikoshi.trainer.checkpoint.storage.local import LocalStore
+from mikoshi.trainer.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def verify(
     step: int | None = None,
 ) -> Manifest:
     """Compare every byte with the manifest, by XXH3, or of `shares` parts of the files only number `share`; without
-    `digests`, only which files there are and their sizes. That finds accidents; see trainer.checkpoint.digests.
+    `digests`, only which files there are and their sizes. That finds accidents; see checkpoint.storage.digests.
 
     Raises CheckpointError that names the first file that differs, is missing, or is there without being listed; OSError
     where the store fails, which says nothing against the checkpoint.

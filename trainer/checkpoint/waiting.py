@@ -13,9 +13,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from parallel.pulse import beat
-from trainer.checkpoint.agree import on_first_rank, place
-from trainer.stop import agree
+from mikoshi.parallel.process.heartbeat import beat
+from mikoshi.trainer.checkpoint.agree import on_first_rank, place
+from mikoshi.trainer.signals import agree
 
 SLICE, LONG_SLICE = 1.0, 5.0
 """Seconds of the first wait, and of those after it."""
@@ -81,7 +81,7 @@ def wait_for_all(task: Task, stop: threading.Event | None = None) -> bool:
 
 
 def on_first_rank_in_time(action: Callable[[], Any]) -> Any:
-    """As trainer.checkpoint.agree.on_first_rank, for what may take longer than the process group waits. Collective."""
+    """As checkpoint.agree.on_first_rank, for what may take longer than the process group waits. Collective."""
     task = Task(action if place()[0] == 0 else None)
     wait_for_all(task)
     return on_first_rank(task.ended)

@@ -9,8 +9,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from data.rows import Batch
-from parallel.replicas import Difference
+from mikoshi.data.dataset.rows import Batch
+from mikoshi.parallel.replicas import Difference
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from parallel.layout import Layout
-from trainer.config import RunConfig
-from trainer.engine_section import Kind
+from mikoshi.parallel.layout import Layout
+from mikoshi.trainer.config.engine import Kind
+from mikoshi.trainer.config.run import RunConfig
 
 
 @dataclass(frozen=True)

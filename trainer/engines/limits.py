@@ -5,14 +5,14 @@ The documentation prints the same table (docs/engines.md).
 
 from __future__ import annotations
 
-from parallel.layout import Layout
-from trainer.config import RunConfig
-from trainer.engine_section import Kind
-from trainer.engines.deepspeed_json import user_settings
-from trainer.engines.deepspeed_limits import DEEPSPEED
-from trainer.engines.limit import Case, Limit, on_gpus
-from trainer.engines.megatron_limits import MEGATRON
-from trainer.errors import ConfigError
+from mikoshi.parallel.layout import Layout
+from mikoshi.trainer.config.engine import Kind
+from mikoshi.trainer.config.run import RunConfig
+from mikoshi.trainer.engines.deepspeed.limits import DEEPSPEED
+from mikoshi.trainer.engines.deepspeed.settings import user_settings
+from mikoshi.trainer.engines.limit import Case, Limit, on_gpus
+from mikoshi.trainer.engines.megatron.limits import MEGATRON
+from mikoshi.trainer.errors import ConfigError
 
 
 def _ring(engine: Kind) -> Limit:

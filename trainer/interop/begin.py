@@ -14,22 +14,22 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from data.atomic import write_file
-from data.record import make_record
-from trainer.checkpoint.manifest import FileEntry, Manifest, encode, provenance
-from trainer.checkpoint.of_run import checkpoints_of
-from trainer.checkpoint.pieces import bytes_of, write
-from trainer.checkpoint.plan import plan_save
-from trainer.checkpoint.store import Store
-from trainer.config import RunConfig, to_toml
-from trainer.engines.carry import layout_of
-from trainer.errors import CheckpointError
-from trainer.feed import Feed, open_feed
-from trainer.generate import spread
-from trainer.guard import LossGuard
-from trainer.model.gpt import GPT
-from trainer.optim import Optimizers
-from trainer.runfolder import RunFolder
+from mikoshi.data.io.atomic import write_file
+from mikoshi.data.loader.resume_state import make_record
+from mikoshi.trainer.checkpoint.manifest import FileEntry, Manifest, encode, provenance
+from mikoshi.trainer.checkpoint.of_run import checkpoints_of
+from mikoshi.trainer.checkpoint.pieces import bytes_of, write
+from mikoshi.trainer.checkpoint.plan import plan_save
+from mikoshi.trainer.checkpoint.storage.base import Store
+from mikoshi.trainer.config.run import RunConfig, to_toml
+from mikoshi.trainer.engines.layout import layout_of
+from mikoshi.trainer.engines.optim import Optimizers
+from mikoshi.trainer.errors import CheckpointError
+from mikoshi.trainer.feed.feed import Feed, open_feed
+from mikoshi.trainer.generation.generate import spread
+from mikoshi.trainer.guard.loss_guard import LossGuard
+from mikoshi.trainer.model.gpt import GPT
+from mikoshi.trainer.record.run_folder import RunFolder
 
 Weights = Callable[[str], Tensor] | Mapping[str, Tensor]
 """Whole tensors by canonical name, of any floating type, each asked for once."""

@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.of_run import checkpoints_of
-from trainer.checkpoint.pieces import dtype_named
-from trainer.checkpoint.restore import load, newest_valid
-from trainer.checkpoint.store import step_of
-from trainer.checkpoint.verify import Saved, at, verify
-from trainer.config import RunConfig, load_config, parse_config
-from trainer.errors import CheckpointError
-from trainer.runfolder import open_run
+from mikoshi.trainer.checkpoint.manifest import Manifest
+from mikoshi.trainer.checkpoint.of_run import checkpoints_of
+from mikoshi.trainer.checkpoint.pieces import dtype_named
+from mikoshi.trainer.checkpoint.restore import load, newest_valid
+from mikoshi.trainer.checkpoint.storage.base import step_of
+from mikoshi.trainer.checkpoint.verify import Saved, at, verify
+from mikoshi.trainer.config.run import RunConfig, load_config, parse_config
+from mikoshi.trainer.errors import CheckpointError
+from mikoshi.trainer.record.run_folder import open_run
 
 
 @dataclass(frozen=True)

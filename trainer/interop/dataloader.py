@@ -7,8 +7,8 @@ A script for `accelerate launch`, of which any number of processes makes the sam
     from accelerate import Accelerator
     from torch.optim import AdamW
     from transformers import AutoModelForCausalLM
-    from trainer.config import load_config
-    from trainer.interop.dataloader import training_batches
+    from mikoshi.trainer.config.run import load_config
+    from mikoshi.trainer.interop.dataloader import training_batches
 
     accelerator = Accelerator(gradient_accumulation_steps=2)
     model = AutoModelForCausalLM.from_pretrained("model")
@@ -42,16 +42,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.errors import DataError
-from data.loader import Loader
-from data.record import Continued, Reader, first_digest, make_record
-from data.rows import IGNORED, Batch
-from data.stream import StreamLoader
-from parallel.layout import Coordinates, Layout
-from trainer.config import RunConfig
-from trainer.errors import ConfigError
-from trainer.feed import Feed, check_cache, open_feed, places, recipes
-from trainer.streamed import set_apart
+from mikoshi.data.dataset.rows import IGNORED, Batch
+from mikoshi.data.errors import DataError
+from mikoshi.data.loader.loader import Loader
+from mikoshi.data.loader.resume_state import Continued, Reader, first_digest, make_record
+from mikoshi.data.loader.stream import StreamLoader
+from mikoshi.parallel.layout import Coordinates, Layout
+from mikoshi.trainer.config.run import RunConfig
+from mikoshi.trainer.errors import ConfigError
+from mikoshi.trainer.feed.feed import Feed, check_cache, open_feed, places, recipes
+from mikoshi.trainer.feed.streamed import set_apart
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     .metadata        a pickle: of which tensors there are, cut into which chunks, and where each lies
     __0_0.distcp     chunks one after another, each as torch.save writes a tensor: a ZIP file with a pickle and the bytes
 
-Both pickles are only read (trainer.interop.pickled). What they say of sizes and places is compared with what is there before
+Both pickles are only read (interop.pickled). What they say of sizes and places is compared with what is there before
 memory is taken for it.
 """
 
@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from trainer.checkpoint.files import opened
-from trainer.checkpoint.manifest import DTYPES, overlap
-from trainer.checkpoint.pieces import dtype_named
-from trainer.checkpoint.store import checked
-from trainer.errors import CheckpointError
-from trainer.interop.pickled import Made, Named, read_pickle
+from mikoshi.trainer.checkpoint.manifest import DTYPES, overlap
+from mikoshi.trainer.checkpoint.pieces import dtype_named
+from mikoshi.trainer.checkpoint.storage.base import checked
+from mikoshi.trainer.checkpoint.storage.files import opened
+from mikoshi.trainer.errors import CheckpointError
+from mikoshi.trainer.interop.pickled import Made, Named, read_pickle
 
 METADATA = ".metadata"
 _LARGEST_METADATA = 1 << 31

@@ -13,7 +13,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from trainer.model.config import ModelConfig, MoEConfig, RopeConfig
+from mikoshi.trainer.model.config import ModelConfig, MoEConfig, RopeConfig
 
 
 class InteropError(ValueError):

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.atomic import write_file
-from trainer.checkpoint.files import opened
-from trainer.errors import CheckpointError
-from trainer.model.config import ModelConfig
+from mikoshi.data.io.atomic import write_file
+from mikoshi.trainer.checkpoint.storage.files import opened
+from mikoshi.trainer.errors import CheckpointError
+from mikoshi.trainer.model.config import ModelConfig
 
 MODEL_FILE = "config.json"
 _TYPE = "mikoshi"

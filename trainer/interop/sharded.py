@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.atomic import built_alone, new_file, write_file
-from trainer.checkpoint.manifest import TensorEntry
-from trainer.checkpoint.pieces import PieceFile, bytes_of, dtype_named, lay_out, piece_file, write
-from trainer.checkpoint.store import step_of
-from trainer.errors import CheckpointError, ConfigError
-from trainer.interop.committed import Committed
-from trainer.interop.dcp import METADATA
-from trainer.interop.megatron_dist import TRACKER
-from trainer.interop.model_file import check_model, read_json, write_model
-from trainer.model.config import ModelConfig
+from mikoshi.data.io.atomic import built_alone, new_file, write_file
+from mikoshi.trainer.checkpoint.manifest import TensorEntry
+from mikoshi.trainer.checkpoint.pieces import PieceFile, bytes_of, dtype_named, lay_out, piece_file, write
+from mikoshi.trainer.checkpoint.storage.base import step_of
+from mikoshi.trainer.errors import CheckpointError, ConfigError
+from mikoshi.trainer.interop.committed import Committed
+from mikoshi.trainer.interop.dcp import METADATA
+from mikoshi.trainer.interop.megatron.torch_dist import TRACKER
+from mikoshi.trainer.interop.model_file import check_model, read_json, write_model
+from mikoshi.trainer.model.config import ModelConfig
 
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -156,7 +156,7 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
 
 def _check_names(folder: Path, found: dict[str, PieceFile], model: ModelConfig) -> None:
     """Nothing is dropped in silence. What is missing, begin_run says."""
-    from trainer.model.gpt import GPT
+    from mikoshi.trainer.model.gpt import GPT
 
     with torch.device("meta"):
         wanted = {name for name, _ in GPT(model).named_parameters()}

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.model.attention import Mask, alibi_slopes, attend, dense_mask, flex_mask
-from trainer.model.config import ModelConfig
-from trainer.model.loss import next_token_loss
-from trainer.model.mlp import MLP
-from trainer.model.moe import MoE
-from trainer.model.rotary import rotate, rotation
+from mikoshi.trainer.model.attention import Mask, alibi_slopes, attend, dense_mask, flex_mask
+from mikoshi.trainer.model.config import ModelConfig
+from mikoshi.trainer.model.loss import next_token_loss
+from mikoshi.trainer.model.mlp import MLP
+from mikoshi.trainer.model.moe import MoE
+from mikoshi.trainer.model.rotary import rotate, rotation
 
 Rotation = tuple[Tensor, Tensor]
 

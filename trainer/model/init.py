@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from trainer.model.config import ModelConfig
+from mikoshi.trainer.model.config import ModelConfig
 
 BLOCK = 1 << 16
 """Elements made at a time by one thread: what a rank holds beside its own shard is bounded by a few of these."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.model.config import GATED, ModelConfig
+from mikoshi.trainer.model.config import GATED, ModelConfig
 
 
 def gated(kind: str, gate: Tensor, up: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from trainer.model.config import ModelConfig, MoEConfig
-from trainer.model.mlp import MLP, gated
+from mikoshi.trainer.model.config import ModelConfig, MoEConfig
+from mikoshi.trainer.model.mlp import MLP, gated
 
 
 class Routing(NamedTuple):

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainer.model.config import RopeConfig
+from mikoshi.trainer.model.config import RopeConfig
 
 
 def frequencies(rope: RopeConfig, d_rotary: int, length: int, device: torch.device | None = None) -> tuple[Tensor, float]:

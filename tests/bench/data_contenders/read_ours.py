@@ -3,13 +3,13 @@
 import numpy as np
 from frame import ROWS, SEPARATOR, VOCAB, WEIGHTS, main
 
-from data.corpus import open_corpus
-from data.course import make_course
-from data.curriculum import Asked, begin
-from data.dataset import open_dataset
-from data.loader import Loader
-from data.shards import TRAIN, DatasetInfo, fingerprint, write_index, write_shard
-from data.store import CacheLimits
+from mikoshi.data.dataset.dataset import open_dataset
+from mikoshi.data.dataset.shards import TRAIN, DatasetInfo, fingerprint, write_index, write_shard
+from mikoshi.data.dataset.split import open_corpus
+from mikoshi.data.io.fetch import CacheLimits
+from mikoshi.data.loader.loader import Loader
+from mikoshi.data.sampling.curriculum import Asked, begin
+from mikoshi.data.sampling.sampler import make_course
 
 SHARD = 1 << 24  # tokens
 

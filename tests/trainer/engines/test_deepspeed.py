@@ -9,9 +9,9 @@ import torch
 
 from engines import released
 from layouts import BASE, MODELS
-from parallel.sharding import local
+from mikoshi.parallel.sharding import local
+from mikoshi.trainer.engines.base import Limits
 from runs import engine_and_rows, held_out_of, run_config, whole_state
-from trainer.engines.base import Limits
 
 pytest.importorskip("deepspeed")
 

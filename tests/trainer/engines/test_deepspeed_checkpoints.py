@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from layouts import BASE, MODELS, degrees
-from parallel.sharding import local
+from mikoshi.parallel.sharding import local
+from mikoshi.trainer.checkpoint.restore import load, newest_valid
+from mikoshi.trainer.checkpoint.saver import save
+from mikoshi.trainer.errors import CheckpointError
 from runs import engine_and_rows, run_config, whole_state
-from trainer.checkpoint.restore import load, newest_valid
-from trainer.checkpoint.saver import save
-from trainer.errors import CheckpointError
 
 pytest.importorskip("deepspeed")
 

@@ -9,13 +9,15 @@ import signal
 import pytest
 
 from layouts import BASE, MODELS, degrees
-from parallel.errors import LayoutError
+from mikoshi.parallel.errors import LayoutError
+from mikoshi.trainer.engines import limits
+from mikoshi.trainer.engines.deepspeed import limits as deepspeed_limits
+from mikoshi.trainer.engines.deepspeed import swap as deepspeed_swap
+from mikoshi.trainer.engines.deepspeed.settings import user_settings
+from mikoshi.trainer.engines.deepspeed.swap import swap_folder
+from mikoshi.trainer.engines.layout import layout_of
+from mikoshi.trainer.errors import ConfigError
 from runs import run_config
-from trainer.engines import deepspeed_limits, deepspeed_swap, limits
-from trainer.engines.carry import layout_of
-from trainer.engines.deepspeed_json import user_settings
-from trainer.engines.deepspeed_swap import swap_folder
-from trainer.errors import ConfigError
 
 
 def config_of(folder, layout="", engine=None, **sections):
@@ -234,7 +236,7 @@ def test_in_bf16_the_way_out_is_not_what_is_set(tmp_path):
 
 
 def test_what_deepspeed_itself_finds_has_its_section_and_value():
-    from trainer.engines.deepspeed_setup import not_taken
+    from mikoshi.trainer.engines.deepspeed.setup import not_taken
 
     error = {"loc": ("enabled",), "msg": "Input should be a valid boolean", "input": "maybe"}
     said = {"aio": {"enabled": 3}, "comms_logger": {"enabled": "maybe"}}

@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 
 from engines import engine_config, train
-from parallel.world import World
-from trainer import loop
+from mikoshi.parallel.process.process_group import World
+from mikoshi.trainer.train import loop
 
 deepspeed = pytest.importorskip("deepspeed")
 # Of this very installation: of another one, it would be compiled again.
@@ -25,7 +25,7 @@ LARGE = {"vocab": 8192, "width": 256, "context": 64}
 
 def train_on_disk(config):
     """What `train` finds, and the bytes that were on the disk before its engine was closed."""
-    from trainer.engines.deepspeed import DeepSpeedEngine
+    from mikoshi.trainer.engines.deepspeed.engine import DeepSpeedEngine
 
     built, init = [], DeepSpeedEngine.__init__
 

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 
 from engines import assert_as_near, engine_config, go_on, save_after, train
+from mikoshi.trainer.engines.base import Limits
 from runs import engine_and_rows, whole_state
-from trainer.engines.base import Limits
 
 pytest.importorskip("deepspeed")
 

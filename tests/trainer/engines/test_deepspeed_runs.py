@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mikoshi.trainer.config.run import to_toml
 from runs import engine_and_rows, run_config
-from trainer.config import to_toml
 
 pytest.importorskip("deepspeed")
 
@@ -24,7 +24,7 @@ def written(config, folder):
 
 
 def train(config, *overrides, env=None, ranks=2):
-    command = [sys.executable, "-P", "-m", "trainer.cli", "train", str(config), "--ranks", str(ranks), *overrides]
+    command = [sys.executable, "-P", "-m", "mikoshi", "train", str(config), "--ranks", str(ranks), *overrides]
     return subprocess.run(command, env=os.environ | (env or {}), capture_output=True, text=True, timeout=240, check=False)
 
 
@@ -122,7 +122,7 @@ def first_loss(config):
 
 
 def asks_too_much(config):
-    from trainer.errors import ConfigError
+    from mikoshi.trainer.errors import ConfigError
 
     try:
         engine_and_rows(config)

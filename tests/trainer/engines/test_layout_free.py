@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from parallel.sharding import local
+from mikoshi.parallel.sharding import local
+from mikoshi.trainer.engines.build import build_engine
+from mikoshi.trainer.engines.optim import learning_rate
+from mikoshi.trainer.model import init
 from runs import GPT2_MODEL, data_layout, held_out_of, loader_of, run_config
-from trainer.engines import build_engine
-from trainer.model import init
-from trainer.optim import learning_rate
 
 CPU = torch.device("cpu")
 

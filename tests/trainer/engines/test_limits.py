@@ -5,22 +5,22 @@ from pathlib import Path
 import pytest
 
 from layouts import BASE, MODELS
-from parallel.errors import LayoutError
+from mikoshi.parallel.errors import LayoutError
+from mikoshi.trainer.config.run import RunConfig
+from mikoshi.trainer.config.toml import override
+from mikoshi.trainer.engines.layout import layout_of
+from mikoshi.trainer.engines.limit import Case
+from mikoshi.trainer.engines.limits import LIMITS, markdown, refuse
+from mikoshi.trainer.engines.megatron import limits as megatron_limits
+from mikoshi.trainer.errors import ConfigError
+from mikoshi.trainer.train.preflight import preflight
 from runs import run_config
-from trainer.config import RunConfig
-from trainer.engines import megatron_limits
-from trainer.engines.carry import layout_of
-from trainer.engines.limit import Case
-from trainer.engines.limits import LIMITS, markdown, refuse
-from trainer.errors import ConfigError
-from trainer.preflight import preflight
-from trainer.tomlfile import override
 
 DOCS = Path(__file__).parents[3] / "docs" / "engines.md"
 
 
 def test_the_documentation_prints_the_table():
-    """After a change: python -c 'from trainer.engines.limits import markdown; print(markdown())'."""
+    """After a change: python -c 'from mikoshi.trainer.engines.limits import markdown; print(markdown())'."""
     assert markdown() in DOCS.read_text()
 
 

@@ -9,9 +9,9 @@ import torch
 
 from engines import assert_as_near, engine_config, train
 from layouts import MODELS
-from trainer.config import RunConfig
-from trainer.engines.limits import refuse
-from trainer.errors import ConfigError
+from mikoshi.trainer.config.run import RunConfig
+from mikoshi.trainer.engines.limits import refuse
+from mikoshi.trainer.errors import ConfigError
 
 pytest.importorskip("megatron.core")
 
@@ -126,7 +126,7 @@ def cut_sequence(config):
 
     from megatron.core.tensor_parallel import random
 
-    from trainer.engines import megatron
+    from mikoshi.trainer.engines.megatron import engine as megatron
 
     tracker = random.CudaRNGStatesTracker()
     tracker.fork = lambda *_: contextlib.nullcontext()
@@ -157,8 +157,8 @@ def test_limits_leave_every_bit_as_it_was(ranks, dataset, tmp_path):
 
 
 def held_back(config):
+    from mikoshi.trainer.engines.base import Limits
     from runs import engine_and_rows, whole_state
-    from trainer.engines.base import Limits
 
     engine, loader = engine_and_rows(config)
     engine.step(loader.batch(0), 1e-3)
@@ -174,8 +174,8 @@ def test_steps_that_differ_are_refused(ranks, dataset, tmp_path):
 
 
 def other_steps(config):
+    from mikoshi.trainer.errors import CheckpointError
     from runs import engine_and_rows
-    from trainer.errors import CheckpointError
 
     engine, _ = engine_and_rows(config)
     state = {name: tensor.clone() for name, tensor in engine.state().items()}
@@ -204,7 +204,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("change", "named"), REFUSED, ids=[named for _, named in REFUSED])
 def test_what_it_cannot_do_is_refused_with_the_way_out(dataset, tmp_path, change, named):
-    from trainer.engines.carry import layout_of
+    from mikoshi.trainer.engines.layout import layout_of
 
     plain = engine_config(dataset, tmp_path, "llama", "megatron").model_dump(mode="json")
     for section, values in change.items():
@@ -223,7 +223,7 @@ def test_what_it_cannot_do_is_refused_with_the_way_out(dataset, tmp_path, change
 def test_another_version_is_refused(dataset, tmp_path, monkeypatch, found, told):
     import importlib.metadata
 
-    from trainer.engines.carry import layout_of
+    from mikoshi.trainer.engines.layout import layout_of
 
     def version(name):
         if found is None:
@@ -239,7 +239,7 @@ def test_another_version_is_refused(dataset, tmp_path, monkeypatch, found, told)
 
 @pytest.mark.slow
 def test_trained_by_the_command_and_gone_on_with_by_the_native_engine(mikoshi, dataset, tmp_path):
-    from trainer.config import to_toml
+    from mikoshi.trainer.config.run import to_toml
 
     config = engine_config(dataset, tmp_path / "runs", "llama", "megatron", "tp=2", train={"steps": 4})
     (tmp_path / "run.toml").write_text(to_toml(config))
@@ -256,5 +256,5 @@ def test_no_other_engine_imports_it():
     import subprocess
 
     found = "any('megatron.core' in name or 'deepspeed.' in name for name in sys.modules)"
-    code = f"import sys, trainer.loop, trainer.preflight; sys.exit({found})"
+    code = f"import sys, mikoshi.trainer.train.loop, mikoshi.trainer.train.preflight; sys.exit({found})"
     subprocess.run([sys.executable, "-P", "-c", code], check=True)

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from megatron_gpt import gpt_model, on_cpu
+from mikoshi.trainer.engines.megatron.names import cut_of, names_of, rows_of
+from mikoshi.trainer.model.config import ModelConfig
+from mikoshi.trainer.model.gpt import GPT
 from runs import GPT2_MODEL, TINY_MODEL
-from trainer.engines.megatron_names import cut_of, names_of, rows_of
-from trainer.model.config import ModelConfig
-from trainer.model.gpt import GPT
 
 pytest.importorskip("megatron.core")
 

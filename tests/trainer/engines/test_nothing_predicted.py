@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.rows import IGNORED, Batch
 from engines import engine_config
+from mikoshi.data.dataset.rows import IGNORED, Batch
 from runs import engine_and_rows, held_out_of, whole_state
 
 

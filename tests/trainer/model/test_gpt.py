@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from trainer.model import attention, loss
-from trainer.model.config import ModelConfig
-from trainer.model.gpt import GPT, KVCache
-from trainer.model.init import Region, fill, initial
+from mikoshi.trainer.model import attention, loss
+from mikoshi.trainer.model.config import ModelConfig
+from mikoshi.trainer.model.gpt import GPT, KVCache
+from mikoshi.trainer.model.init import Region, fill, initial
 
 BASE = dict(vocab=101, context=32, layers=4, width=32, heads=4, mlp_width=48)
 MODELS = {

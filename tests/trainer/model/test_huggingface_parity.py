@@ -7,9 +7,9 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
-from trainer.generate import Sampling, generate
-from trainer.interop.huggingface import InteropError, convert_state, load_into, model_config
-from trainer.model.gpt import GPT, KVCache
+from mikoshi.trainer.generation.generate import Sampling, generate
+from mikoshi.trainer.interop.huggingface import InteropError, convert_state, load_into, model_config
+from mikoshi.trainer.model.gpt import GPT, KVCache
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
@@ -161,7 +161,7 @@ def test_dynamic_rope_keeps_no_keys_and_shares_no_row():
 def test_dynamic_rope_matches_beyond_the_trained_context():
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from trainer.model.rotary import frequencies
+    from mikoshi.trainer.model.rotary import frequencies
 
     config = hf.LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0})
     expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](config, torch.device("cpu"), seq_len=150)

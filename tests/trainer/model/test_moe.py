@@ -7,15 +7,15 @@ import torch
 import transformers as hf
 from torch.utils.checkpoint import checkpoint
 
-from trainer.interop.huggingface import InteropError, convert_state, deepseek_moe_config, model_config
-from trainer.metrics import flops_per_token
-from trainer.model import moe as moe_module
-from trainer.model.config import ModelConfig, MoEConfig
-from trainer.model.gpt import GPT, KVCache
-from trainer.model.init import Initial, Region, fill, initial
-from trainer.model.mlp import MLP
-from trainer.model.moe import MoE
-from trainer.optim import Optimizers
+from mikoshi.trainer.engines.optim import Optimizers
+from mikoshi.trainer.interop.huggingface import InteropError, convert_state, deepseek_moe_config, model_config
+from mikoshi.trainer.model import moe as moe_module
+from mikoshi.trainer.model.config import ModelConfig, MoEConfig
+from mikoshi.trainer.model.gpt import GPT, KVCache
+from mikoshi.trainer.model.init import Initial, Region, fill, initial
+from mikoshi.trainer.model.mlp import MLP
+from mikoshi.trainer.model.moe import MoE
+from mikoshi.trainer.record.metrics import flops_per_token
 
 BASE = dict(vocab=101, context=32, layers=3, width=32, heads=4, mlp_width=48)
 DEEPSEEK = dict(experts=16, top_k=3, width=24, shared=2, router="sigmoid", groups=4, top_groups=2, bias_rate=0.01, scale=2.5)
@@ -347,7 +347,7 @@ def test_cached_generation_equals_the_full_pass():
 
 
 def test_optimizers_leave_the_bias_alone():
-    from trainer.config import OptimSection
+    from mikoshi.trainer.config.run import OptimSection
 
     model = GPT(ModelConfig(**BASE, moe=DEEPSEEK))
     optimizers = Optimizers(model.named_parameters(), OptimSection(kind="adamw"))

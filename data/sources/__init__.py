@@ -1,0 +1,4 @@
+"""Where documents come from: files of every format, the Hub, conversations.
+
+Entry points: `sources.open_source` and `text.SourceSpec`.
+"""

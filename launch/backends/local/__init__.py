@@ -1,0 +1,1 @@
+"""Runs that are led from this machine."""

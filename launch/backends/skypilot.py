@@ -1,0 +1,43 @@
+"""A run as a SkyPilot task: the config travels inside, exactly, and torchrun starts the ranks on the nodes that it gets."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from mikoshi.launch.config.cluster import KubernetesCluster, SlurmCluster
+from mikoshi.launch.config.private_env import refuse_secrets
+from mikoshi.launch.runs.record import Request, Submitted
+from mikoshi.trainer.config.run import to_toml
+
+_PORT = 29500
+
+
+def skypilot(run: Submitted, request: Request, number: int = 1) -> dict[str, Any]:
+    """The task. Which GPU is not known to every kind of cluster: `sky launch --gpus H100:8` says it then."""
+    refuse_secrets(run.spec.cluster)
+    cluster, name = run.spec.cluster, run.spec.config.run.name
+    python = shlex.quote(cluster.python) if isinstance(cluster, KubernetesCluster) and cluster.python else "python"
+    resources: dict[str, Any] = {}
+    if cluster.image:
+        resources["image_id"] = f"docker:{cluster.image}"
+    if isinstance(cluster, SlurmCluster) and cluster.gpu_type and cluster.gpus_per_node:
+        resources["accelerators"] = f"{cluster.gpu_type.upper()}:{cluster.gpus_per_node}"
+    place = f'"$HOME"/.mikoshi/{run.spec.id}'
+    config = f"{place}/{shlex.quote(f'{name}.toml')}"
+    lines = [
+        "set -e",
+        *cluster.setup.splitlines(),
+        f"mkdir -p {place}",
+        f"printf '%s' {shlex.quote(to_toml(run.spec.config))} > {config}",
+        'master=$(printf "%s\\n" "$SKYPILOT_NODE_IPS" | head -n 1)',
+        f'exec {python} -P -m torch.distributed.run --nnodes="$SKYPILOT_NUM_NODES" --node-rank="$SKYPILOT_NODE_RANK" '
+        f'--nproc-per-node={cluster.ranks} --master-addr="$master" --master-port={_PORT} -m mikoshi train {config}',
+    ]
+    return {
+        "name": f"{name}-{number}",
+        "num_nodes": request.nodes,
+        **({"resources": resources} if resources else {}),
+        "envs": {"PYTHONSAFEPATH": "1", **cluster.env},
+        "run": "\n".join(lines) + "\n",
+    }

@@ -1,0 +1,1 @@
+"""Nodes that are reached by ssh."""

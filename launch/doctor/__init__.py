@@ -1,0 +1,4 @@
+"""Whether a cluster is fit to train on.
+
+Entry points: `doctor`, `checks`.
+"""

@@ -1,0 +1,1 @@
+"""The native engine: the plain GPT in any layout, with torch's own optimizers."""
