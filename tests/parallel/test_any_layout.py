@@ -99,4 +99,4 @@ def test_drawn_layouts(ranks, dataset, tmp_path, examples):
 
     drawn()
     assert ran.count(True) >= min(4, examples // 2), "the draw must reach layouts that run"
-    assert ran.count(False) >= 4
+    assert ran.count(False) >= min(4, examples // 2)

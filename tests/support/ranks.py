@@ -1,4 +1,4 @@
-"""A pool of rank processes kept for the whole test session: importing torch is paid once, a test costs milliseconds.
+"""A pool of rank processes kept for the whole test session: importing torch is paid once for all, a test costs milliseconds.
 
 `pool.run(function, *args, world=n)` calls the function on n processes that form one gloo process group, made afresh
 for each call, and returns what each rank returned. A rank that raises or dies ends the call for all of them.
@@ -7,7 +7,6 @@ for each call, and returns what each rank returned. A rank that raises or dies e
 import faulthandler
 import functools
 import gc
-import importlib
 import importlib.util
 import inspect
 import multiprocessing
@@ -17,20 +16,15 @@ import tempfile
 import time
 import traceback
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest import mock
 
 
 def _serve(pipe, said):
     os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)  # what a rank that a signal ends has to say
     faulthandler.enable()
-    import torch
-
-    torch.set_num_threads(1)
-    # Brought in at once and left out of every collection to come, of which there is one a call: it would take 0.2 s each.
-    importlib.import_module("mikoshi.trainer.engines.native.engine")
-    gc.collect()
-    gc.freeze()
     while True:
         try:
             sys.path[:], file, name, args, rank, world, store = pipe.recv()
@@ -107,8 +101,14 @@ def _threads(pid):
 
 
 class RankPool:
-    def __init__(self):
-        self.context = multiprocessing.get_context("spawn")
+    """engines: whether other makers' engines are imported too."""
+
+    def __init__(self, engines=False):
+        self.context = multiprocessing.get_context("forkserver")
+        self.server = forkserver.ForkServer()  # of its own: that of the process is what some tests are about
+        self.server.set_forkserver_preload(["preloaded", *(["preloaded_engines"] if engines else [])])
+        with mock.patch.dict(os.environ, PYTHONPATH=str(Path(__file__).parent)):
+            self.server.ensure_running()
         self.ranks = []
         self.said = tempfile.TemporaryDirectory(prefix="ranks-")
 
@@ -116,7 +116,8 @@ class RankPool:
         while len(self.ranks) < size:
             ours, theirs = self.context.Pipe()
             process = self.context.Process(target=_serve, args=(theirs, str(self._file(len(self.ranks)))), daemon=True)
-            process.start()
+            with mock.patch.object(forkserver, "connect_to_new_process", self.server.connect_to_new_process):
+                process.start()
             theirs.close()
             self.ranks.append((process, ours))
 
@@ -173,3 +174,9 @@ class RankPool:
             process.kill()
             process.join()
         self.ranks = []
+
+    def end(self):
+        """Close it, and end what ranks are forked from."""
+        self.close()
+        self.server._stop()
+        self.said.cleanup()

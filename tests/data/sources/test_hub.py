@@ -169,4 +169,4 @@ def test_a_dataset_that_cannot_be_had_is_told(hub, source, words):
     done = hub(source)
     assert done.returncode != 0
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("data.errors.DataError: data.source: ") and words in last
+    assert last.startswith("mikoshi.data.errors.DataError: data.source: ") and words in last

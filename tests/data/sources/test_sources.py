@@ -436,7 +436,7 @@ def test_a_bucket_that_is_not_there_or_changes_is_told(store):
 
 @pytest.mark.parametrize("offline", ["0", "1"])
 def test_a_hub_that_cannot_be_reached_is_told_at_once_with_the_way_out(offline):
-    code = "from data.sources import *; open_source(SourceSpec('hub:org/name@main:train'))"
+    code = "from mikoshi.data.sources.sources import *; open_source(SourceSpec('hub:org/name@main:train'))"
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": offline}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=60)
     last = done.stderr.strip().splitlines()[-1]

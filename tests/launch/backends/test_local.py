@@ -1,5 +1,6 @@
 """The head on this machine: started detached, found again, stopped, and nothing left of it."""
 
+import contextlib
 import json
 import os
 import signal
@@ -58,7 +59,7 @@ def started(tmp_path):
 
     yield start
     for pid in jobs:
-        if psutil.pid_exists(pid):
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 

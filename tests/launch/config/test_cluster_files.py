@@ -8,7 +8,7 @@ import pytest
 from mikoshi.launch.config.cluster import KINDS, NetworkSection, PatienceSection, load_cluster
 from mikoshi.trainer.errors import ConfigError, LaunchError
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 FILES = sorted((ROOT / "configs" / "clusters").glob("*.toml"))
 MEANINGLESS = {"local": {"image"}, "ssh": {"image"}, "kubernetes": {"setup", "secrets"}}
 """Keys of all kinds that a kind has no use for."""

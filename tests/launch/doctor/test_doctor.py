@@ -30,7 +30,7 @@ from mikoshi.launch.host.network import interface_of
 from mikoshi.launch.host.probe import answer
 from mikoshi.trainer.errors import LaunchError
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 CLUSTER = LocalCluster(kind="local", network={"interface": "lo"})
 RANK = """import json, sys
 from mikoshi.launch.agent.tasks import work_of

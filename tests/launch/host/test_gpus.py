@@ -76,7 +76,7 @@ def test_amds(tmp_path, env, count):
 
 def test_makefile_counts_with_it_on_plain_python():
     """`make train` runs it before anything is installed."""
-    root = Path(__file__).parent.parent.parent
+    root = Path(__file__).parents[3]
     (line,) = [line for line in (root / "Makefile").read_text().splitlines() if line.startswith("RANKS")]
     code = line.partition("-c '")[2].rpartition("'")[0]
     assert "gpus_here()" in code

@@ -14,7 +14,7 @@ from whole import run_whole
 pytest.importorskip("accelerate")
 pytest.importorskip("deepspeed")
 
-SCRIPT = Path(__file__).parent.parent / "support" / "accelerated.py"
+SCRIPT = Path(__file__).parents[2] / "support" / "accelerated.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
 
