@@ -13,12 +13,13 @@ PYTEST := $(BIN)/pytest -n $(WORKERS) --dist worksteal
 # Folders of the slow tests, where not all of them are wanted.
 SLOW ?= tests
 
-.PHONY: help train test test-slow test-soak test-all bench bench-train bench-data bench-save bench-launch bench-gpu clean
+.PHONY: help train test test-slow test-soak test-all docs bench bench-train bench-data bench-save bench-launch bench-gpu clean
 
 help:
 	@echo "make train      prepare real text, train a GPT on every rank of this machine, report, and let it write"
-	@echo "make test       lint, types and tests, about 16 minutes on 2 cores"
+	@echo "make test       lint, types and tests, about 8 minutes on 2 cores"
 	@echo "make test-all   and the slow ones: whole matrices, compilation, and soaks of faults"
+	@echo "make docs       the documentation as a site, in site/"
 	@echo "make bench      bench-train: speed and memory beside Hugging Face, plain PyTorch and DeepSpeed, on this CPU;"
 	@echo "                bench-data: reading beside litdata, mosaicml-streaming, Megatron and datasets, and tokenizing"
 	@echo "                bench-save: saving and loading checkpoints beside torch's own"
@@ -32,6 +33,10 @@ $(VENV)/.run: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.run
+	$(BIN)/pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[docs]'
 	touch $@
 
 train: $(VENV)/.run
@@ -50,6 +55,11 @@ test-soak: $(VENV)/.dev
 	$(PYTEST) -m soak
 
 test-all: test test-slow test-soak
+
+docs: $(VENV)/.docs
+	$(BIN)/python docs/reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -P -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
 bench: bench-train bench-data bench-save bench-launch
 
@@ -76,4 +86,4 @@ bench-gpu:
 	$(PYTHON) tests/bench/run.py --gpu
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info
+	rm -rf $(VENV) build runs site *.egg-info

@@ -1,4 +1,4 @@
-"""Every `mikoshi` command of the README is run as written, in a folder where the quick start is a small one."""
+"""Every `mikoshi` command in a sh block of the README and the pages is run as written, where the quick start is a small one."""
 
 import itertools
 import re
@@ -13,16 +13,28 @@ import pytest
 from runs import VOCAB, text_folder
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [DOCS / f"{name}.md" for name in ("quickstart", "config", "layouts", "plan", "engines", "data", "recovery", "local")]
+"""In this order: what one page makes, a later one looks at."""
+ELSEWHERE = {"accelerate.md", "compare.md"}  # tests of their own run their commands
+MAKING = ("prepare", "train", "submit", "fit-batch")
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
 def commands():
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line]
+    return [line for page in PAGES for block in blocks(page, "sh") for line in block.splitlines() if line]
+
+
+def test_no_page_is_forgotten():
+    with_commands = {page.name for page in [ROOT / "README.md", *DOCS.glob("*.md")] if blocks(page, "sh")}
+    assert with_commands == {page.name for page in PAGES} | ELSEWHERE
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_run_as_written(tmp_path):
+def test_the_commands_run_as_written(tmp_path):
     runs, models = tmp_path / "configs/runs", tmp_path / "configs/models"
     runs.mkdir(parents=True)
     models.mkdir()
@@ -46,7 +58,7 @@ def test_the_readmes_commands_run_as_written(tmp_path):
     (clusters / "local.toml").write_text(f'{local}\n[env]\nOMP_NUM_THREADS = "1"\n')  # as for all that tests start
 
     found = commands()
-    assert len(found) >= 23
+    assert len(found) >= 29
 
     def run(line):
         done = subprocess.run(
@@ -57,7 +69,7 @@ def test_the_readmes_commands_run_as_written(tmp_path):
 
     with ThreadPoolExecutor(2) as pool:
         # What only looks comes two at a time, between the commands that make something.
-        for making, lines in itertools.groupby(found, lambda line: line.split()[1] in ("prepare", "train", "submit")):
+        for making, lines in itertools.groupby(found, lambda line: line.split()[1] in MAKING):
             together = list(lines)
             list(map(run, together) if making else pool.map(run, together))
     assert all(line.startswith("mikoshi ") for line in found)
@@ -68,7 +80,7 @@ def test_the_quick_start_itself_takes_their_settings():
     """Where it is trained in the test above it is a small one, with other steps."""
     from mikoshi.trainer.config.run import load_config
 
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *DOCS.glob("*.md")]
     lines = [line.strip() for page in pages for line in page.read_text().splitlines()]
     found = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("mikoshi ") and " configs/runs/" in line]
     assert len(found) >= 20
@@ -77,13 +89,15 @@ def test_the_quick_start_itself_takes_their_settings():
         assert load_config(ROOT / (place if place.startswith("configs/") else words[0]), settings).run.name
 
 
-def test_the_readmes_settings_are_settings(tmp_path):
+def test_the_pages_settings_are_settings(tmp_path):
     from mikoshi.trainer.config.run import load_config
 
-    blocks = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        base = (ROOT / "configs/runs/quickstart.toml").as_posix()
-        lone = block.replace("[data]\n", '[data]\nsource = ""\n')
-        (tmp_path / "run.toml").write_text(f'base = "{base}"\n{lone}')
-        assert load_config(tmp_path / "run.toml").data.mixture
+    found = {page.name: blocks(page, "toml") for page in [ROOT / "README.md", *DOCS.glob("*.md")]}
+    assert {name for name, texts in found.items() if texts} >= {"data.md", "engines.md"}
+    for name, texts in found.items():
+        for text in texts:
+            base = (ROOT / "configs/runs/quickstart.toml").as_posix()
+            lone = text.replace("[data]\n", '[data]\nsource = ""\n')
+            (tmp_path / "run.toml").write_text(f'base = "{base}"\n{lone}')
+            config = load_config(tmp_path / "run.toml")
+            assert config.data.mixture or name != "data.md"

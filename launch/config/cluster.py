@@ -76,7 +76,7 @@ class SshCluster(Base):
     )
     hostfile: Plain = Field("", description="hosts from a file in DeepSpeed's format instead: a line `name slots=8` each")
     user: Word = Field("", description="account there (default: as ssh has it)")
-    port: Annotated[int, Field(ge=1, le=65535)] = 22
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(22, description="of sshd there; 22: as ssh has it")
     identity: Plain = Field("", description="private key file (default: as ssh has it)")
     known_hosts: Plain = Field(
         "", description="file of the hosts' keys; a host whose key is not there is refused (default: ssh's own)"
@@ -108,11 +108,11 @@ _OWN = (
 
 class SlurmCluster(Base):
     kind: Literal["slurm"]
-    partition: Word = ""
-    account: Word = ""
-    qos: Word = ""
+    partition: Word = Field("", description="partition of the jobs (default: the cluster's own; `sinfo` lists them)")
+    account: Word = Field("", description="account that the jobs are charged to (default: the user's own)")
+    qos: Word = Field("", description="quality of service (default: the account's)")
     constraint: Line = Field("", description="features of nodes, as sbatch --constraint has them")
-    reservation: Word = ""
+    reservation: Word = Field("", description="reservation to run in (default: none)")
     gpu_request: Literal["gres", "gpus-per-node", "none"] = Field(
         "gres", description="how GPUs are asked for; none: nodes are given whole"
     )
@@ -140,10 +140,10 @@ class SlurmCluster(Base):
 
 class KubernetesCluster(Base):
     kind: Literal["kubernetes"]
-    namespace: Word = "default"
+    namespace: Word = Field("default", description="namespace that the objects are made in")
     context: Line = Field("", description="of the kubeconfig (default: its current one)")
     claim: Word = Field("", description="PersistentVolumeClaim with the run folders, mounted at workdir")
-    service_account: Word = ""
+    service_account: Word = Field("", description="service account of the pods (default: the namespace's)")
     secret_refs: list[Word] = Field([], description="names of Secrets whose keys become variables of every rank")
     node_selector: dict[str, str] = Field({}, description="labels of the nodes to use")
     tolerations: list[dict[str, str]] = Field([], description="taints to put up with, as Kubernetes has them")

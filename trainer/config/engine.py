@@ -41,7 +41,7 @@ class MegatronSection(Section):
 
 class EngineSection(Section):
     kind: Kind = Field("native", description="what computes a step; checkpoints are the same, and any resumes them")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what ranks compute on; auto: GPUs where there are any")
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="bf16: compute in bf16, master weights in fp32; fp32: all of it, without TF32; auto: as the run was begun, "

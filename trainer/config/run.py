@@ -30,7 +30,7 @@ class RunSection(Section):
         description="folder of the run (default: the file's name)",
     )
     folder: Path = Field(Path("runs"), description="where run folders are kept")
-    seed: Natural = 1
+    seed: Natural = Field(1, description="what initial weights and the order of the samples are made from")
 
     @field_validator("name")
     @classmethod
@@ -45,7 +45,7 @@ class RunSection(Section):
 
 
 class TrainSection(Section):
-    steps: Natural
+    steps: Natural = Field(description="steps of the run, each an update of the weights")
     global_batch: Count = Field(description="rows of a step, over all ranks")
     micro_batch: Count | None = Field(None, description="rows a rank handles at once, at most (default: all of its own)")
     context: Count = Field(description="tokens of a row")
@@ -60,7 +60,9 @@ class EvalSection(Section):
 
 
 class ScheduleSection(Section):
-    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "wsd", "constant"] = Field(
+        "cosine", description="how the learning rate falls after the warm-up; wsd: constant, then a linear decay at the end"
+    )
     steps: Count | None = Field(
         None,
         description="its length, after which the rate stays where it ended (default: train.steps, so that a longer "
@@ -77,9 +79,11 @@ class OptimSection(Section):
         description="muon: the blocks' matrices, each expert's too, by Muon; routers and the rest by AdamW "
         "(`mikoshi config RUN --optim` lists them)",
     )
-    lr: float = Field(3e-4, gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    lr: float = Field(3e-4, gt=0, description="the largest learning rate")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.95), description="of AdamW: decay of its first and second moment"
+    )
+    eps: float = Field(1e-8, gt=0, description="of AdamW: added to the root of the second moment")
     weight_decay: float = Field(0.1, ge=0, description="on matrices only")
     momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
@@ -99,7 +103,9 @@ class ParallelSection(Section):
     )
     tp: Count = Field(1, description="tensor and sequence parallel ranks, inside a node")
     pp: Count = Field(1, description="pipeline parallel ranks")
-    schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev"] = "1f1b"
+    schedule: Literal["gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev"] = Field(
+        "1f1b", description="the order of the pipeline's forward and backward passes"
+    )
     virtual_stages: Count | None = Field(None, description="stages a pipeline rank (default: 2 where the schedule has them)")
     cp: Count = Field(1, description="context parallel ranks: each holds a part of every row's tokens")
     context_kind: Literal["all-gather", "ring", "ulysses"] = Field(
@@ -117,7 +123,7 @@ class ParallelSection(Section):
 
 class LogSection(Section):
     every: Count = Field(1, description="steps between console lines where it is no terminal; metrics have every step")
-    tensorboard: bool = True
+    tensorboard: bool = Field(True, description="also write the metrics for TensorBoard, into the run folder")
     wandb: str = Field("", description="Weights & Biases project; empty: off")
 
 

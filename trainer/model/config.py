@@ -20,7 +20,9 @@ class RopeConfig(BaseModel):
 
     theta: float = Field(10_000.0, gt=0, description="base of the geometric frequencies")
     fraction: float = Field(1.0, gt=0, le=1, description="part of each head that is rotated")
-    scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = "none"
+    scaling: Literal["none", "linear", "dynamic", "yarn", "llama3"] = Field(
+        "none", description="how frequencies are stretched past original_context"
+    )
     factor: float = Field(1.0, ge=1, description="how many times longer than original_context")
     original_context: Count = Field(8192, description="context the frequencies were trained at")
     low_freq_factor: float = Field(1.0, gt=0, description="llama3: wavelengths beyond original_context/this are stretched")
@@ -54,7 +56,7 @@ class MoEConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    experts: Count
+    experts: Count = Field(description="routed experts of a layer")
     top_k: Count = Field(description="experts a token is sent to")
     width: Count | None = Field(None, description="mlp width of one expert (default: the model's mlp_width)")
     shared: Natural = Field(0, description="experts that see every token, as one dense MLP of shared x width")
@@ -96,20 +98,24 @@ class ModelConfig(BaseModel):
 
     vocab: Count = Field(description="rows of the embedding; at least the tokenizer's size")
     context: Count = Field(description="longest sequence; the number of learned positions")
-    layers: Count
-    width: Count
-    heads: Count
+    layers: Count = Field(description="transformer blocks")
+    width: Count = Field(description="elements of the residual stream")
+    heads: Count = Field(description="query heads of attention")
     kv_heads: Count | None = Field(None, description="key/value heads: heads for MHA, 1 for multi-query (default: heads)")
     head_dim: Count | None = Field(None, description="default: width / heads")
     mlp_width: Count | None = Field(None, description="default: 4 x width")
 
-    position: Literal["learned", "rotary", "alibi", "none"] = "rotary"
+    position: Literal["learned", "rotary", "alibi", "none"] = Field(
+        "rotary", description="how the model knows where a token stands"
+    )
     rope: RopeConfig = RopeConfig()
-    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
-    norm_eps: float = Field(1e-5, gt=0)
+    norm: Literal["layernorm", "rmsnorm"] = Field("rmsnorm", description="the norm of blocks, embedding and head")
+    norm_eps: float = Field(1e-5, gt=0, description="what a norm adds to the variance, or the mean square")
     norm_order: Literal["pre", "post"] = Field("pre", description="post: GPT-1, norm after the residual sum")
     block: Literal["serial", "parallel"] = Field("serial", description="parallel: PaLM, attention and MLP side by side")
-    mlp: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = "swiglu"
+    mlp: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = Field(
+        "swiglu", description="activation of the MLP; swiglu and geglu have a gate"
+    )
     moe: MoEConfig | None = Field(None, description="experts in place of the MLP (default: every layer is dense)")
     bias: bool = Field(False, description="biases in every linear layer and LayerNorm")
     qkv_bias: bool | None = Field(None, description="biases of q, k, v alone (default: bias)")
@@ -121,7 +127,7 @@ class ModelConfig(BaseModel):
     )
     logit_scale: float = Field(1.0, gt=0, description="multiplies the logits (PaLM: 1/sqrt(width))")
 
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(0.02, gt=0, description="standard deviation of initial weights")
     embedding_std: float | None = Field(None, gt=0, description="default: init_std")
     init_residual_scaled: bool = Field(True, description="std / sqrt(2 x layers) for what is added to the residual")
 
