@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 from torch.distributed import ProcessGroup
-from torch.distributed.pipelining._backward import stage_backward_input
 from torch.torch_version import TorchVersion
 
 from mikoshi.parallel.layout import Layout
@@ -156,6 +155,8 @@ class _Run:
         graph = out.view_as(out) if _NODES_DIE else None
         parameters = self.pipeline.stages[stage].parameters()
         into = [torch.ones_like(out) if upstream is None else upstream]
+        from torch.distributed.pipelining._backward import stage_backward_input  # brings in Dynamo: over a second
+
         (gradient,), groups = stage_backward_input([out], into, [x], parameters)
         self.deferred[stage, micro] = (groups, graph)
         self._keep(stage, micro, gradient)

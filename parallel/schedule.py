@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops
-
 from mikoshi.parallel.errors import LayoutError
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev"]
@@ -81,6 +79,8 @@ def orders(kind: Schedule, pp: int, virtual: int, micro_batches: int) -> Orders:
         if kind == "1f1b":
             work = tuple(tuple(_one_forward_one_backward(rank, pp, micro_batches)) for rank in range(pp))
         else:
+            from torch.distributed.pipelining._schedule_visualizer import get_schedule_ops  # brings in Dynamo: over a second
+
             ranks = get_schedule_ops(_TORCH_NAMES[kind], pp, micro_batches, virtual)
             work = tuple(tuple(_flatten(rank)) for rank in ranks)
         _clock(work, pp)

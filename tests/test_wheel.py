@@ -49,7 +49,7 @@ def test_it_trains_beside_others_of_the_same_names(wheel, dataset, tmp_path):
     home, here = tmp_path / "home", tmp_path / "here"
     done(sys.executable, "-m", "venv", "--without-pip", home)
     (site,) = home.glob("lib/python*/site-packages")
-    done(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--prefix", home, "--ignore-installed", wheel)
+    done(sys.executable, "-m", "pip", "--python", home / "bin" / "python", "install", "--quiet", "--no-deps", wheel)
     beneath = [path for path in sys.path if path.endswith("site-packages")]
     (site / "zz-beneath.pth").write_text("\n".join(beneath))  # torch and the rest
     for folder in (site, here):

@@ -7,13 +7,26 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import typer
+import typer.core
 
 from mikoshi.launch.cli import chaos, checkpoint, cluster, compare, config, data, megatron, plan, train, watch, weights
 from mikoshi.trainer.exit_codes import DONE
 from mikoshi.trainer.streams import open_streams
 from mikoshi.trainer.train.rank import end_now, outage, say, told
 
+
+class InOrder(typer.core.TyperGroup):
+    """Lists groups of verbs, such as `checkpoint`, before the verbs of the same panel, where Typer has them last of all."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        """The verbs in the order of their panels."""
+        late = ("config", "chaos")
+        names = super().list_commands(ctx)
+        return [*(name for name in names if name not in late), *late]
+
+
 app = typer.Typer(
+    cls=InOrder,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

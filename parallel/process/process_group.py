@@ -16,8 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._redistribute import _gen_transform_infos
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from mikoshi.parallel.errors import LayoutError
 from mikoshi.parallel.process.gloo import one_worker
@@ -296,5 +296,7 @@ def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         # DTensor caches its plans by the value of a mesh: an equal one of the next world has other groups.
+        # As torch.distributed.tensor.debug does, which would bring in Dynamo: over a second at the end of every rank.
         _gen_transform_infos.cache_clear()
-        _clear_sharding_prop_cache()
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+        torch._C._clear_DTensor_sharding_propagator_cache()
