@@ -5,7 +5,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 BIN := $(VENV)/bin
 # The quick start's ranks: the GPUs, or without any the cores, as far as the batch of 8 rows can be shared.
-RANKS ?= $(shell $(PYTHON) -c 'import os; from mikoshi.launch.host.gpus import gpus_here; n = gpus_here() or os.cpu_count(); print(max(r for r in (1, 2, 4, 8) if r <= n))')
+RANKS ?= $(shell $(PYTHON) -c 'import os; from mikoshi.launch.host.gpus import count_visible_gpus; n = count_visible_gpus() or os.cpu_count(); print(max(r for r in (1, 2, 4, 8) if r <= n))')
 RUN := configs/runs/quickstart.toml
 # Tests that run at once. Many start several ranks, and wait for something in between: one a core is enough.
 WORKERS ?= 2

@@ -1,4 +1,5 @@
-"""What is wrong with the data, in one line that a person can act on, apart from what is wrong with the storage just now."""
+"""Errors of data and of storage: every message names the file or key and says what to do, and tells lasting problems from
+transient ones."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-PASSING_4XX = (408, 425, 429)
+RETRYABLE_4XX = (408, 425, 429)
 
 _LASTING_CLASSES = (FileNotFoundError, FileExistsError, PermissionError, NotADirectoryError, IsADirectoryError, ValueError)
 _LASTING = frozenset({
@@ -22,16 +23,19 @@ _REFUSALS = frozenset({
 
 
 class DataError(ValueError):
-    """The user's data or data settings cannot be used; the message names the file or key and the way out."""
+    """The user's data or data settings cannot be used. The message names the file or key and the remedy."""
 
 
 class StorageError(RuntimeError):
-    """Where the data is kept does not answer now; the same read may work later, and there is nothing in it to mend."""
+    """The storage does not answer now. Nothing is wrong with the data, and the same read may succeed later."""
 
 
-def passes(error: Exception) -> bool:
-    """Whether what a disk or a store said may be gone the next time: all but missing, no file, no leave, no room, and an
-    address that cannot be."""
+def is_transient(error: Exception) -> bool:
+    """Whether an error of a disk or store may be gone at the next attempt.
+
+    Missing files, wrong permissions, a full disk, an invalid address and HTTP 4xx (but 408, 425 and 429) are lasting;
+    everything else is transient.
+    """
     if isinstance(error, _LASTING_CLASSES) or (isinstance(error, OSError) and error.errno in _LASTING):
         return False
     if _REFUSALS & {kind.__name__ for kind in type(error).__mro__} or "redirect without LOCATION" in str(error):
@@ -39,20 +43,29 @@ def passes(error: Exception) -> bool:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is None and (found := re.search(r"status code: (\d{3})", str(error))):
         status = int(found[1])
-    return status is None or status in PASSING_4XX or not 400 <= status < 500
+    return status is None or status in RETRYABLE_4XX or not 400 <= status < 500
 
 
-def of_storage(error: Exception, told: str, way: str = "") -> DataError | StorageError:
-    """What such an error comes out as, in the words `told`: a DataError with the `way` out, or a StorageError."""
-    if passes(error):
-        return StorageError(f"{told}; try again when the storage answers")
-    return DataError(f"{told}; {way}" if way else told)
+def storage_error(error: Exception, message: str, remedy: str = "") -> DataError | StorageError:
+    """The error to raise for a failed read or write: StorageError if `error` is transient, else DataError.
+
+    message: what failed, with the name of the file.
+    remedy: what the user can do about a lasting error.
+    """
+    if is_transient(error):
+        return StorageError(f"{message}; try again when the storage answers")
+    return DataError(f"{message}; {remedy}" if remedy else message)
 
 
 @contextmanager
-def reading(what: object, way: str = "", how: str = "cannot be read") -> Iterator[None]:
-    """An OSError in the block comes out as `of_storage` has it, naming what was read."""
+def os_errors_named(name: object, remedy: str = "", failure: str = "cannot be read") -> Iterator[None]:
+    """Turn an OSError in the block into the error that `storage_error` returns, with the name of what was read.
+
+    name: the file or folder, which begins the message.
+    remedy: what the user can do about a lasting error.
+    failure: what went wrong, as the message says it.
+    """
     try:
         yield
     except OSError as error:
-        raise of_storage(error, f"{what}: {how}: {error.strerror or error}", way) from None
+        raise storage_error(error, f"{name}: {failure}: {error.strerror or error}", remedy) from None

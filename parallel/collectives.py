@@ -23,8 +23,11 @@ def _scattered(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     return cast(Tensor, _ops.wait_tensor(_ops.reduce_scatter_tensor(parts, "sum", group.size(), group.group_name)))
 
 
-def _exchanged(x: Tensor, got: Sequence[int], given: Sequence[int], group: ProcessGroup) -> Tensor:
-    return cast(Tensor, _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), list(got), list(given), group.group_name)))
+def _exchanged(x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: ProcessGroup) -> Tensor:
+    return cast(
+        Tensor,
+        _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), list(output_splits), list(input_splits), group.group_name)),
+    )
 
 
 class _Gather(torch.autograd.Function):
@@ -64,13 +67,13 @@ class _Join(_Gather):
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, got: Sequence[int], given: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.got, ctx.given, ctx.group = got, given, group
-        return _exchanged(x, got, given, group)
+    def forward(ctx: Any, x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.output_splits, ctx.input_splits, ctx.group = output_splits, input_splits, group
+        return _exchanged(x, output_splits, input_splits, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchanged(grads[0], ctx.given, ctx.got, ctx.group), None, None, None
+        return _exchanged(grads[0], ctx.input_splits, ctx.output_splits, ctx.group), None, None, None
 
 
 def gather(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
@@ -84,32 +87,35 @@ def reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
 
 
 def own_part(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """Of an `x` that all ranks hold alike, each rank's part along `dim`. Backward: gather, of gradients alike again."""
+    """Each rank's part, along `dim`, of an `x` that is equal on all ranks. Backward: gather, of gradients that are again
+    equal."""
     return cast(Tensor, _OwnPart.apply(x, dim, group))  # type: ignore[no-untyped-call]
 
 
 def join(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
-    """All ranks' `x` joined along `dim`, for all ranks to do the same with. Backward: of a gradient alike on all, its part."""
+    """All ranks' `x` joined along `dim`, for a computation that is equal on all ranks. Backward: this rank's part of a
+    gradient that is equal on all."""
     return cast(Tensor, _Join.apply(x, dim, group))  # type: ignore[no-untyped-call]
 
 
-def exchange(x: Tensor, got: Sequence[int], given: Sequence[int], group: ProcessGroup) -> Tensor:
-    """All-to-all of rows: `given[r]` rows, in order, go to rank r, and `got[r]` rows come from it. Backward: the reverse."""
-    return cast(Tensor, _Exchange.apply(x, got, given, group))  # type: ignore[no-untyped-call]
+def exchange(x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: ProcessGroup) -> Tensor:
+    """All-to-all of rows: `input_splits[r]` rows, in order, go to rank r, and `output_splits[r]` rows come from it.
+    Backward: the reverse."""
+    return cast(Tensor, _Exchange.apply(x, output_splits, input_splits, group))  # type: ignore[no-untyped-call]
 
 
-def exchange_counts(x: Tensor, got: Sequence[int], given: Sequence[int], group: ProcessGroup) -> Tensor:
-    """exchange, for numbers that no gradient flows through."""
-    return _exchanged(x, got, given, group)
+def exchange_counts(x: Tensor, output_splits: Sequence[int], input_splits: Sequence[int], group: ProcessGroup) -> Tensor:
+    """As `exchange`, for integers, through which no gradient flows."""
+    return _exchanged(x, output_splits, input_splits, group)
 
 
-def total(x: Tensor, group: ProcessGroup, how: str = "sum") -> Tensor:
-    """All ranks' `x`, added up or whatever `how` says. No gradient flows through it."""
+def all_reduce(x: Tensor, group: ProcessGroup, how: str = "sum") -> Tensor:
+    """All ranks' `x`, reduced by `how` ("sum", "max", ...). No gradient flows through it."""
     return cast(Tensor, _ops.wait_tensor(_ops.all_reduce(x.detach().contiguous(), how, group.group_name)))
 
 
-def sizes(counts: Tensor, rows: int) -> list[int]:
-    """Row counts as numbers. On fake tensors, which hold none, `rows` shared out evenly: what a dry run assumes."""
+def split_sizes(counts: Tensor, rows: int) -> list[int]:
+    """Row counts as integers. Fake tensors hold no values: then `rows` divided evenly, which a dry run assumes."""
     if isinstance(counts, FakeTensor):
         each, over = divmod(rows, len(counts))
         return [each + (i < over) for i in range(len(counts))]

@@ -22,7 +22,7 @@ from mikoshi.parallel.layout import ContextKind
 Attend = Callable[[Tensor, Tensor, Tensor, object], Tensor]
 
 
-def tokens_of(rank: int, size: int, context: int, kind: ContextKind) -> npt.NDArray[np.int64]:
+def token_positions(rank: int, size: int, context: int, kind: ContextKind) -> npt.NDArray[np.int64]:
     """Positions in the row that a context-parallel rank holds, [context / size]."""
     index = np.arange(context, dtype=np.int64)
     if kind == "ulysses":
@@ -34,8 +34,8 @@ def tokens_of(rank: int, size: int, context: int, kind: ContextKind) -> npt.NDAr
 def gathered_keys(attend: Attend, group: ProcessGroup, context: int, device: torch.device) -> Attend:
     """Attention of this rank's queries to the keys and values of the whole row."""
     size = dist.get_world_size(group)
-    held = np.concatenate([tokens_of(rank, size, context, "all-gather") for rank in range(size)])
-    in_order = torch.from_numpy(held.argsort()).to(device)
+    positions = np.concatenate([token_positions(rank, size, context, "all-gather") for rank in range(size)])
+    in_order = torch.from_numpy(positions.argsort()).to(device)
 
     def attend_row(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: object) -> Tensor:
         k, v = (gather(part, 2, group).index_select(2, in_order) for part in (k_BKTD, v_BKTD))
@@ -50,8 +50,8 @@ def exchanged_heads(attend: Attend, group: ProcessGroup) -> Attend:
 
     def attend_heads(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: object) -> Tensor:
         # Where there are too few key/value heads to share out, ranks hold copies; their gradients add up by themselves.
-        held = k_BKTD.shape[1]
-        copies = 1 if held % size == 0 else size // held if size % held == 0 else q_BHTD.shape[1] // held
+        kv_heads = k_BKTD.shape[1]
+        copies = 1 if kv_heads % size == 0 else size // kv_heads if size % kv_heads == 0 else q_BHTD.shape[1] // kv_heads
         k, v = (part.repeat_interleave(copies, 1) if copies > 1 else part for part in (k_BKTD, v_BKTD))
         q, k, v = (_to_heads(part, size, group) for part in (q_BHTD, k, v))
         return _to_tokens(attend(q, k, v, mask), size, group)
@@ -63,13 +63,13 @@ def _to_heads(x_BHTD: Tensor, size: int, group: ProcessGroup) -> Tensor:
     """[B, H, T/size, D] -> [B, H/size, T, D]."""
     parts = torch.stack(x_BHTD.chunk(size, 1)).flatten(0, 1)  # the part of each rank's heads, one after another
     even = [x_BHTD.shape[0]] * size
-    got = exchange(parts, even, even, group).unflatten(0, (size, -1))
-    return torch.cat(got.unbind(0), 2)
+    received = exchange(parts, even, even, group).unflatten(0, (size, -1))
+    return torch.cat(received.unbind(0), 2)
 
 
 def _to_tokens(x_BHTD: Tensor, size: int, group: ProcessGroup) -> Tensor:
     """[B, H/size, T, D] -> [B, H, T/size, D]."""
     parts = torch.stack(x_BHTD.chunk(size, 2)).flatten(0, 1)
     even = [x_BHTD.shape[0]] * size
-    got = exchange(parts, even, even, group).unflatten(0, (size, -1))
-    return torch.cat(got.unbind(0), 1)
+    received = exchange(parts, even, even, group).unflatten(0, (size, -1))
+    return torch.cat(received.unbind(0), 1)

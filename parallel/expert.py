@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from mikoshi.parallel.collectives import exchange, exchange_counts, gather, reduce_scatter, sizes, total
+from mikoshi.parallel.collectives import all_reduce, exchange, exchange_counts, gather, reduce_scatter, split_sizes
 from mikoshi.parallel.tensor import own
 
 
@@ -25,39 +25,39 @@ def expert_parallel(experts: Any, ep: ProcessGroup | None, expert_tp: ProcessGro
     def weights() -> tuple[Tensor, Tensor, Tensor]:
         return own(experts.gate), own(experts.up), own(experts.down)
 
-    def here(x_MC: Tensor, counts_E: Tensor) -> Tensor:
+    def compute_local(x_MC: Tensor, counts_E: Tensor) -> Tensor:
         return compute(x_MC, counts_E, *weights())
 
-    def travelling(x_MC: Tensor, counts_E: Tensor) -> Tensor:
+    def compute_exchanged(x_MC: Tensor, counts_E: Tensor) -> Tensor:
         assert ep is not None
         ranks = ep.size()
-        given_RE = counts_E.view(ranks, -1)
+        sent_RE = counts_E.view(ranks, -1)
         even = [1] * ranks
-        got_RE = exchange_counts(given_RE, even, even, ep)  # rows from each rank for each expert here
-        given = sizes(given_RE.sum(1), len(x_MC))
-        got = sizes(got_RE.sum(1), len(x_MC))
-        x = exchange(x_MC, got, given, ep)
-        order, back = _by_expert(got_RE, len(x))
-        y = here(x[order], got_RE.sum(0))
-        return exchange(y[back], given, got, ep)
+        received_RE = exchange_counts(sent_RE, even, even, ep)  # rows from each rank for each expert here
+        sent = split_sizes(sent_RE.sum(1), len(x_MC))
+        received = split_sizes(received_RE.sum(1), len(x_MC))
+        x = exchange(x_MC, received, sent, ep)
+        order, back = _by_expert(received_RE, len(x))
+        y = compute_local(x[order], received_RE.sum(0))
+        return exchange(y[back], sent, received, ep)
 
     def shared_rows(x_MC: Tensor, counts_E: Tensor) -> Tensor:
         assert expert_tp is not None
         x = gather(x_MC, 0, expert_tp)
         counts_RE = _gathered_counts(counts_E, expert_tp)
         order, back = _by_expert(counts_RE, len(x))
-        y = alone(x[order], counts_RE.sum(0))
+        y = compute_own(x[order], counts_RE.sum(0))
         return reduce_scatter(y[back], 0, expert_tp)
 
-    alone = here if ep is None else travelling
-    experts.forward = alone if expert_tp is None else shared_rows
+    compute_own = compute_local if ep is None else compute_exchanged
+    experts.forward = compute_own if expert_tp is None else shared_rows
 
 
 def _gathered_counts(counts_E: Tensor, group: ProcessGroup) -> Tensor:
     """Every rank's counts, [ranks, E]."""
     mine = torch.zeros((group.size(), len(counts_E)), dtype=counts_E.dtype, device=counts_E.device)
     mine[group.rank()] = counts_E
-    return total(mine, group)
+    return all_reduce(mine, group)
 
 
 def _by_expert(counts_RE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -73,11 +73,11 @@ def _by_expert(counts_RE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 def share_balance(layer: Any, row: ProcessGroup) -> None:
     """Count an MoE layer's choices over whole rows, where ranks hold parts of them."""
-    layer.row_sum = lambda counts: total(counts, row)
+    layer.row_sum = lambda counts: all_reduce(counts, row)
 
 
-def cut_tokens(layer: Any, tp: ProcessGroup) -> None:
-    """Have an MoE layer take its part of what is told of all tokens, where it is given a part of the sequence."""
+def keep_own_tokens(layer: Any, tp: ProcessGroup) -> None:
+    """Have an MoE layer take its part of a mask over all tokens, when its input is a part of the sequence."""
     rank, size = dist.get_rank(tp), dist.get_world_size(tp)
     layer.own_tokens = lambda mask_BT: mask_BT.chunk(size, -1)[rank]
 

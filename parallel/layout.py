@@ -17,7 +17,7 @@ ContextKind = Literal["all-gather", "ring", "ulysses"]
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a layout must know of a model: the numbers that an axis has to divide. `experts` is 0 for a dense one."""
+    """The numbers of a model that a layout must divide. `experts` is 0 for a dense model."""
 
     layers: int
     heads: int
@@ -30,9 +30,14 @@ class ModelFacts:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """What a layout must know of a step. `micro_batch`: rows at once, at most; None: the layout may choose. `plain`: a row
-    is one document, and attention has no window and no bias."""
+class BatchShape:
+    """The numbers of a step that a layout must know.
+
+    rows: of a global batch.
+    micro_batch: the most rows at once; None: the layout may choose.
+    context: tokens of a row.
+    plain: a row is one document, and attention has no window and no bias.
+    """
 
     rows: int
     micro_batch: int | None
@@ -41,8 +46,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The degrees as a user gives them; None: the usual value."""
+class RequestedLayout:
+    """The degrees of parallelism as a user gives them; None: the default."""
 
     zero: ZeroStage = 2
     replicas: int | None = None
@@ -70,7 +75,7 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Layout:
-    """Degrees of parallelism; their product is the world size. Make one with `plan`, which validates it.
+    """Degrees of parallelism; their product is the world size. Make one with `resolve_layout`, which validates it.
 
     replicas x shards: the ranks that read different rows; the state is cut over `shards` (times cp) as `zero` says
     (Rajbhandari et al. 2020, arXiv:1910.02054): 0 nothing; 1 the optimizer's state; 2 gradients too; 3 parameters too.
@@ -95,6 +100,7 @@ class Layout:
 
     @property
     def world(self) -> int:
+        """The number of ranks."""
         return self.pp * self.stage_ranks
 
     @property
@@ -109,6 +115,7 @@ class Layout:
 
     @property
     def stages(self) -> int:
+        """The number of pipeline stages."""
         return self.pp * self.virtual
 
     @property
@@ -137,55 +144,63 @@ class Layout:
         return [s for s in range(self.stages) if rank_of(s, self.pp, self.schedule) == pp_rank]
 
 
-def plan(
-    asked: Asked, world: int, facts: ModelFacts, batch: Batch, served: Callable[[Layout], bool] = lambda _: True
+def resolve_layout(
+    requested: RequestedLayout,
+    world: int,
+    facts: ModelFacts,
+    batch: BatchShape,
+    supported: Callable[[Layout], bool] = lambda _: True,
 ) -> Layout:
-    """The layout of `world` ranks that was asked for. Raises LayoutError with the reason and the nearest ones that can be,
-    of those that are `served` by what is to carry them."""
+    """The layout of `world` ranks for the requested degrees.
+
+    supported: whether the engine supports a layout; only such layouts are suggested.
+
+    Raises LayoutError with the reason and the nearest layouts that work.
+    """
     try:
-        return _plan(asked, world, facts, batch)
+        return _plan(requested, world, facts, batch)
     except LayoutError as error:
-        near = nearest(asked, world, facts, batch, served)
-        hint = f"; nearest that work: {' | '.join(near)}" if near else ""
+        alternatives = nearest_layouts(requested, world, facts, batch, supported)
+        hint = f"; nearest that work: {' | '.join(alternatives)}" if alternatives else ""
         raise LayoutError(f"{error}{hint}") from None
 
 
-def _plan(asked: Asked, world: int, facts: ModelFacts, batch: Batch) -> Layout:
-    inner = asked.tp * asked.pp * asked.cp
+def _plan(requested: RequestedLayout, world: int, facts: ModelFacts, batch: BatchShape) -> Layout:
+    inner = requested.tp * requested.pp * requested.cp
     if world % inner:
-        degrees = f"tp {asked.tp} x pp {asked.pp} x cp {asked.cp} = {inner}"
+        degrees = f"tp {requested.tp} x pp {requested.pp} x cp {requested.cp} = {inner}"
         raise LayoutError(f"{world} ranks cannot be laid out: {degrees} does not divide them")
     data = world // inner
-    replicas = (data if asked.zero == 0 else 1) if asked.replicas is None else asked.replicas
+    replicas = (data if requested.zero == 0 else 1) if requested.replicas is None else requested.replicas
     if data % replicas:
         raise LayoutError(f"parallel.replicas {replicas} does not divide the {data} data ranks of {world} ranks / {inner}")
-    if asked.zero == 0 and replicas != data:
+    if requested.zero == 0 and replicas != data:
         raise LayoutError(f"parallel.replicas {replicas}: zero 0 shares nothing out, so all {data} data ranks are replicas")
     layout = Layout(
         replicas=replicas,
         shards=data // replicas,
-        tp=asked.tp,
-        pp=asked.pp,
-        cp=asked.cp,
-        ep=asked.ep,
-        expert_tp=_expert_tp(asked, facts),
-        virtual=virtual_stages(asked.schedule, asked.virtual_stages) if asked.pp > 1 else 1,
-        schedule=asked.schedule if asked.pp > 1 else "1f1b",
-        zero=asked.zero,
-        context_kind=asked.context_kind,
+        tp=requested.tp,
+        pp=requested.pp,
+        cp=requested.cp,
+        ep=requested.ep,
+        expert_tp=_expert_tp(requested, facts),
+        virtual=virtual_stages(requested.schedule, requested.virtual_stages) if requested.pp > 1 else 1,
+        schedule=requested.schedule if requested.pp > 1 else "1f1b",
+        zero=requested.zero,
+        context_kind=requested.context_kind,
     )
     for problem in _problems(layout, facts, batch):
         raise LayoutError(problem)
     return _with_micro_batches(layout, batch)
 
 
-def _expert_tp(asked: Asked, facts: ModelFacts) -> int:
-    if asked.expert_tp is not None:
-        return asked.expert_tp
-    return asked.tp if facts.experts and facts.expert_mlp % asked.tp == 0 else 1
+def _expert_tp(requested: RequestedLayout, facts: ModelFacts) -> int:
+    if requested.expert_tp is not None:
+        return requested.expert_tp
+    return requested.tp if facts.experts and facts.expert_mlp % requested.tp == 0 else 1
 
 
-def _problems(layout: Layout, facts: ModelFacts, batch: Batch) -> Iterator[str]:
+def _problems(layout: Layout, facts: ModelFacts, batch: BatchShape) -> Iterator[str]:
     """Why a layout cannot carry a model, one reason at a time."""
     tp, cp = layout.tp, layout.cp
     for what, size in (("heads", facts.heads), ("mlp_width", facts.mlp), ("moe.shared x width", facts.shared_mlp)):
@@ -234,7 +249,7 @@ def _problems(layout: Layout, facts: ModelFacts, batch: Batch) -> Iterator[str]:
         yield from _uneven_rows(layout, batch)
 
 
-def _uneven_rows(layout: Layout, batch: Batch) -> Iterator[str]:
+def _uneven_rows(layout: Layout, batch: BatchShape) -> Iterator[str]:
     inner = layout.world // layout.data_ranks
     fit = sorted((n for n in range(1, batch.rows + 1) if batch.rows % n == 0), key=lambda n: abs(n - layout.data_ranks))[:3]
     up = -(-batch.rows // layout.data_ranks) * layout.data_ranks
@@ -246,7 +261,7 @@ def _uneven_rows(layout: Layout, batch: Batch) -> Iterator[str]:
     )
 
 
-def _with_micro_batches(layout: Layout, batch: Batch) -> Layout:
+def _with_micro_batches(layout: Layout, batch: BatchShape) -> Layout:
     """The micro-batches of a step: as large as allowed, and as many as the schedule needs. Raises LayoutError."""
     rows = -(-batch.rows // layout.data_ranks)  # where it does not come out even, the last ranks have rows of padding
     sizes = [n for n in range(min(rows, batch.micro_batch or rows), 0, -1) if rows % n == 0]
@@ -264,44 +279,50 @@ def _with_micro_batches(layout: Layout, batch: Batch) -> Layout:
     raise LayoutError(f"{refused} (train.global_batch {batch.rows}: {rows} row(s) on each of {layout.data_ranks} data ranks)")
 
 
-def nearest(
-    asked: Asked, world: int, facts: ModelFacts, batch: Batch, served: Callable[[Layout], bool], count: int = 3
+def nearest_layouts(
+    requested: RequestedLayout,
+    world: int,
+    facts: ModelFacts,
+    batch: BatchShape,
+    supported: Callable[[Layout], bool],
+    count: int = 3,
 ) -> list[str]:
-    """The nearest layouts of the same world size that work and are `served`, as overrides of the config, closest first."""
+    """The nearest layouts of the same world size that work and are `supported`, as overrides of the config, closest first."""
     divisors = [n for n in range(1, min(world, 4096) + 1) if world % n == 0]
-    schedules = dict.fromkeys((asked.schedule, "1f1b" if asked.virtual_stages in (None, 1) else "interleaved"))
+    schedules = dict.fromkeys((requested.schedule, "1f1b" if requested.virtual_stages in (None, 1) else "interleaved"))
+    replicas = requested.replicas
     found: list[tuple[float, str]] = []
     for tp, pp, cp in itertools.product(divisors, repeat=3):
         if world % (tp * pp * cp) or tp > facts.heads or pp > facts.layers:
             continue
         for ep in [n for n in divisors if facts.experts and facts.experts % n == 0] or [1]:
-            for schedule, virtual in itertools.product(schedules, dict.fromkeys((asked.virtual_stages, None))):
+            for schedule, virtual in itertools.product(schedules, dict.fromkeys((requested.virtual_stages, None))):
                 candidate = replace(
-                    asked, tp=tp, pp=pp, cp=cp, ep=ep, schedule=schedule, virtual_stages=virtual,
-                    replicas=asked.replicas if asked.replicas and world // (tp * pp * cp) % asked.replicas == 0 else None,
-                    expert_tp=None if asked.expert_tp != 1 else 1,
+                    requested, tp=tp, pp=pp, cp=cp, ep=ep, schedule=schedule, virtual_stages=virtual,
+                    replicas=replicas if replicas and world // (tp * pp * cp) % replicas == 0 else None,
+                    expert_tp=None if requested.expert_tp != 1 else 1,
                 )  # fmt: skip
-                distance = _distance(asked, candidate)
+                distance = _distance(requested, candidate)
                 if len(found) >= count and distance >= found[-1][0]:
                     continue
                 try:
                     layout = _plan(candidate, world, facts, batch)
                 except LayoutError:
                     continue
-                if not served(layout):
+                if not supported(layout):
                     continue
-                found = sorted({*found, (distance, _difference(asked, candidate))})[:count]
+                found = sorted({*found, (distance, _difference(requested, candidate))})[:count]
     return [text for _, text in found]
 
 
-def _distance(asked: Asked, other: Asked) -> float:
-    degrees = sum(abs(math.log2(getattr(asked, a)) - math.log2(getattr(other, a))) for a in ("tp", "pp", "cp", "ep"))
-    return degrees + 0.5 * (asked.schedule != other.schedule) + 0.25 * (asked.virtual_stages != other.virtual_stages)
+def _distance(requested: RequestedLayout, other: RequestedLayout) -> float:
+    degrees = sum(abs(math.log2(getattr(requested, a)) - math.log2(getattr(other, a))) for a in ("tp", "pp", "cp", "ep"))
+    return degrees + 0.5 * (requested.schedule != other.schedule) + 0.25 * (requested.virtual_stages != other.virtual_stages)
 
 
-def _difference(asked: Asked, other: Asked) -> str:
+def _difference(requested: RequestedLayout, other: RequestedLayout) -> str:
     keys = ("tp", "pp", "cp", "ep", "schedule", "replicas", "expert_tp", "virtual_stages")
-    changed = {key: getattr(other, key) for key in keys if getattr(asked, key) != getattr(other, key)}
+    changed = {key: getattr(other, key) for key in keys if getattr(requested, key) != getattr(other, key)}
     text = [f"parallel.{key}={value}" for key, value in changed.items() if value is not None]
     gone = [f"parallel.{key}" for key, value in changed.items() if value is None]
     return " ".join([*text, *([f"(remove {', '.join(gone)})"] if gone else [])])

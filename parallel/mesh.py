@@ -59,5 +59,5 @@ def make_groups(layout: Layout, device_type: str, has_experts: bool, tied: bool)
 
 def _group(members: Iterable[Iterable[int]]) -> ProcessGroup | None:
     """The group, of all those given, that this rank is in. Every rank makes them all, in the same order."""
-    mine, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in members])
-    return mine if isinstance(mine, ProcessGroup) else None
+    own, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in members])
+    return own if isinstance(own, ProcessGroup) else None

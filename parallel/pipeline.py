@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.torch_version import TorchVersion
 
 from mikoshi.parallel.layout import Layout
-from mikoshi.parallel.process.heartbeat import beat
+from mikoshi.parallel.process.heartbeat import send_heartbeat
 from mikoshi.parallel.schedule import Action, forward_programs, programs, rank_of
 from mikoshi.parallel.zero import Reduction
 
@@ -94,7 +94,7 @@ class _Run:
     def do(self, action: Action) -> None:
         stage, micro = action.stage, action.micro
         if action.kind.startswith(("forward", "backward")) and torch.is_grad_enabled():
-            beat(action.kind.partition("-")[0])
+            send_heartbeat(action.kind.partition("-")[0])
         match action.kind:
             case "forward":
                 self._forward(stage, micro)
@@ -176,25 +176,25 @@ class _Run:
     def _peer(self, stage: int) -> int:
         return rank_of(stage, self.pipeline.layout.pp, self.pipeline.layout.schedule)
 
-    def _tag(self, way: str, stage: int, micro: int) -> int:
-        return (micro * (self.last + 1) + stage) * 2 + (way == "backward")
+    def _tag(self, direction: str, stage: int, micro: int) -> int:
+        return (micro * (self.last + 1) + stage) * 2 + (direction == "backward")
 
-    def _send(self, way: str, to: int, micro: int, values: Tensor) -> None:
+    def _send(self, direction: str, to: int, micro: int, values: Tensor) -> None:
         values = values.contiguous()
-        work = dist.isend(values, group=self.pipeline.group, group_dst=self._peer(to), tag=self._tag(way, to, micro))
+        work = dist.isend(values, group=self.pipeline.group, group_dst=self._peer(to), tag=self._tag(direction, to, micro))
         self.sending = [(w, t) for w, t in self.sending if not w.is_completed()] + [(work, values)]
 
-    def _receive(self, way: str, source: int, stage: int, micro: int) -> None:
+    def _receive(self, direction: str, source: int, stage: int, micro: int) -> None:
         pipeline, rows = self.pipeline, len(self.micro_batches[micro]["x"])
         values = torch.empty((rows, *pipeline.hidden), dtype=pipeline.dtype, device=pipeline.device)
-        tag = self._tag(way, stage, micro)
+        tag = self._tag(direction, stage, micro)
         work = dist.irecv(values, group=pipeline.group, group_src=self._peer(source), tag=tag)
-        self.coming[way, stage, micro] = (work, values)
+        self.coming[direction, stage, micro] = (work, values)
 
-    def _arrived(self, way: str, stage: int, micro: int) -> Tensor | None:
-        if (way, stage, micro) not in self.coming:
+    def _arrived(self, direction: str, stage: int, micro: int) -> Tensor | None:
+        if (direction, stage, micro) not in self.coming:
             return None
-        work, values = self.coming.pop((way, stage, micro))
+        work, values = self.coming.pop((direction, stage, micro))
         work.wait()
         return values
 

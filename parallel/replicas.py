@@ -1,7 +1,8 @@
-"""Silent divergence is seen: ranks that hold the same piece of a tensor compare it to the last bit, and the odd one is named.
+"""Silent divergence is detected: ranks with the same piece of a tensor compare it bit by bit, and the deviating ranks are
+named.
 
-Every tensor becomes one 64-bit digest, made where it lies, in one pass over its memory. Compared are, in groups that exist
-already, one number for all tensors that have the same holders; only when two differ does every rank tell its digests.
+Every tensor becomes one 64-bit digest, computed on its device in one pass. Ranks compare, in existing groups, one number for
+all tensors with the same holders; only if two differ does every rank send its digests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Replicate
 
 from mikoshi.parallel.mesh import Groups
-from mikoshi.parallel.sharding import local, place
+from mikoshi.parallel.sharding import local, local_region
 
 Axis = tuple[str, str]
 """A mesh, dense or experts, and one of its dimensions; or ("ends", ""): first and last stage, of a tied embedding."""
@@ -36,13 +37,15 @@ _CHUNK = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Words taken at once: what lies in between is as large."""
 
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
-_TOLD = 16
+_MOST_REPORTED = 16
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor that is not the same on all `holders` of one piece of it. ranks: those that are not as most are; where no
-    value is held by more ranks than any other, all of them, and `certain` is False."""
+    """A tensor that is not equal on all `holders` of one piece of it.
+
+    ranks: those that differ from the majority; without a majority all of them, and `certain` is False.
+    """
 
     name: str
     ranks: tuple[int, ...]
@@ -57,11 +60,11 @@ class Difference:
         return f"{self.name} is not the same on {odd}, and which of them is wrong cannot be told"
 
 
-def check(named: Iterable[tuple[str, Tensor]], groups: Groups) -> list[Difference]:
-    """The tensors that are not the same on all ranks that should hold the same, at most 16 of them, the first by name.
+def find_differences(named: Iterable[tuple[str, Tensor]], groups: Groups) -> list[Difference]:
+    """The tensors that differ between ranks that should hold the same, at most 16, sorted by name.
 
-    Collective over all ranks of the layout, and the same list on each. A plain tensor is held by all ranks of a stage. What
-    a rank shares with no other is not looked at.
+    Collective over all ranks of the layout, with the same result on each. A plain tensor is held by all ranks of a stage.
+    Pieces with a single holder are not compared.
     """
     shared: dict[tuple[Axis, ...], list[tuple[str, Tensor]]] = {}
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
@@ -74,24 +77,24 @@ def check(named: Iterable[tuple[str, Tensor]], groups: Groups) -> list[Differenc
     dist.all_reduce(anywhere, dist.ReduceOp.MAX)
     if not anywhere.item():
         return []
-    mine = [
-        (name, place(tensor), value)
+    own = [
+        (name, local_region(tensor), value)
         for axes, tensors in shared.items() if odd[axes].item()
         for (name, tensor), value in zip(tensors, digests[axes].tolist(), strict=True)
     ]  # fmt: skip
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return apart(everyone)[:_TOLD]
+    all_digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(all_digests, own)
+    return differences(all_digests)[:_MOST_REPORTED]
 
 
-def apart(told: Sequence[Sequence[tuple[str, Any, int]]]) -> list[Difference]:
-    """From the (name, place of the piece, digest) that each rank told, what differs, by name."""
-    held: dict[tuple[str, Any], dict[int, int]] = {}
-    for rank, pieces in enumerate(told):
+def differences(reported: Sequence[Sequence[tuple[str, Any, int]]]) -> list[Difference]:
+    """The differences between what ranks reported: for each rank its (name, region of the piece, digest)."""
+    holders_of: dict[tuple[str, Any], dict[int, int]] = {}
+    for rank, pieces in enumerate(reported):
         for name, where, value in pieces:
-            held.setdefault((name, where), {})[rank] = value
+            holders_of.setdefault((name, where), {})[rank] = value
     out = []
-    for (name, _), values in sorted(held.items()):
+    for (name, _), values in sorted(holders_of.items()):
         counts = Counter(values.values()).most_common(2)
         if len(counts) > 1:
             certain = counts[0][1] > counts[1][1]

@@ -37,8 +37,8 @@ class _Ring(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, group: ProcessGroup) -> Tensor:
         out = torch.zeros_like(q, dtype=torch.float32)
         lse = torch.full(q.shape[:-1], -torch.inf, dtype=torch.float32, device=q.device)
-        for source, (k_block, v_block) in _round(group, (k, v)):
-            queries, keys, causal = _seen(source, group.rank(), q.shape[2])
+        for source, (k_block, v_block) in _ring_steps(group, (k, v)):
+            queries, keys, causal = _visible(source, group.rank(), q.shape[2])
             part, part_lse = _flash(q[:, :, queries], k_block[:, :, keys], v_block[:, :, keys], causal)
             _merge(out[:, :, queries], lse[:, :, queries], part, part_lse)
         ctx.save_for_backward(q, k, v, out.to(q.dtype), lse)
@@ -52,38 +52,38 @@ class _Ring(torch.autograd.Function):
         grad_q = torch.zeros_like(q, dtype=torch.float32)
         # The gradients of a block travel with it and are home when it is.
         kept = (torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32))
-        for source, (k_block, v_block, grad_k, grad_v) in _round(group, (k, v, *kept)):
-            queries, keys, causal = _seen(source, group.rank(), q.shape[2])
-            here, asked, said, mass = (t[:, :, queries].contiguous() for t in (grad, q, out, lse))
-            parts = _flash_backward(here, asked, said, mass, k_block[:, :, keys], v_block[:, :, keys], causal)
+        for source, (k_block, v_block, grad_k, grad_v) in _ring_steps(group, (k, v, *kept)):
+            queries, keys, causal = _visible(source, group.rank(), q.shape[2])
+            grad_part, q_part, out_part, lse_part = (t[:, :, queries].contiguous() for t in (grad, q, out, lse))
+            parts = _flash_backward(grad_part, q_part, out_part, lse_part, k_block[:, :, keys], v_block[:, :, keys], causal)
             for total, part, where in zip((grad_q, grad_k, grad_v), parts, (queries, keys, keys), strict=True):
                 total[:, :, where] += part
             kept = (grad_k, grad_v)
-        back = _passed(kept, group)
+        back = _rotated(kept, group)
         return grad_q.to(q.dtype), back[0].to(k.dtype), back[1].to(v.dtype), None
 
 
-def _round(group: ProcessGroup, blocks: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+def _ring_steps(group: ProcessGroup, blocks: tuple[Tensor, ...]) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
     """The blocks of every rank in turn, with the rank whose they are. What is written into one goes on with it."""
     for step in range(group.size()):
         yield (group.rank() - step) % group.size(), blocks
         if step < group.size() - 1:
-            blocks = _passed(blocks, group)
+            blocks = _rotated(blocks, group)
 
 
-def _passed(blocks: tuple[Tensor, ...], group: ProcessGroup) -> tuple[Tensor, ...]:
+def _rotated(blocks: tuple[Tensor, ...], group: ProcessGroup) -> tuple[Tensor, ...]:
     """Give the blocks to the next rank and take those of the one before."""
     size, rank = group.size(), group.rank()
-    got = tuple(torch.empty_like(block) for block in blocks)
+    received = tuple(torch.empty_like(block) for block in blocks)
     after, before = (rank + 1) % size, (rank - 1) % size
     ops = [dist.P2POp(dist.isend, b.contiguous(), group=group, group_peer=after, tag=i) for i, b in enumerate(blocks)]
-    ops += [dist.P2POp(dist.irecv, b, group=group, group_peer=before, tag=i) for i, b in enumerate(got)]
+    ops += [dist.P2POp(dist.irecv, b, group=group, group_peer=before, tag=i) for i, b in enumerate(received)]
     for work in dist.batch_isend_irecv(ops):
         work.wait()
-    return got
+    return received
 
 
-def _seen(source: int, rank: int, length: int) -> tuple[slice, slice, bool]:
+def _visible(source: int, rank: int, length: int) -> tuple[slice, slice, bool]:
     """Which of this rank's queries see which keys of the block of `source`, and whether by the causal rule.
 
     A rank's head chunk lies before, and its tail chunk behind, those of every rank of a higher number.

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 from mikoshi.parallel.errors import LayoutError
 
 Schedule = Literal["gpipe", "1f1b", "interleaved", "interleaved-zb", "zbv", "dualpipev"]
-Work = Literal["forward", "backward", "backward-input", "backward-weight"]
+Computation = Literal["forward", "backward", "backward-input", "backward-weight"]
 Transfer = Literal["send-forward", "receive-forward", "send-backward", "receive-backward"]
 
 _TORCH_NAMES: dict[Schedule, str] = {
@@ -24,7 +24,7 @@ _TORCH_NAMES: dict[Schedule, str] = {
     "zbv": "ZBVZeroBubble",  # the same, V-shaped
     "dualpipev": "DualPipeV",  # DeepSeek-AI 2024, arXiv:2412.19437, in its V-shaped form
 }
-_WORK: dict[str, Work] = {
+_COMPUTATIONS: dict[str, Computation] = {
     "FORWARD": "forward",
     "FULL_BACKWARD": "backward",
     "BACKWARD_INPUT": "backward-input",
@@ -38,7 +38,7 @@ _V_SHAPED = ("zbv", "dualpipev")
 class Action:
     """One thing that a rank does for one micro-batch in one stage; a transfer names the stage that computes with it."""
 
-    kind: Work | Transfer
+    kind: Computation | Transfer
     stage: int
     micro: int
 
@@ -47,16 +47,16 @@ Orders = tuple[tuple[Action, ...], ...]
 """What each rank does, in order."""
 
 
-def virtual_stages(kind: Schedule, asked: int | None) -> int:
-    """Stages of one rank: 1 or 2 where the schedule says so, else what is asked for, at least 2."""
-    must = 1 if kind in _SINGLE else 2 if kind in _V_SHAPED else None
-    if must is None:
-        must = asked or 2
-        if must < 2:
-            raise LayoutError(f'parallel.virtual_stages {asked}: schedule "{kind}" needs at least 2; for 1 use "1f1b"')
-    elif asked not in (None, must):
-        raise LayoutError(f'parallel.virtual_stages {asked}: schedule "{kind}" has {must} stage(s) a rank')
-    return must
+def virtual_stages(kind: Schedule, requested: int | None) -> int:
+    """Stages of one rank: 1 or 2 if the schedule requires it, else the requested number, at least 2. Raises LayoutError."""
+    required = 1 if kind in _SINGLE else 2 if kind in _V_SHAPED else None
+    if required is None:
+        required = requested or 2
+        if required < 2:
+            raise LayoutError(f'parallel.virtual_stages {requested}: schedule "{kind}" needs at least 2; for 1 use "1f1b"')
+    elif requested not in (None, required):
+        raise LayoutError(f'parallel.virtual_stages {requested}: schedule "{kind}" has {required} stage(s) a rank')
+    return required
 
 
 def rank_of(stage: int, pp: int, kind: Schedule) -> int:
@@ -73,7 +73,7 @@ def splits_backward(kind: Schedule) -> bool:
 def orders(kind: Schedule, pp: int, virtual: int, micro_batches: int) -> Orders:
     """The work of every rank, in order. Raises LayoutError where the schedule needs other micro-batches."""
     if pp == 1:
-        steps = [Action(k, 0, m) for m in range(micro_batches) for k in get_args(Work)[:2]]
+        steps = [Action(k, 0, m) for m in range(micro_batches) for k in get_args(Computation)[:2]]
         return (tuple(steps),)
     try:
         if kind == "1f1b":
@@ -84,7 +84,7 @@ def orders(kind: Schedule, pp: int, virtual: int, micro_batches: int) -> Orders:
             ranks = get_schedule_ops(_TORCH_NAMES[kind], pp, micro_batches, virtual)
             work = tuple(tuple(_flatten(rank)) for rank in ranks)
         _clock(work, pp)
-    except (ValueError, AssertionError, _Stuck) as error:
+    except (ValueError, AssertionError, _Deadlock) as error:
         raise LayoutError(f'schedule "{kind}" cannot run {micro_batches} micro-batch(es) over {pp} ranks: {error}') from None
     return work
 
@@ -108,12 +108,12 @@ def _flatten(actions: Sequence[Any]) -> list[Action]:
         inner = parts[0] if parts else None
         if inner:
             flat += _flatten(inner)
-        elif computation.name in _WORK:  # the reduction of gradients is not the schedule's matter here
-            flat.append(Action(_WORK[computation.name], stage, micro))
+        elif computation.name in _COMPUTATIONS:  # the reduction of gradients is not the schedule's matter here
+            flat.append(Action(_COMPUTATIONS[computation.name], stage, micro))
     return flat
 
 
-class _Stuck(Exception):
+class _Deadlock(Exception):
     pass
 
 
@@ -131,7 +131,7 @@ class Bar:
 _COST: dict[str, float] = {"forward": 1, "backward": 2, "backward-input": 1, "backward-weight": 1}
 
 
-def _needs(action: Action, last: int) -> Action | None:
+def _dependency(action: Action, last: int) -> Action | None:
     """The action of the neighbouring stage whose result this one takes; None: it takes none, or from its own rank's
     forward pass."""
     if action.kind == "forward":
@@ -141,7 +141,7 @@ def _needs(action: Action, last: int) -> Action | None:
     return None
 
 
-def _done(action: Action, finished: dict[Action, float]) -> float | None:
+def _finish_time(action: Action, finished: dict[Action, float]) -> float | None:
     if action.kind == "forward":
         return finished.get(action)
     for kind in ("backward", "backward-input"):  # a schedule may split the backward pass of some and not of others
@@ -160,8 +160,8 @@ def _clock(work: Orders, pp: int) -> list[Bar]:
         for r in range(pp):
             while at[r] < len(work[r]):
                 action = work[r][at[r]]
-                need = _needs(action, last)
-                ready = 0.0 if need is None else _done(need, finished)
+                need = _dependency(action, last)
+                ready = 0.0 if need is None else _finish_time(need, finished)
                 if ready is None:
                     break
                 start = max(free[r], ready)
@@ -170,7 +170,7 @@ def _clock(work: Orders, pp: int) -> list[Bar]:
                 at[r] += 1
                 moved = True
         if not moved:
-            raise _Stuck("the ranks would wait for each other")
+            raise _Deadlock("the ranks would wait for each other")
     return bars
 
 
@@ -194,8 +194,8 @@ def programs(kind: Schedule, pp: int, virtual: int, micro_batches: int) -> Order
 @functools.lru_cache(maxsize=64)
 def forward_programs(kind: Schedule, pp: int, virtual: int, micro_batches: int) -> Orders:
     """Forward passes only, for evaluation and generation: a rank's stages one after another, with their transfers."""
-    held = [[s for s in range(pp * virtual) if rank_of(s, pp, kind) == rank] for rank in range(pp)]
-    work = tuple(tuple(Action("forward", s, m) for s in stages for m in range(micro_batches)) for stages in held)
+    stages_by_rank = [[s for s in range(pp * virtual) if rank_of(s, pp, kind) == rank] for rank in range(pp)]
+    work = tuple(tuple(Action("forward", s, m) for s in stages for m in range(micro_batches)) for stages in stages_by_rank)
     return _with_transfers(work, kind, pp)
 
 
@@ -214,7 +214,7 @@ def _with_transfers(work: Orders, kind: Schedule, pp: int) -> Orders:
     return tuple(tuple(rank) for rank in out)
 
 
-def _transfer(out: list[list[Action]], source: int, target: int, way: str, stage: int, done: Action) -> None:
+def _transfer(out: list[list[Action]], source: int, target: int, direction: str, stage: int, done: Action) -> None:
     if source != target:
-        out[source].append(Action(f"send-{way}", done.stage, done.micro))  # type: ignore[arg-type]
-        out[target].append(Action(f"receive-{way}", stage, done.micro))  # type: ignore[arg-type]
+        out[source].append(Action(f"send-{direction}", done.stage, done.micro))  # type: ignore[arg-type]
+        out[target].append(Action(f"receive-{direction}", stage, done.micro))  # type: ignore[arg-type]

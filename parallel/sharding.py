@@ -46,7 +46,7 @@ TABLE: tuple[tuple[str, Axes], ...] = (
 )
 
 
-def axes(name: str, few_kv_heads: bool = False) -> Axes:
+def axes_of(name: str, few_kv_heads: bool = False) -> Axes:
     """What cuts the parameter called `name`. `few_kv_heads`: there are fewer key/value heads than tensor-parallel ranks;
     then their projections are held whole and each rank uses the rows of its own head."""
     if few_kv_heads and re.fullmatch(r".*\.attn\.[kv]\.(weight|bias)", name):
@@ -73,7 +73,7 @@ def like(values: Tensor, parameter: Tensor) -> Tensor:
     return DTensor(values, parameter._spec, requires_grad=False)
 
 
-def place(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def local_region(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Offset and shape of this rank's piece in the global tensor."""
     if not isinstance(tensor, DTensor):
         return (0,) * tensor.ndim, tuple(tensor.shape)

@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from mikoshi.parallel.collectives import gather, reduce_scatter, total
-from mikoshi.parallel.sharding import axes, placements
+from mikoshi.parallel.collectives import all_reduce, gather, reduce_scatter
+from mikoshi.parallel.sharding import axes_of, placements
 
 _SEQUENCE = -2
 
@@ -33,10 +33,12 @@ class Vocabulary:
     group: ProcessGroup
 
     def largest(self, x: Tensor) -> Tensor:
-        return total(x, self.group, "max")
+        """The maximum of all ranks' `x`."""
+        return all_reduce(x, self.group, "max")
 
     def total(self, x: Tensor) -> Tensor:
-        return total(x, self.group)
+        """The sum of all ranks' `x`."""
+        return all_reduce(x, self.group)
 
 
 def distribute(model: nn.Module, dense: DeviceMesh | None, experts: DeviceMesh | None, few_kv_heads: bool) -> None:
@@ -45,7 +47,7 @@ def distribute(model: nn.Module, dense: DeviceMesh | None, experts: DeviceMesh |
     for prefix, module in model.named_modules():
         for leaf, p in list(module._parameters.items()):
             name = f"{prefix}.{leaf}" if prefix else leaf
-            cut = axes(name, few_kv_heads)
+            cut = axes_of(name, few_kv_heads)
             mesh, dims = (dense, {"tp": cut.tp}) if cut.ep is None else (experts, {"ep": cut.ep, "expert_tp": cut.expert_tp})
             if p is not None and mesh is not None:
                 module._parameters[leaf] = nn.Parameter(_cut(p, mesh, dims), requires_grad=p.requires_grad)

@@ -13,7 +13,7 @@ from mikoshi.trainer.record.run_folder import read_jsonl
 BEFORE = Path(__file__).parent / "support" / "before"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_and_its_data_go_on(mikoshi, tmp_path, ranks):
     shutil.copytree(BEFORE, tmp_path, dirs_exist_ok=True)
     then = [record for record in read_jsonl(tmp_path / "runs" / "before" / "metrics.jsonl") if "loss" in record]

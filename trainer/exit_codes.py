@@ -1,4 +1,4 @@
-"""How a run ends, as its process says it."""
+"""Exit codes of a run's processes."""
 
 DONE = 0
 FAULT = 1

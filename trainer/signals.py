@@ -1,5 +1,5 @@
-"""What the ranks agree on at a step's end: whether to stop, because a signal asked one of them, so that all save the same
-step; and how a save in the background stands."""
+"""The ranks agree at the end of each step whether to stop, so that all save the same step, and on the state of the background
+save."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from types import FrameType
 
 from mikoshi.trainer.exit_codes import PREEMPTED
 
-ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What asks a run to save and end: people, a terminal that goes, and schedulers, Slurm by USR1 or USR2 before its limit."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask a run to save and stop: from people, a closed terminal, or a scheduler (Slurm sends USR1 or USR2 before its
+time limit)."""
 
 
-def heard() -> list[signal.Signals]:
-    """Those of ASKING that this process was not told to ignore, as nohup does."""
-    return [number for number in ASKING if signal.getsignal(number) != signal.SIG_IGN]
+def handled_signals() -> list[signal.Signals]:
+    """The STOP_SIGNALS that this process does not ignore; nohup ignores SIGHUP."""
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
 
 
 @contextlib.contextmanager
-def stopping_is_no_crash() -> Iterator[None]:
-    """While there is no step to finish, before the first and after the last, what asks to stop ends the process at once."""
+def exit_on_stop_signal() -> Iterator[None]:
+    """Before the first step and after the last one, a stop signal ends the process at once with exit code PREEMPTED."""
 
     def stop(*_: object) -> None:
         with contextlib.suppress(OSError):  # the same Ctrl-C may have ended who reads it
             os.write(2, b"stopped outside of a step: nothing is lost, the same command goes on\n")
         os._exit(PREEMPTED)
 
-    before = {number: signal.signal(number, stop) for number in heard()}
+    before = {number: signal.signal(number, stop) for number in handled_signals()}
     try:
         yield
     finally:
@@ -39,20 +40,23 @@ def stopping_is_no_crash() -> Iterator[None]:
 
 
 class StopRequest:
-    """Turns a signal into a question that all ranks answer together. A second SIGINT ends at once.
-    A context manager: the handlers of before come back at its end."""
+    """Records a stop signal, so that all ranks can agree to stop at the end of a step.
+
+    A second SIGINT ends the process at once. As a context manager it restores the earlier handlers on exit. received: name of
+    the signal, empty if there was none.
+    """
 
     def __init__(self) -> None:
-        self.asked = ""
+        self.received = ""
 
     def __enter__(self) -> StopRequest:
-        self._before = {number: signal.signal(number, self._ask) for number in heard()}
+        self._before = {number: signal.signal(number, self._ask) for number in handled_signals()}
         return self
 
     def _ask(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.asked == "SIGINT":
+        if number == signal.SIGINT and self.received == "SIGINT":
             os._exit(130)
-        self.asked = signal.Signals(number).name
+        self.received = signal.Signals(number).name
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -70,7 +74,7 @@ class Agreement:
 
 
 def agree(stop: bool, failed: bool = False, pending: bool = False, save: bool = False) -> Agreement:
-    """What any rank says, all know. Collective; on CPU tensors, so that no GPU waits for it."""
+    """Combine flags over all ranks: each is true if it is true on any. Collective, on CPU tensors, so that no GPU waits."""
     import torch
     import torch.distributed as dist
 

@@ -1,5 +1,4 @@
-"""What this process prints never decides how its work ends: a reader that goes away, a terminal that hangs up, a full disk or
-a stream that was closed from the start cost the words, not the run."""
+"""Output never decides how a run ends: a closed pipe or stream, a lost terminal or a full disk loses text, not the run."""
 
 from __future__ import annotations
 

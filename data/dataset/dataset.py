@@ -1,6 +1,6 @@
-"""A prepared dataset wherever it is kept: a folder, a store far away read through a local cache, or a Megatron corpus.
+"""A prepared dataset wherever it is: a folder, a remote store read through a local cache, or a Megatron corpus.
 
-Whoever reads rows sees the same: an index, shards that open by their line of it, and small files by name.
+Readers see the same in all cases: an index, shards that open by their entry in it, and small files by name.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import numpy.typing as npt
 
 from mikoshi.data.dataset import megatron
 from mikoshi.data.dataset.shards import (
-    AGAIN,
     HEADER_BYTES,
     HELD_OUT,
     INDEX,
+    PREPARE_AGAIN,
     TOKENIZER,
     TRAIN,
     DatasetInfo,
     Shard,
     ShardInfo,
-    fingerprint,
+    dataset_fingerprint,
     open_shard,
     parse_index,
     read_index,
     unigram_nats,
     verify_shard,
 )
-from mikoshi.data.errors import DataError, reading
-from mikoshi.data.io.cache import Wanted
+from mikoshi.data.errors import DataError, os_errors_named
+from mikoshi.data.io.cache import IndexedFile
 from mikoshi.data.io.fetch import CacheLimits, Store, open_store
 from mikoshi.data.tokenizer.special_tokens import AUTO, NONE
 from mikoshi.data.tokenizer.tokenizer import load_tokenizer
@@ -43,11 +43,17 @@ _SAMPLED_TOKENS = 1 << 24
 
 @dataclass(frozen=True)
 class Dataset:
-    """An open dataset. `place`: as the user named it; `shard` opens and `verify` reads one whole; `read` gives a small
-    file's bytes and `mapped` those of a file of known size and digest (sha256 of all of it), or raise DataError or, where
-    the same may work later, StorageError.
+    """An open dataset.
 
-    `folder`: where more can be written beside the shards; None where it cannot. `ahead`: told what is wanted soon.
+    place: as the user named it.
+    shard: opens a shard.
+    verify: reads a shard in full and checks it.
+    read: gives the bytes of a small file.
+    mapped: gives the bytes of a file of known size and SHA-256.
+    folder: where files can be added beside the shards; None if they cannot.
+    prefetch: takes the shards that will be needed soon; None if they are local.
+
+    The functions raise DataError, or StorageError if the same may succeed later.
     """
 
     place: str
@@ -57,46 +63,51 @@ class Dataset:
     read: Callable[[str], bytes]
     mapped: Callable[[str, int, str], npt.NDArray[np.uint8]]
     folder: Path | None = None
-    ahead: Callable[[Sequence[ShardInfo]], None] | None = None
+    prefetch: Callable[[Sequence[ShardInfo]], None] | None = None
 
     def shards(self, split: str) -> list[ShardInfo]:
+        """The shards of a split. Raises DataError if there is no such split."""
         if split not in self.info.splits:
             raise DataError(f"data.path: {self.place} has no split {split!r}; it has {', '.join(self.info.splits)}")
         return self.info.splits[split]
 
 
 def is_remote(place: str) -> bool:
+    """Whether the place is an URL."""
     return "://" in place
 
 
 def is_megatron(place: str) -> bool:
-    """Whether the place names a Megatron corpus: a prefix that an .idx file has, or the file."""
-    return not is_remote(place) and not Path(place).is_dir() and megatron.files(place)[1].exists()
+    """Whether the place names a Megatron corpus: its prefix, or one of its files."""
+    return not is_remote(place) and not Path(place).is_dir() and megatron.corpus_files(place)[1].exists()
 
 
 def open_dataset(
     place: str, cache: CacheLimits, tokenizer: str | None = None, held_out: float = 0.01, marks: tuple[str, str] = ("", AUTO)
 ) -> Dataset:
-    """Open the dataset at a folder, an URL (through the `cache`) or a Megatron prefix. The last needs the `tokenizer`
-    that made it, and its last documents, `held_out` of its tokens, are its held-out split. `marks`: the tokens that end and
-    begin its documents, where the user names them; nothing else tells of one that begins them.
+    """Open the dataset at a folder, an URL (through the `cache`) or a Megatron prefix.
 
-    Raises DataError if there is none or if what the index lists is not there, StorageError if it cannot be told now.
+    tokenizer: the one that made a Megatron corpus; required there.
+    held_out: share of a Megatron corpus's tokens, in its last documents, that is its held-out split.
+    marks: names of the tokens that end and begin documents, if the user gives them. Nothing else tells which token begins the
+        documents of a Megatron corpus.
+
+    Raises DataError if there is no dataset or its files are missing, StorageError if that cannot be determined now.
     """
     if is_remote(place):
-        return _far(place, cache)
-    with reading(place, AGAIN):
+        return _open_remote(place, cache)
+    with os_errors_named(place, PREPARE_AGAIN):
         if is_megatron(place):
             return _megatron(place, tokenizer, held_out, *marks)
-        return _near(Path(place))
+        return _open_folder(Path(place))
 
 
-def _near(folder: Path) -> Dataset:
+def _open_folder(folder: Path) -> Dataset:
     info = read_index(folder)
     _check_sizes(folder, [shard for split in info.splits.values() for shard in split])
 
     def read(name: str) -> bytes:
-        with reading(folder / name, AGAIN):
+        with os_errors_named(folder / name, PREPARE_AGAIN):
             return (folder / name).read_bytes()
 
     def mapped(name: str, size: int, _digest: str) -> npt.NDArray[np.uint8]:
@@ -112,7 +123,7 @@ def _near(folder: Path) -> Dataset:
 
 
 def _check_sizes(folder: Path, shards: Sequence[ShardInfo]) -> None:
-    """One look at the folder finds what is missing or cut short, however many shards there are."""
+    """Raises DataError for missing or truncated shards, with one listing of the folder however many shards there are."""
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
     for shard in shards:
         if shard.file not in sizes:
@@ -125,38 +136,38 @@ def _check_sizes(folder: Path, shards: Sequence[ShardInfo]) -> None:
 
 
 def _map(path: Path) -> npt.NDArray[np.uint8]:
-    with reading(path, AGAIN), path.open("rb") as file:
+    with os_errors_named(path, PREPARE_AGAIN), path.open("rb") as file:
         empty = not file.seek(0, 2)
         return np.frombuffer(b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 
 @lru_cache(maxsize=64)
 def _store(place: str, limits: CacheLimits) -> Store:
-    """One for a process and a place: its threads and its hold on the cache are kept."""
+    """One store per process and place, so that its threads and its cache stay open."""
     return open_store(place, limits)
 
 
-def _far(place: str, limits: CacheLimits) -> Dataset:
+def _open_remote(place: str, limits: CacheLimits) -> Dataset:
     store = _store(place, limits)
     info = parse_index(store.read(INDEX), f"{place.rstrip('/')}/{INDEX}")
 
-    def wanted(shard: ShardInfo) -> Wanted:
-        return Wanted(shard.file, shard.bytes, shard.sha256, HEADER_BYTES, lambda path: _check(path, shard))
+    def indexed(shard: ShardInfo) -> IndexedFile:
+        return IndexedFile(shard.file, shard.bytes, shard.sha256, HEADER_BYTES, lambda path: _check(path, shard))
 
     def opened(shard: ShardInfo) -> Shard:
-        with store.fetch(wanted(shard)) as path:
+        with store.fetch(indexed(shard)) as path:
             return open_shard(path, shard)
 
     def verify(shard: ShardInfo) -> None:
-        with store.fetch(wanted(shard)) as path:
+        with store.fetch(indexed(shard)) as path:
             verify_shard(path, shard)
 
     def mapped(name: str, size: int, digest: str) -> npt.NDArray[np.uint8]:
-        with store.fetch(Wanted(name, size, digest, 0)) as path:
+        with store.fetch(IndexedFile(name, size, digest, 0)) as path:
             return _map(path)
 
     return Dataset(
-        place, info, opened, verify, store.read, mapped, None, lambda shards: store.ahead([wanted(s) for s in shards])
+        place, info, opened, verify, store.read, mapped, None, lambda shards: store.prefetch([indexed(s) for s in shards])
     )
 
 
@@ -178,7 +189,7 @@ def _megatron(place: str, tokenizer_name: str | None, held_out: float, separator
         TRAIN: Shard(whole.path, whole.tokens[:at], whole.ends[:cut]),
         HELD_OUT: Shard(whole.path, whole.tokens[at:], whole.ends[cut:] - at),
     }
-    size = megatron.files(place)[0].stat().st_size
+    size = megatron.corpus_files(place)[0].stat().st_size
     splits = {
         split: [ShardInfo(split, len(shard.tokens), len(shard.ends), size, digest)] for split, shard in parts.items()
     }  # fmt: skip
@@ -186,7 +197,7 @@ def _megatron(place: str, tokenizer_name: str | None, held_out: float, separator
         np.bincount(shard.tokens[:_SAMPLED_TOKENS], minlength=tokenizer.vocab).astype(np.int64) for shard in parts.values()
     ]
     info = DatasetInfo(
-        fingerprint(tokenizer.digest, splits), "", tokenizer.digest, tokenizer.vocab, tokenizer.separator,
+        dataset_fingerprint(tokenizer.digest, splits), "", tokenizer.digest, tokenizer.vocab, tokenizer.separator,
         splits, unigram_nats(*sampled), {"source": place, "format": "megatron"}, tokenizer.bos, tuple(sorted(tokenizer.stops)),
     )  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""Megatron's indexed datasets as they are: `prefix.bin` is mapped in place as a shard, and shards are written as one.
+"""Megatron's indexed datasets: `prefix.bin` is mapped in place as a shard, and shards are written as such a dataset.
 
-`prefix.idx` is a header (magic, version 1, type of the ids, number of sequences, length of the list of documents), the
-length of every sequence (int32), its first byte in the .bin (int64), the documents (int64: the first sequence of each,
-and at the end the number of all) and, of multimodal corpora alone, a mode per sequence (int8). `prefix.bin` is the ids.
-Both are little-endian. A prefix may be named with either suffix or with none.
+`prefix.idx` has a header (magic, version 1, type of the ids, number of sequences, length of the list of documents), the length
+of every sequence (int32), its first byte in the .bin (int64), the documents (int64: the first sequence of each, and at the end
+the number of sequences) and, only in multimodal corpora, a mode per sequence (int8). `prefix.bin` holds the ids. Both are
+little-endian. A prefix may be named with either suffix or with none.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mikoshi.data.dataset.shards import Shard, Tokens
-from mikoshi.data.errors import DataError, of_storage
-from mikoshi.data.io.atomic import draft_path, flush, new_file
+from mikoshi.data.errors import DataError, storage_error
+from mikoshi.data.io.atomic import fsync_path, new_file, temporary_path
 
 MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -36,10 +36,14 @@ Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Index:
-    """An open .idx: `lengths` in ids, `pointers` in bytes and `documents` in sequences are views of the mapped file.
+class MegatronIndex:
+    """An open .idx; the arrays are views of the mapped file.
 
-    `code` is the type of the ids, `bytes` the size of the .bin that lies beside it.
+    lengths: of each sequence, in ids.
+    pointers: first byte of each sequence in the .bin.
+    documents: first sequence of each document.
+    code: type of the ids.
+    bytes: size of the .bin.
     """
 
     path: Path
@@ -56,23 +60,23 @@ class Index:
         return _READABLE[self.code]
 
 
-def files(prefix: Path | str) -> tuple[Path, Path]:
+def corpus_files(prefix: Path | str) -> tuple[Path, Path]:
     """The .bin and the .idx of a prefix."""
     path = Path(prefix)
     stem = path.name.removesuffix(".bin").removesuffix(".idx")
     return path.with_name(f"{stem}.bin"), path.with_name(f"{stem}.idx")
 
 
-def read_idx(prefix: Path | str) -> Index:
-    """Map the .idx and check that it is whole. Raises DataError if one of the two files is missing, if the .idx is not
-    one, is of another length than its header says or holds anything but ids."""
-    bin_path, path = files(prefix)
+def read_idx(prefix: Path | str) -> MegatronIndex:
+    """Map the .idx and check that it is whole. Raises DataError if a file is missing, or if the .idx is not an index of ids
+    of the length that its header says."""
+    bin_path, path = corpus_files(prefix)
     try:
         size, ids = path.stat().st_size, bin_path.stat().st_size
         with path.open("rb") as file:
             head = file.read(_HEADER.size)
     except OSError as error:
-        raise of_storage(error, f"{error.filename}: cannot read the Megatron corpus: {error.strerror}") from None
+        raise storage_error(error, f"{error.filename}: cannot read the Megatron corpus: {error.strerror}") from None
     if len(head) < _HEADER.size or not head.startswith(MAGIC):
         raise DataError(f"{path}: not a Megatron index (it does not begin with MMIDIDX); name the prefix of a .bin/.idx pair")
     _, version, code, sequences, listed = _HEADER.unpack(head)
@@ -90,11 +94,12 @@ def read_idx(prefix: Path | str) -> Index:
         raise DataError(f"{path}: sequence {place} has mode {mapped[whole + place]}, so is no text; take it out of the corpus")
     after = _HEADER.size + 4 * sequences
     lengths, pointers = mapped[_HEADER.size : after].view("<i4"), mapped[after : after + 8 * sequences].view("<i8")
-    return Index(path, bin_path, code, ids, lengths, pointers, mapped[after + 8 * sequences : whole].view("<i8"))
+    return MegatronIndex(path, bin_path, code, ids, lengths, pointers, mapped[after + 8 * sequences : whole].view("<i8"))
 
 
-def _check_sequences(index: Index, in_order: bool) -> None:
-    """Every sequence is inside the .bin and, with `in_order`, begins where the one before it ends, to the last byte."""
+def _check_sequences(index: MegatronIndex, in_order: bool) -> None:
+    """Check that every sequence is inside the .bin and, with `in_order`, begins where the one before ends, up to the last
+    byte."""
     reached = 0
     for start in range(0, len(index.lengths), _CHUNK):
         lengths = index.lengths[start : start + _CHUNK].astype(np.int64)
@@ -123,8 +128,8 @@ def _check_sequences(index: Index, in_order: bool) -> None:
         )
 
 
-def _check_documents(index: Index) -> None:
-    """The list of documents begins at sequence 0, goes up and ends after the last."""
+def _check_documents(index: MegatronIndex) -> None:
+    """Check that the list of documents begins at sequence 0, ascends, and ends after the last sequence."""
     listed, sequences = index.documents, len(index.lengths)
     if len(listed) < 2 or listed[0] != 0 or listed[-1] != sequences:
         span = f"from {listed[0]} to {listed[-1]}" if len(listed) else "nowhere"
@@ -138,7 +143,7 @@ def _check_documents(index: Index) -> None:
             )
 
 
-def _ends(index: Index) -> npt.NDArray[np.uint64]:
+def _ends(index: MegatronIndex) -> npt.NDArray[np.uint64]:
     """Exclusive end of every document that is not empty, in tokens."""
     ends = np.empty(len(index.documents) - 1, dtype=np.uint64)
     for start in range(0, len(ends), _CHUNK):
@@ -150,21 +155,21 @@ def _ends(index: Index) -> npt.NDArray[np.uint64]:
     return ends[np.diff(ends, prepend=np.uint64(0)) > 0]
 
 
-def _mapped(index: Index) -> npt.NDArray[Any]:
+def _mapped(index: MegatronIndex) -> npt.NDArray[Any]:
     with index.bin.open("rb") as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
 
 
-def _ids(index: Index) -> Tokens:
-    """The .bin as unsigned ids. Of an int64 only the lower half is seen: that the upper is zero is _check_ids's to say."""
+def _ids(index: MegatronIndex) -> Tokens:
+    """The .bin as unsigned ids. For int64 only the lower half is used; _check_ids verifies that the upper one is zero."""
     mapped = _mapped(index)
     return mapped.view("<u4")[::2] if index.width == 8 else mapped.view(f"<u{index.width}")
 
 
-def _check_ids(index: Index, raw: bytes | npt.NDArray[np.uint8], first: int, vocab: int | None) -> None:
-    """Some ids of the .bin, `raw` from byte `first` on, are what a model can embed."""
+def _check_ids(index: MegatronIndex, raw: bytes | npt.NDArray[np.uint8], first: int, vocab: int | None) -> None:
+    """Check that ids of the .bin, `raw` from byte `first` on, are valid for a model."""
     ids = np.frombuffer(raw, dtype=_TYPES[index.code], count=len(raw) // index.width)
-    for bad, what, way in (
+    for bad, what, remedy in (
         (ids < 0, "is negative", "the corpus is damaged, or is no list of token ids"),
         (ids >= 1 << 31, "does not fit 31 bits", "the corpus is damaged, or is no list of token ids"),
         (
@@ -175,10 +180,10 @@ def _check_ids(index: Index, raw: bytes | npt.NDArray[np.uint8], first: int, voc
     ):
         if bad.any():
             at = int(np.argmax(bad))
-            raise DataError(f"{index.bin}: token {first // index.width + at} is {ids[at]}, which {what}; {way}")
+            raise DataError(f"{index.bin}: token {first // index.width + at} is {ids[at]}, which {what}; {remedy}")
 
 
-def _sample(index: Index, vocab: int | None) -> str:
+def _sample(index: MegatronIndex, vocab: int | None) -> str:
     digest = hashlib.sha256()
     with index.path.open("rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -199,13 +204,14 @@ def _sample(index: Index, vocab: int | None) -> str:
 
 
 def open_megatron(prefix: Path | str, vocab: int | None = None, expected: str | None = None) -> Shard:
-    """Map the corpus as one shard whose documents are Megatron's documents, whatever sequences they are made of.
+    """Map the corpus as one shard with Megatron's documents, whatever their sequences.
 
-    `tokens` are a view of the .bin: uint16 as it is, int16 and int32 seen as unsigned, int64 by its lower half. `ends`
-    are made, in 8 bytes of memory a document, and leave out empty documents. The index is read whole; of the ids a
-    sample is looked at (verify_megatron reads all). Raises DataError if the files do not belong together or are
-    truncated, if the .bin is not in the order of the .idx, if a sampled id is negative or not below `vocab`, or if the
-    corpus is not the one whose sampled_digest is `expected`.
+    `tokens` are a view of the .bin: uint16 as it is, int16 and int32 as unsigned, int64 by its lower half. `ends` take 8 bytes
+    of memory a document and leave out empty documents. The index is read in full; of the ids only a sample is checked
+    (verify_megatron reads all).
+
+    Raises DataError if the files do not match or are truncated, if the .bin is not in the order of the .idx, if a sampled id is
+    negative or not below `vocab`, or if the corpus's sampled_digest is not `expected`.
     """
     index = read_idx(prefix)
     if not index.bytes:
@@ -219,15 +225,15 @@ def open_megatron(prefix: Path | str, vocab: int | None = None, expected: str | 
 
 
 def sampled_digest(prefix: Path | str) -> str:
-    """SHA-256 in hex over the whole .idx, the size of the .bin and 64 of its pages: the first, the last and 62 that the
-    .idx draws. Another corpus or another tokenization has another; a flipped bit far from the pages goes unseen."""
+    """SHA-256 in hex of the whole .idx, the size of the .bin and 64 of its pages: the first, the last and 62 that the .idx
+    determines. It identifies corpus and tokenization, but misses damage outside of these pages."""
     return _sample(read_idx(prefix), None)
 
 
 def verify_megatron(prefix: Path | str, vocab: int | None = None, expected: str | None = None) -> str:
-    """Read both files whole and return SHA-256 in hex over the digests of .idx and .bin.
+    """Read both files in full. Returns the SHA-256 in hex over the digests of .idx and .bin.
 
-    Raises DataError like open_megatron, at any id rather than a sampled one, and if the digest is not `expected`.
+    Raises DataError as open_megatron does, for any id rather than a sampled one, and if the digest is not `expected`.
     """
     open_megatron(prefix, vocab)
     index = read_idx(prefix)
@@ -248,17 +254,20 @@ def _whole_digest(index: Path, inside: bytes) -> str:
         return hashlib.sha256(hashlib.file_digest(file, "sha256").digest() + inside).hexdigest()
 
 
-def rewrite(source: Path | str, target: Path | str) -> MegatronInfo:
-    """Write a corpus anew with its documents in the order of its .idx, as one whose .idx points here and there in the
-    .bin (after deduplication or shuffling of the index alone) must be before it can be opened. Ids of more than two
-    bytes become int32. Raises DataError like open_megatron, but for the order, and like write_megatron."""
+def rewrite_in_order(source: Path | str, target: Path | str) -> MegatronInfo:
+    """Copy a corpus with its documents in the order of its .idx, which a corpus needs before it can be opened if its index
+    alone was shuffled or deduplicated.
+
+    Ids of more than two bytes become int32. Raises DataError as open_megatron does, except for the order, and as write_megatron
+    does.
+    """
     index = read_idx(source)
     _check_sequences(index, in_order=False)
     _check_documents(index)
     return write_megatron(target, _gathered(index), 2 if index.width == 2 else 4)
 
 
-def _gathered(index: Index) -> Iterator[Shard]:
+def _gathered(index: MegatronIndex) -> Iterator[Shard]:
     """The documents as small shards in memory, some mebibytes of ids each (or one document, if that is larger)."""
     if index.bytes == 0:
         return
@@ -288,7 +297,7 @@ def _in_memory(path: Path, pieces: list[npt.NDArray[Any]], ends: list[int]) -> S
 
 @dataclass(frozen=True)
 class MegatronInfo:
-    """What was written. `digest` is what verify_megatron says of it."""
+    """What was written, with the digest that verify_megatron returns."""
 
     prefix: Path
     documents: int
@@ -298,19 +307,20 @@ class MegatronInfo:
 
 
 def write_megatron(prefix: Path | str, shards: Iterable[Shard], width: int) -> MegatronInfo:
-    """Write the shards' documents as one corpus, a sequence a document: uint16 with a `width` of 2, int32 with 4.
+    """Write the shards' documents as one corpus, one sequence a document: uint16 if `width` is 2, int32 if it is 4.
 
-    Memory is bounded whatever the size. Both files are built aside, flushed and renamed, the .bin first: what is killed
-    leaves no .idx, so nothing that could be taken for a corpus, and the next call clears it. Raises DataError if there
-    is an .idx already, if there is not one token, if a shard has loss bits (Megatron's files have no place for them), if
-    an id does not fit the type, or if a document has 2^31 tokens.
+    Memory is bounded. Both files are built aside, flushed and renamed, the .bin first, so that an interrupted call leaves no
+    .idx and thus no corpus; the next call cleans up.
+
+    Raises DataError if there is an .idx already, if there is no token, if a shard has loss bits (Megatron's files cannot store
+    them), if an id does not fit the type, or if a document has 2^31 tokens.
     """
-    bin_path, idx_path = files(prefix)
+    bin_path, idx_path = corpus_files(prefix)
     if idx_path.exists():
         raise DataError(f"{idx_path}: exists already; remove it or name another prefix")
     bin_path.parent.mkdir(parents=True, exist_ok=True)
-    built, built_idx = draft_path(bin_path), draft_path(idx_path)
-    lengths_path = draft_path(bin_path.with_suffix(".lengths"))
+    built, built_idx = temporary_path(bin_path), temporary_path(idx_path)
+    lengths_path = temporary_path(bin_path.with_suffix(".lengths"))
     digest, documents, tokens = hashlib.sha256(), 0, 0
     with ExitStack() as stack:
         for path in (lengths_path, built, built_idx):
@@ -335,9 +345,9 @@ def write_megatron(prefix: Path | str, shards: Iterable[Shard], width: int) -> M
         if idx_path.exists():
             raise DataError(f"{idx_path}: another process has just written it; remove it or name another prefix")
         for path, target in ((built, bin_path), (built_idx, idx_path)):
-            flush(path)
+            fsync_path(path)
             path.rename(target)
-        flush(idx_path.parent)
+        fsync_path(idx_path.parent)
     return MegatronInfo(idx_path.with_suffix(""), documents, tokens, width * tokens, written)
 
 

@@ -1,10 +1,10 @@
-"""How documents become rows of T tokens, at most one row's worth of numbers kept for each.
+"""How documents become rows of T tokens.
 
-Two ways. "cut": a shard's tokens one after another, cut every T. "fit": documents whole, those that leave the least room
-unused put together (only what is longer than a row is cut); what stays empty is never predicted. A plan of fitted rows
-is made once and mapped from disk, so that any row is found at once, however many there are.
+"cut": a shard's tokens one after another, cut every T. "fit": whole documents, combined so that the least room stays unused
+(only documents longer than a row are cut); unused places are never predicted. A plan of fitted rows is made once and mapped
+from disk, so that any row is found at once.
 
-A document of n tokens takes n - 1 places: its last token is predicted and need not be read.
+A document of n tokens takes n - 1 places, since its last token is predicted and need not be read.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mikoshi.data.dataset.shards import DatasetInfo, Shard
-from mikoshi.data.errors import DataError, of_storage
-from mikoshi.data.io.atomic import replacing, write_file
+from mikoshi.data.errors import DataError, storage_error
+from mikoshi.data.io.atomic import replaced_file, write_file
 
 Ids = npt.NDArray[np.int64]
 
@@ -32,17 +32,20 @@ _RECORD = np.dtype([("first", "<u8"), ("length", "<u4"), ("row", "<u4")])
 _KINDS = ("pieces", "starts")
 
 
-def cut_counts(tokens: Ids, context: int) -> Ids:
-    """Rows of `context` tokens in shards of so many tokens: each reads one token more than its own, as the last label."""
+def row_counts(tokens: Ids, context: int) -> Ids:
+    """Rows of `context` tokens in shards of so many tokens. A row reads one token more than its own, as the last label."""
     return np.maximum(0, (tokens - 1) // context)
 
 
-def fit(lengths: Ids, capacity: int) -> Ids:
-    """The row of each piece, by best-fit decreasing: the longest first, each into the row with the least room that still
-    holds it (Johnson 1974, "Fast algorithms for bin packing"; Ding et al. 2024, arXiv:2404.10830, for training data).
+def best_fit_decreasing(lengths: Ids, capacity: int) -> Ids:
+    """The row of each piece, by best-fit decreasing: the longest first, each into the row with the least room that still holds
+    it (Johnson 1974, "Fast algorithms for bin packing"; for training data Ding et al. 2024, arXiv:2404.10830).
 
-    `lengths` lie in 1..capacity. Rows are numbered from 0 without gaps. Pieces of equal length are placed together,
-    which gives the same rows in a time that grows with the number of lengths rather than of pieces.
+    lengths: of the pieces, each in 1..capacity.
+    capacity: places of a row.
+
+    Rows are numbered from 0 without gaps. Pieces of equal length are placed together, which gives the same rows in a time that
+    grows with the number of distinct lengths rather than of pieces.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
     if not len(lengths):
@@ -96,7 +99,7 @@ def _pieces(ends: Ids, context: int) -> tuple[Ids, Ids]:
 def fit_shard(ends: Ids, context: int) -> npt.NDArray[np.void]:
     """The plan of one shard: its pieces, row after row."""
     first, length = _pieces(ends.astype(np.int64), context)
-    row = fit(length, context)
+    row = best_fit_decreasing(length, context)
     order = np.lexsort((first, row))
     plan = np.empty(len(order), dtype=_RECORD)
     plan["first"], plan["length"], plan["row"] = first[order], length[order], row[order]
@@ -104,9 +107,15 @@ def fit_shard(ends: Ids, context: int) -> npt.NDArray[np.void]:
 
 
 @dataclass(frozen=True)
-class FitPlan:
-    """Fitted rows of a split, of `context` places each. `counts`: rows of each shard; `pieces` of all shards, mapped;
-    `starts`: the first piece of every row, and at the end their number."""
+class PackingPlan:
+    """Fitted rows of a split.
+
+    context: places of a row.
+    counts: rows of each shard.
+    pieces: of all shards, mapped from disk.
+    starts: the first piece of every row, and at the end the number of pieces.
+    before: rows before each shard.
+    """
 
     context: int
     counts: Ids
@@ -128,6 +137,7 @@ class FitPlan:
 
 
 def plan_name(split: str, context: int) -> str:
+    """The name of a plan's files, without their suffixes."""
     return f"fit-{context}-{split}"
 
 
@@ -139,18 +149,23 @@ def write_plan(
     shards: Iterable[Shard],
     show: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Make the plan of a split's rows of `context` tokens and put it beside the shards: two files of numbers, and then
-    `fit-T-split.json`, which lists them. `show` is told the number of shards done. Raises DataError if it cannot be written."""
+    """Write the plan of a split's rows of `context` tokens beside the shards: two files of numbers, then `fit-T-split.json`,
+    which lists them.
+
+    show: called with the number of shards done.
+
+    Raises DataError if it cannot be written.
+    """
     name = plan_name(split, context)
     counts: list[int] = []
     digests, sizes = {kind: sha256() for kind in _KINDS}, dict.fromkeys(_KINDS, 0)
     paths = {kind: folder / f"{name}.{kind}" for kind in _KINDS}
     try:
-        with ExitStack() as held:
-            outs = {kind: held.enter_context(replacing(path)) for kind, path in paths.items()}
+        with ExitStack() as stack:
+            outputs = {kind: stack.enter_context(replaced_file(path)) for kind, path in paths.items()}
 
             def put(kind: str, array: npt.NDArray[Any]) -> None:
-                outs[kind].write(array.tobytes())
+                outputs[kind].write(array.tobytes())
                 digests[kind].update(array.tobytes())
                 sizes[kind] += array.nbytes
 
@@ -163,19 +178,24 @@ def write_plan(
                 show(number)
             put("starts", np.array([sizes["pieces"] // _RECORD.itemsize], dtype="<u8"))
         files = {kind: {"bytes": sizes[kind], "sha256": digests[kind].hexdigest()} for kind in _KINDS}
-        told = {"dataset": info.fingerprint, "context": context, "counts": counts, "files": files}
-        write_file(folder / f"{name}.json", (json.dumps(told) + "\n").encode())
+        plan_record = {"dataset": info.fingerprint, "context": context, "counts": counts, "files": files}
+        write_file(folder / f"{name}.json", (json.dumps(plan_record) + "\n").encode())
     except OSError as error:
         what = f'data.packing = "fit": cannot write the plan of rows to {folder}: {error.strerror}'
-        raise of_storage(error, what, "prepare the data with this setting where it can be written") from None
+        raise storage_error(error, what, "prepare the data with this setting where it can be written") from None
 
 
 def read_plan(
     content: bytes, name: str, info: DatasetInfo, split: str, context: int,
     mapped: Callable[[str, int, str], npt.NDArray[np.uint8]],
-) -> FitPlan:  # fmt: skip
-    """Open a split's plan from its JSON, called `name`; `mapped(file, bytes, sha256)` gives the bytes of a file beside it.
-    Raises DataError if it belongs to other data or is damaged."""
+) -> PackingPlan:  # fmt: skip
+    """Open a split's plan.
+
+    content: of its JSON file, called `name`.
+    mapped: mapped(file, bytes, sha256) gives the bytes of a file beside it.
+
+    Raises DataError if the plan belongs to other data or is damaged.
+    """
     try:
         raw = json.loads(content)
         counts = np.array(raw["counts"], dtype=np.int64)
@@ -193,11 +213,11 @@ def read_plan(
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{name}: the plan of rows is damaged ({error}): remove it, and prepare again") from None
-    return FitPlan(context, counts, pieces, starts, np.cumsum(counts) - counts)
+    return PackingPlan(context, counts, pieces, starts, np.cumsum(counts) - counts)
 
 
 def verify_plan(content: bytes, name: str, mapped: Callable[[str, int, str], npt.NDArray[np.uint8]]) -> None:
-    """Read a plan's files whole. Raises DataError if a single bit differs."""
+    """Read a plan's files in full. Raises DataError if a bit differs."""
     stem = name.rpartition("/")[2].removesuffix(".json")
     for kind, file in json.loads(content)["files"].items():
         if sha256(mapped(f"{stem}.{kind}", file["bytes"], file["sha256"]).data).hexdigest() != file["sha256"]:

@@ -1,6 +1,6 @@
-"""Rows in which no token is predicted, found without reading tokens: of such rows alone a step learns nothing.
+"""Rows in which no token is predicted, found without reading tokens. A step of such rows alone would learn nothing.
 
-A conversation's prompt is read and not learned, so a row that holds nothing else has nothing to predict.
+A conversation's prompt is not learned, so that a row inside a prompt predicts nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mikoshi.data.dataset.dataset import is_remote
-from mikoshi.data.dataset.rows import Where
+from mikoshi.data.dataset.rows import RowLocation
 from mikoshi.data.dataset.shards import Shard
 from mikoshi.data.dataset.split import Corpus
 from mikoshi.data.errors import DataError
@@ -19,18 +19,18 @@ from mikoshi.data.errors import DataError
 Rows = npt.NDArray[np.bool_]
 
 
-def rows_of_nothing(corpus: Corpus, document_mask: bool) -> int:
-    """Rows of a corpus in which no token is predicted. Reads all of its documents' ends and loss bits."""
+def count_unpredicted_rows(corpus: Corpus, document_mask: bool) -> int:
+    """The number of rows of a corpus in which no token is predicted. Reads all documents' ends and loss bits."""
     return sum(int(rows.sum()) for rows in _by_shard(corpus, document_mask))
 
 
-def share_of_nothing(corpus: Corpus, document_mask: bool) -> float | None:
-    """The part of a corpus's rows in which no token is predicted; None where all of it would have to be fetched."""
-    return None if is_remote(corpus.dataset.place) else rows_of_nothing(corpus, document_mask) / max(1, corpus.samples)
+def unpredicted_share(corpus: Corpus, document_mask: bool) -> float | None:
+    """The share of a corpus's rows in which no token is predicted; None for a remote corpus, which would have to be fetched."""
+    return None if is_remote(corpus.dataset.place) else count_unpredicted_rows(corpus, document_mask) / max(1, corpus.samples)
 
 
 def check_predicts(corpus: Corpus, document_mask: bool) -> None:
-    """Raises DataError where no row of a training split at hand predicts a token. Stops at the first that does."""
+    """Raises DataError if no row of a local training split predicts a token."""
     if is_remote(corpus.dataset.place) or not all(rows.all() for rows in _by_shard(corpus, document_mask)):
         return
     name = f"data.mixture.{corpus.name}" if corpus.name else "data.path"
@@ -41,8 +41,8 @@ def check_predicts(corpus: Corpus, document_mask: bool) -> None:
     )
 
 
-def is_nothing(place: Where, context: int, document_mask: bool) -> bool:
-    """Whether a row that was cut from a shard of its own predicts no token."""
+def predicts_nothing(place: RowLocation, context: int, document_mask: bool) -> bool:
+    """Whether a row of a shard predicts no token."""
     return bool(_cut(place.shard, place.first + 1, 1, context, document_mask)[0])
 
 

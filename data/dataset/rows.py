@@ -1,8 +1,6 @@
-"""Samples as rows of T tokens with their labels, documents and positions: read from mapped shards, no more of a row than
-this rank's part of it.
+"""Samples as rows of T tokens with labels, documents and positions, read from mapped shards; of each row only this rank's part.
 
-A label is the token that follows; it is IGNORED where nothing of the same document follows, where the token is a prompt's,
-and where a row is padding.
+A label is the next token. It is IGNORED at the end of a document, in a prompt, and in padding.
 """
 
 from __future__ import annotations
@@ -25,20 +23,22 @@ _VERIFY = "`mikoshi data verify` names what is damaged"
 Ids = npt.NDArray[np.int64]
 Numbers = npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
-Take = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]]
+Allocate = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]]
 """Gives an array of a shape and type to fill, as numpy.empty does."""
-Columns = tuple[tuple[int, int], ...]
+ColumnRanges = tuple[tuple[int, int], ...]
 """The parts [start, stop) of a row that a context-parallel rank holds, in its order."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some rows, [rows, T] each, tokens and labels int64, docs and positions int32. `docs` numbers the documents in a row and
-    `positions` counts inside each; both None when rows are read as one document. `padding` (bool): places that hold no
-    token of the data; None: none is like that.
+    """Some rows, [rows, T] each: tokens and labels int64, docs and positions int32.
 
-    On a context-parallel rank `tokens`, `labels`, `positions` and `padding` are of its own columns only, while `docs` is of the
-    whole row, since a query must know what its keys elsewhere belong to.
+    docs: number of the document in the row; None if rows are read as one document.
+    positions: position in the document; None if rows are read as one document.
+    padding: bool, places without a token of the data; None if there are none.
+
+    On a context-parallel rank `tokens`, `labels`, `positions` and `padding` cover its own columns only, while `docs` covers the
+    whole row, since a query must know which document its keys on other ranks belong to.
     """
 
     tokens: Ids
@@ -47,13 +47,14 @@ class Batch:
     positions: Numbers | None
     padding: Flags | None = None
 
-    def rows(self, start: int, stop: int) -> Batch:
+    def slice_rows(self, start: int, stop: int) -> Batch:
+        """Rows `start` to `stop`, as views."""
         docs = None if self.docs is None else self.docs[start:stop]
         positions = None if self.positions is None else self.positions[start:stop]
         padding = None if self.padding is None else self.padding[start:stop]
         return Batch(self.tokens[start:stop], self.labels[start:stop], docs, positions, padding)
 
-    def columns(self, columns: Columns) -> Batch:
+    def select_columns(self, columns: ColumnRanges) -> Batch:
         """The part of every whole row that a context-parallel rank holds."""
         index = np.concatenate([np.arange(*part) for part in columns])
         counted = np.broadcast_to(np.arange(self.tokens.shape[1], dtype=np.int32), self.tokens.shape)
@@ -63,74 +64,80 @@ class Batch:
         return Batch(self.tokens[:, index], self.labels[:, index], self.docs, own, padding)
 
 
-class Where(NamedTuple):
-    """A sample's place: an open shard and, by how rows are made, the row's first token or the pieces it is made of."""
+class RowLocation(NamedTuple):
+    """Where a row is read from: an open shard, and either the row's first token or the pieces it consists of."""
 
     shard: Shard
     first: int
     pieces: tuple[list[int], list[int]] | None = None
 
 
-def whole_row(context: int) -> Columns:
+def full_row(context: int) -> ColumnRanges:
+    """The columns of a rank that holds whole rows."""
     return ((0, context),)
 
 
-def ranges(index: Ids) -> Columns:
-    """Ascending stretches of an index of columns, in its order."""
+def column_ranges(index: Ids) -> ColumnRanges:
+    """The ascending ranges in an index of columns, in its order."""
     breaks = np.flatnonzero(np.diff(index) != 1) + 1
     return tuple((int(part[0]), int(part[-1]) + 1) for part in np.split(index, breaks))
 
 
 def read_rows(
-    places: Sequence[Where], rows: int, context: int, document_mask: bool, columns: Columns | None = None,
-    pieces: Sequence[int] | None = None, take: Take = np.empty,
+    locations: Sequence[RowLocation], rows: int, context: int, document_mask: bool, columns: ColumnRanges | None = None,
+    pieces: Sequence[int] | None = None, allocate: Allocate = np.empty,
 ) -> Batch:  # fmt: skip
-    """The rows at these places, and padding up to `rows`, of which nothing is predicted.
+    """The rows at these locations, and padding up to `rows`, of which nothing is predicted.
 
-    With `document_mask`, the first token of a document is never predicted from the one before it, and attention and
-    positions begin anew with it. `pieces`: for every row the length at which they also begin anew, T for none (a
-    sequence-length warm-up); labels stay. `take` gives the arrays that are filled.
+    document_mask: the first token of a document is not predicted, and attention and positions restart with it.
+    columns: the ranges of columns to read (None: all).
+    pieces: for every row the length at which attention and positions also restart (sequence-length warm-up), T for none; labels
+        are unaffected.
+    allocate: makes the arrays that are filled.
     """
-    parts = columns or whole_row(context)
-    read = _cut_rows if not places or places[0].pieces is None else _fitted_rows
+    parts = columns or full_row(context)
+    read = _cut_rows if not locations or locations[0].pieces is None else _fitted_rows
     width = sum(stop - start for start, stop in parts)
-    tokens, labels = take((rows, width), np.int64), take((rows, width), np.int64)
-    tokens[len(places) :], labels[len(places) :] = 0, IGNORED
-    cuts, ends = read(places, context, parts, document_mask, tokens, labels)
+    tokens, labels = allocate((rows, width), np.int64), allocate((rows, width), np.int64)
+    tokens[len(locations) :], labels[len(locations) :] = 0, IGNORED
+    cuts, ends = read(locations, context, parts, document_mask, tokens, labels)
     if ends:
         _ignore(labels, np.concatenate(ends), context, parts)
-    padding = _padding(places, rows, context, parts)
+    padding = _padding(locations, rows, context, parts)
     if not document_mask:
         if columns is None:
             return Batch(tokens, labels, None, None, padding)
         own = np.concatenate([np.arange(*part, dtype=np.int32) for part in parts])
         return Batch(tokens, labels, None, np.repeat(own[None], rows, 0), padding)
-    docs, positions = _documents(cuts, rows, context, pieces, take)
+    docs, positions = _documents(cuts, rows, context, pieces, allocate)
     if columns is not None:
         positions = np.concatenate([positions[:, start:stop] for start, stop in parts], axis=1)
     return Batch(tokens, labels, docs, positions, padding)
 
 
-def _padding(places: Sequence[Where], rows: int, context: int, parts: Columns) -> Flags | None:
-    """Rows fitted to documents end in it, and whole rows make up a rank's number of them."""
-    fitted = bool(places) and places[0].pieces is not None
-    if not fitted and len(places) == rows:
+def _padding(locations: Sequence[RowLocation], rows: int, context: int, parts: ColumnRanges) -> Flags | None:
+    """Which places hold no token: the end of fitted rows, and rows beyond the last location."""
+    fitted = bool(locations) and locations[0].pieces is not None
+    if not fitted and len(locations) == rows:
         return None
     filled = np.zeros(rows, dtype=np.int64)
-    filled[: len(places)] = [context if place.pieces is None else sum(place.pieces[1]) for place in places]
+    filled[: len(locations)] = [context if place.pieces is None else sum(place.pieces[1]) for place in locations]
     found: Flags = np.concatenate([np.arange(*part) for part in parts]) >= filled[:, None]
     return found
 
 
-_Marks = tuple[list[Ids], list[Ids]]
+_Boundaries = tuple[list[Ids], list[Ids]]
 """In numbers of places of the whole batch, row after row: where documents begin, and what comes last before such a place
 and is to be predicted by nobody."""
 
 
-def _cut_rows(places: Sequence[Where], context: int, parts: Columns, document_mask: bool, tokens: Ids, labels: Ids) -> _Marks:
-    """Rows that are stretches of shards. Those of one shard are read together: numpy takes as long for one as for ten."""
+def _cut_rows(
+    locations: Sequence[RowLocation], context: int, parts: ColumnRanges, document_mask: bool, tokens: Ids, labels: Ids
+) -> _Boundaries:
+    """Read rows that are stretches of shards. Rows of one shard are read together, which takes numpy as long for ten as for
+    one."""
     groups: dict[int, tuple[Shard, list[int], list[int]]] = {}
-    for row, place in enumerate(places):
+    for row, place in enumerate(locations):
         _, at, firsts = groups.setdefault(id(place.shard), (place.shard, [], []))
         at.append(row)
         firsts.append(place.first)
@@ -160,7 +167,7 @@ def _windows(tokens: npt.NDArray[Any], start: int, length: int) -> npt.NDArray[A
 
 
 def _ends_within(ends: npt.NDArray[Any], first: Ids, context: int, base: Ids) -> tuple[Ids, Ids]:
-    """Where documents end in the rows that begin at tokens `first`, as places of a batch in which those rows begin at
+    """The ends of documents in the rows that begin at tokens `first`, as places of a batch in which those rows begin at
     `base`; and for each the place after its row."""
     # Of the index's own type: otherwise the whole mapped index would be converted.
     low = ends.searchsorted(first.astype(ends.dtype), "right")
@@ -172,12 +179,12 @@ def _ends_within(ends: npt.NDArray[Any], first: Ids, context: int, base: Ids) ->
 
 
 def _fitted_rows(
-    places: Sequence[Where], context: int, parts: Columns, _document_mask: bool, tokens: Ids, labels: Ids
-) -> _Marks:
-    """Rows that are whole documents put together."""
+    locations: Sequence[RowLocation], context: int, parts: ColumnRanges, _document_mask: bool, tokens: Ids, labels: Ids
+) -> _Boundaries:
+    """Read rows that are whole documents put together."""
     cuts: list[Ids] = []
     tokens[:], labels[:] = 0, IGNORED
-    for row, place in enumerate(places):
+    for row, place in enumerate(locations):
         assert place.pieces is not None
         if sum(place.pieces[1]) > context:
             raise DataError(
@@ -188,8 +195,8 @@ def _fitted_rows(
     return cuts, []
 
 
-def _read_fitted(shard: Shard, firsts: list[int], lengths: list[int], parts: Columns, tokens: Ids, labels: Ids) -> Ids:
-    """Fill a row with pieces, one after another; returns where each begins, and last where the padding does."""
+def _read_fitted(shard: Shard, firsts: list[int], lengths: list[int], parts: ColumnRanges, tokens: Ids, labels: Ids) -> Ids:
+    """Fill a row with pieces. Returns where each begins, and at the end where the padding does."""
     begin, heads = 0, [0]
     for first, length in zip(firsts, lengths, strict=True):
         if first + length >= len(shard.tokens):
@@ -218,8 +225,8 @@ def _bits(learned: npt.NDArray[np.uint8], first: int, count: int) -> npt.NDArray
     return bits[first - 8 * low : first - 8 * low + count].view(np.bool_)
 
 
-def _ignore(labels: Ids, places: Ids, context: int, parts: Columns) -> None:
-    if parts == whole_row(context):
+def _ignore(labels: Ids, places: Ids, context: int, parts: ColumnRanges) -> None:
+    if parts == full_row(context):
         labels.ravel()[places] = IGNORED
         return
     mask = np.zeros((len(labels), context), dtype=np.bool_)
@@ -227,16 +234,20 @@ def _ignore(labels: Ids, places: Ids, context: int, parts: Columns) -> None:
     labels[np.concatenate([mask[:, start:stop] for start, stop in parts], axis=1)] = IGNORED
 
 
-def _documents(cuts: list[Ids], rows: int, context: int, pieces: Sequence[int] | None, take: Take) -> tuple[Numbers, Numbers]:
-    """Number of the document at every place of every row, from 0, and the position in it. `cuts`: the places of the
-    whole batch, one row after another, at which one begins within a row."""
+def _documents(
+    cuts: list[Ids], rows: int, context: int, pieces: Sequence[int] | None, allocate: Allocate
+) -> tuple[Numbers, Numbers]:
+    """For every place its document's number in the row, from 0, and its position in that document.
+
+    cuts: places of the whole batch, row after row, at which a document begins within a row.
+    """
     firsts = np.arange(0, rows * context, context)
     more = [np.arange(row * context, (row + 1) * context, piece) for row, piece in enumerate(pieces or ())]
     begins = np.unique(np.concatenate([firsts, *cuts, *more]))
     owner = begins // context
     number = np.arange(len(begins)) - np.searchsorted(owner, np.arange(rows))[owner]
     # Written as what changes from a place to the next, then added up.
-    docs, positions = take((rows * context,), np.int32), take((rows * context,), np.int32)
+    docs, positions = allocate((rows * context,), np.int32), allocate((rows * context,), np.int32)
     docs[:], positions[:] = 0, 1
     docs[begins] = np.diff(number, prepend=0)
     positions[begins] = 1 - np.diff(begins, prepend=-1)

@@ -1,9 +1,9 @@
-"""Token shards on disk: memory-mapped, self-describing, refused when anything about them is not as written.
+"""Token shards on disk: memory-mapped, self-describing, and refused if anything differs from what was written.
 
-A shard is one file: a 64-byte header (magic, version, bytes a token, whether loss bits follow, counts, SHA-256 of the
-rest), the tokens as little-endian uint16 or uint32, padding to 8 bytes, the end offset of every document as uint64, and
-where some tokens are read but never predicted (a prompt) one bit a token, set where it is. A dataset is a folder of
-shards, a tokenizer.json and a dataset.json that lists them with their digests.
+A shard is one file: a 64-byte header (magic, version, bytes a token, whether loss bits follow, counts, SHA-256 of the rest),
+the tokens as little-endian uint16 or uint32, padding to 8 bytes, the end offset of every document as uint64, and, if some
+tokens are not predicted (a prompt), one bit a token, set where it is predicted. A dataset is a folder of shards, a
+tokenizer.json, and a dataset.json that lists them with their digests.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mikoshi.data.errors import DataError, reading
-from mikoshi.data.tokenizer.special_tokens import Marks
+from mikoshi.data.errors import DataError, os_errors_named
+from mikoshi.data.tokenizer.special_tokens import BoundaryTokens
 
 MAGIC = b"MKSHARD\0"
 VERSION = 2
@@ -30,7 +30,7 @@ HEADER_BYTES = _HEADER.size
 INDEX = "dataset.json"
 TOKENIZER = "tokenizer.json"
 TRAIN, HELD_OUT = "train", "held_out"
-AGAIN = "prepare the data again"
+PREPARE_AGAIN = "prepare the data again"
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32] | npt.NDArray[np.int32]
 Flags = npt.NDArray[np.bool_]
@@ -38,7 +38,11 @@ Flags = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One line of the dataset's index. `bytes`: the whole file's; `sha256`: of all that follows its header."""
+    """An entry of the dataset's index.
+
+    bytes: size of the whole file.
+    sha256: hex digest of everything after the header.
+    """
 
     file: str
     tokens: int
@@ -49,8 +53,12 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Shard:
-    """An open shard, all views of the mapped file: `tokens`, `ends` (exclusive end of every document, in tokens) and
-    `learned`, a bit for every token that is predicted (None where all are), lowest bit first."""
+    """An open shard; the arrays are views of the mapped file.
+
+    tokens: ids of all documents.
+    ends: exclusive end of every document, in tokens.
+    learned: one bit a token, set where it is predicted, lowest bit first; None if all are.
+    """
 
     path: Path
     tokens: Tokens
@@ -58,7 +66,8 @@ class Shard:
     learned: npt.NDArray[np.uint8] | None = None
 
 
-def token_bytes(vocab: int) -> int:
+def bytes_per_token(vocab: int) -> int:
+    """Bytes of a stored token: 2 if all ids fit, else 4."""
     return 2 if vocab <= 1 << 16 else 4
 
 
@@ -70,8 +79,12 @@ def _sections(width: int, tokens: int, documents: int, flagged: int) -> tuple[in
 def write_shard(
     path: Path, documents: Iterable[npt.NDArray[Any]], width: int, learned: Iterable[Flags] | None = None
 ) -> ShardInfo:
-    """Write documents (arrays of ids, separator included) as one shard with `width` bytes a token. `learned`: for each
-    document, which of its tokens are predicted."""
+    """Write documents as one shard.
+
+    documents: arrays of ids, separator included.
+    width: bytes a token.
+    learned: for each document which of its tokens are predicted.
+    """
     arrays = [np.asarray(d, dtype=f"<u{width}") for d in documents]
     ends = np.cumsum([len(a) for a in arrays], dtype="<u8")
     tokens = np.concatenate(arrays) if arrays else np.zeros(0, f"<u{width}")
@@ -90,10 +103,12 @@ def write_shard(
 
 
 def open_shard(path: Path, expected: ShardInfo | None = None) -> Shard:
-    """Map a shard. Raises DataError if it is missing, not a shard, of another length than its header says, or not
-    the one `expected`; StorageError if it cannot be read now. Digests of the bytes are checked by verify_shard, which
-    reads everything."""
-    with reading(path, AGAIN, "cannot read the shard"), path.open("rb") as file:
+    """Map a shard.
+
+    Raises DataError if it is missing, not a shard, not of the length that its header says, or not the one `expected`;
+    StorageError if it cannot be read now. The digest is checked by verify_shard, which reads everything.
+    """
+    with os_errors_named(path, PREPARE_AGAIN, "cannot read the shard"), path.open("rb") as file:
         head = file.read(HEADER_BYTES)
         size = file.seek(0, 2)
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
@@ -115,9 +130,9 @@ def open_shard(path: Path, expected: ShardInfo | None = None) -> Shard:
 
 
 def verify_shard(path: Path, expected: ShardInfo | None = None) -> None:
-    """Read the whole shard and compare its digest. Raises DataError if a single bit differs."""
+    """Read the whole shard and compare its digest. Raises DataError if a bit differs."""
     open_shard(path, expected)
-    with reading(path, AGAIN, "cannot read the shard"), path.open("rb") as file:
+    with os_errors_named(path, PREPARE_AGAIN, "cannot read the shard"), path.open("rb") as file:
         digest = _HEADER.unpack(file.read(HEADER_BYTES))[-1]
         if hashlib.file_digest(file, "sha256").digest() != digest:
             raise DataError(f"{path}: the shard's bytes do not match its digest; prepare the data again")
@@ -127,9 +142,12 @@ def verify_shard(path: Path, expected: ShardInfo | None = None) -> None:
 class DatasetInfo:
     """dataset.json: what is in the folder and what it was made from.
 
-    `fingerprint` covers tokenizer and shards: equal fingerprints mean equal tokens, as far as the shards are intact
-    (`mikoshi prepare` verifies those that are there). `unigram_nats` is the loss that a model knowing only token
-    frequencies (of the training split) has on the held-out split. `separator`, `bos` and `stops` are the tokenizer's marks.
+    fingerprint: covers tokenizer and shards; equal fingerprints mean equal tokens, as far as the shards are intact (`mikoshi
+        prepare` verifies those that exist).
+    recipe: digest of the recipe.
+    tokenizer: its fingerprint.
+    unigram_nats: held-out loss of a model that knows only the token frequencies of the training split.
+    separator, bos, stops: the tokenizer's boundary tokens.
     """
 
     fingerprint: str
@@ -144,32 +162,39 @@ class DatasetInfo:
     stops: tuple[int, ...] = ()
 
     @property
-    def marks(self) -> Marks:
-        return Marks(self.separator, self.bos, frozenset({self.separator, *self.stops}))
+    def boundaries(self) -> BoundaryTokens:
+        """The tokenizer's boundary tokens."""
+        return BoundaryTokens(self.separator, self.bos, frozenset({self.separator, *self.stops}))
 
     def tokens(self, split: str) -> int:
+        """The number of tokens in a split."""
         return sum(shard.tokens for shard in self.splits[split])
 
 
 def unigram_nats(train: npt.NDArray[np.int64], held_out: npt.NDArray[np.int64]) -> float:
-    """Held-out cross-entropy, nats a token, of the training split's token frequencies (each count plus one)."""
+    """Cross-entropy in nats a token of the held-out split under the training split's token frequencies, each count plus one.
+
+    train, held_out: counts of each id, [vocab].
+    """
     p = (train + 1) / (train + 1).sum()
     return float(-(held_out * np.log(p)).sum() / held_out.sum())
 
 
-def fingerprint(tokenizer: str, splits: dict[str, list[ShardInfo]]) -> str:
+def dataset_fingerprint(tokenizer: str, splits: dict[str, list[ShardInfo]]) -> str:
+    """The fingerprint of a dataset, from that of its tokenizer and the digests of its shards."""
     shards = {name: [s.sha256 for s in infos] for name, infos in splits.items()}
     return hashlib.sha256(json.dumps([VERSION, tokenizer, shards], sort_keys=True).encode()).hexdigest()
 
 
 def write_index(folder: Path, info: DatasetInfo) -> None:
+    """Write dataset.json."""
     (folder / INDEX).write_text(json.dumps({"format": VERSION, **asdict(info)}, indent=1) + "\n")
 
 
 def read_index(folder: Path) -> DatasetInfo:
-    """Read and check a folder's dataset.json. Raises DataError if there is no dataset or it does not hold together."""
+    """Read and check a folder's dataset.json. Raises DataError if there is no dataset or the index is inconsistent."""
     path = folder / INDEX
-    with reading(path, AGAIN):
+    with os_errors_named(path, PREPARE_AGAIN):
         if not path.exists():
             raise DataError(f"data.path: no prepared dataset at {folder}; make it with `mikoshi prepare CONFIG`")
         content = path.read_bytes()
@@ -177,7 +202,7 @@ def read_index(folder: Path) -> DatasetInfo:
 
 
 def parse_index(content: bytes, name: str) -> DatasetInfo:
-    """dataset.json as bytes, called `name` in messages. Raises DataError if it does not hold together."""
+    """Parse dataset.json, called `name` in messages. Raises DataError if it is inconsistent."""
     try:
         raw = json.loads(content)
         if raw.pop("format") != VERSION:
@@ -192,7 +217,7 @@ def parse_index(content: bytes, name: str) -> DatasetInfo:
     for shard in (s for shards in splits.values() for s in shards):
         if "/" in shard.file or shard.file.startswith("."):
             raise DataError(f"{name}: shard {shard.file!r} is not a name in this folder")
-    if info.fingerprint != fingerprint(info.tokenizer, splits):
+    if info.fingerprint != dataset_fingerprint(info.tokenizer, splits):
         raise DataError(f"{name}: the fingerprint does not match the shards listed; prepare the data again")
     return info
 

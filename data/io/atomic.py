@@ -1,4 +1,5 @@
-"""A folder or file appears whole or not at all: built aside, flushed to disk, then put in place by one rename."""
+"""Atomic writes: a file or folder appears whole or not at all. It is built beside its place, flushed to disk, and renamed
+once."""
 
 from __future__ import annotations
 
@@ -18,20 +19,20 @@ from typing import BinaryIO
 from mikoshi.data.errors import DataError
 
 LOCK = ".lock"
-LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+LOCKS_UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What flock says on a file system that knows no locks."""
 
-_LINKLESS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL)
+_LINKS_UNSUPPORTED = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EINVAL)
 _ABANDONED = 60.0  # seconds after which an empty file is no longer about to be written
 
 _LONGEST = 200  # bytes of a name that a draft's repeats
-_DEAD = 3600.0  # seconds without a byte written
+_STALE_AFTER = 3600.0  # seconds without a byte written
 _HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 _swept: set[Path] = set()
 
 
-def flush(path: Path) -> None:
-    """Make a file's bytes, or a folder's names, durable (fsync), as far as the file system knows that of folders."""
+def fsync_path(path: Path) -> None:
+    """Make a file's bytes or a folder's entries durable. File systems that cannot fsync folders are tolerated."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -43,30 +44,35 @@ def flush(path: Path) -> None:
 
 
 def partial_path(target: Path) -> Path:
-    """Where the folder `target` is built before it exists: hidden, beside it, so that the rename stays on one file system.
-    Every writer has the same; `locked_folder` lets one at a time have it."""
+    """The folder in which `target` is built: hidden and beside it, so that the final rename stays on one file system.
+
+    All writers of `target` share it; `locked_folder` admits one at a time.
+    """
     return target.with_name(f".{target.name}.partial")
 
 
 def commit_folder(target: Path, built: Path) -> None:
-    """Put the folder built at `built` in place. `target` must not exist."""
+    """Make the files of `built` durable and rename it to `target`, which must not exist."""
     for path in built.iterdir():
         if path.is_file():
-            flush(path)
-    flush(built)
+            fsync_path(path)
+    fsync_path(built)
     built.rename(target)
-    flush(target.parent)
+    fsync_path(target.parent)
 
 
 @contextmanager
-def locked_folder(target: Path, patience: float) -> Iterator[tuple[Path, int]]:
-    """Yield the folder partial_path(target), made if need be with all that is in it left as it is, and the open file
-    whose lock says that someone is at work there. Processes that inherit it hold the lock too, for as long as any lives.
+def locked_folder(target: Path, timeout: float) -> Iterator[tuple[Path, int]]:
+    """Yield the folder partial_path(target), created if missing and otherwise unchanged, and the open file that holds its lock.
 
-    Waits `patience` seconds for the lock. Raises BlockingIOError when it is still held then.
+    Child processes that inherit the file descriptor hold the lock too, for as long as any of them lives.
+
+    timeout: seconds to wait for the lock.
+
+    Raises BlockingIOError if the lock is still taken after that.
     """
     built = partial_path(target)
-    handle = _lock(built, time.monotonic() + patience)
+    handle = _lock(built, time.monotonic() + timeout)
     try:
         yield built, handle
     finally:
@@ -74,26 +80,28 @@ def locked_folder(target: Path, patience: float) -> Iterator[tuple[Path, int]]:
 
 
 @contextmanager
-def built_alone(target: Path) -> Iterator[Path]:
-    """Yield a new folder that becomes `target` when the block ends well, and is gone otherwise. Raises DataError where another
-    process is building it, or has just done so."""
-    told = "is being written by another process: wait for it, or give another folder"
+def new_folder_committed(target: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `target` when the block succeeds, and is removed otherwise.
+
+    Raises DataError if another process is building `target` or has just done so.
+    """
+    reason = "is being written by another process: wait for it, or give another folder"
     with ExitStack() as stack:
         try:
             work, _ = stack.enter_context(locked_folder(target, 0))
         except BlockingIOError:
-            raise DataError(f"{target}: {told}") from None
+            raise DataError(f"{target}: {reason}") from None
         stack.callback(shutil.rmtree, work, ignore_errors=True)
         built = work / "built"
         shutil.rmtree(built, ignore_errors=True)  # what a killed process has left
         built.mkdir()
         yield built
         if os.path.lexists(target):
-            raise DataError(f"{target}: {told}")
+            raise DataError(f"{target}: {reason}")
         commit_folder(target, built)
 
 
-def _lock(built: Path, until: float) -> int:
+def _lock(built: Path, deadline: float) -> int:
     while True:
         built.mkdir(parents=True, exist_ok=True)
         try:
@@ -106,7 +114,7 @@ def _lock(built: Path, until: float) -> int:
                 if os.fstat(handle).st_ino == (built / LOCK).stat().st_ino:
                     return handle
         except BlockingIOError:
-            if time.monotonic() > until:
+            if time.monotonic() > deadline:
                 os.close(handle)
                 raise
             time.sleep(0.05)
@@ -114,7 +122,7 @@ def _lock(built: Path, until: float) -> int:
 
 
 def _open_lock(built: Path) -> int:
-    """Neither the folder nor the lock may be a link that someone left there: what is in it is cleared and written."""
+    """Open the lock without following links, since the folder's content is removed and rewritten."""
     folder = os.open(built, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         return os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=folder)
@@ -126,13 +134,15 @@ def _flock(handle: int) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in LOCKLESS:  # a file system that knows no locks does without
+        if error.errno not in LOCKS_UNSUPPORTED:  # a file system that knows no locks does without
             raise
 
 
 def new_file(path: Path, mode: int = 0o666) -> BinaryIO:
-    """Open a file that is new, to write in: what has its name is removed, and a link is not followed. It is locked while it
-    is open, so that a sweep knows that its writer lives."""
+    """Open a new file for writing, in place of any file of that name; links are not followed.
+
+    The file stays locked while it is open, so that a sweep of stale files sees that its writer lives.
+    """
     while True:
         path.unlink(missing_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
@@ -143,9 +153,11 @@ def new_file(path: Path, mode: int = 0o666) -> BinaryIO:
         os.close(handle)  # swept between its making and its locking
 
 
-def draft_path(target: Path) -> Path:
-    """Where one writer builds the file `target`: hidden, beside it, under a name that no other writer has. What dead writers
-    left in the folder is swept the first time that this process writes there."""
+def temporary_path(target: Path) -> Path:
+    """A hidden path beside `target` that no other writer uses, in which to build the file.
+
+    The first call for a folder also removes what dead writers left there.
+    """
     folder = target.parent
     if folder not in _swept:
         _swept.add(folder)
@@ -156,14 +168,13 @@ def draft_path(target: Path) -> Path:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove drafts of files whose writers are dead. Locks of other hosts may not be seen here, so what they left must have
-    been left alone for long."""
+    """Remove temporary files of dead writers. Locks of other hosts may be invisible here, so their files must also be old."""
     with os.scandir(folder) as entries:
         found = [entry for entry in entries if entry.name.startswith(".") and entry.name.endswith(".partial")]
     for entry in found:
         with suppress(OSError):
             idle = time.time() - entry.stat(follow_symlinks=False).st_mtime
-            if entry.is_file(follow_symlinks=False) and (f".{_HOST}-" in entry.name or idle > _DEAD):
+            if entry.is_file(follow_symlinks=False) and (f".{_HOST}-" in entry.name or idle > _STALE_AFTER):
                 _remove_unlocked(Path(entry.path))
 
 
@@ -177,10 +188,15 @@ def _remove_unlocked(path: Path) -> None:
 
 
 @contextmanager
-def replacing(target: Path, durable: bool = True, mode: int = 0o666) -> Iterator[BinaryIO]:
-    """Yield a new file that is put in the place of `target` in one step when the block ends well, and is gone otherwise. Of
-    several writers at once, the last has written it, whole."""
-    built = draft_path(target)
+def replaced_file(target: Path, durable: bool = True, mode: int = 0o666) -> Iterator[BinaryIO]:
+    """Yield a new file that replaces `target` in one step when the block succeeds, and is removed otherwise.
+
+    Of several concurrent writers, the last to finish wins, and its file is whole.
+
+    durable: also survive a power failure (fsync).
+    mode: permission bits of the new file.
+    """
+    built = temporary_path(target)
     try:
         with new_file(built, mode) as out:
             yield out
@@ -193,23 +209,25 @@ def replacing(target: Path, durable: bool = True, mode: int = 0o666) -> Iterator
             built.unlink()
         raise
     if durable:
-        flush(target.parent)
+        fsync_path(target.parent)
 
 
 def write_file(target: Path, content: bytes, durable: bool = True) -> None:
-    """Replace `target` by `content` in one step: a reader sees the old bytes or the new, never a part.
+    """Replace `target` by `content` in one step: a reader sees the old bytes or the new ones, never a mixture.
 
-    Without `durable` that holds for processes that end at any moment, but not for a machine that loses its power: then the
-    file may be there empty or damaged.
+    durable: without it, this holds when processes die but not when the machine loses power; the file may then be empty or
+        damaged.
     """
-    with replacing(target, durable) as out:
+    with replaced_file(target, durable) as out:
         out.write(content)
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the lock of a finished folder, to add to it: of several processes one does so at a time. Waits for it; without
-    effect where the folder cannot be written, as what is added then cannot be either."""
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of a finished folder in order to add to it; waits until no other process holds it.
+
+    Does nothing if the folder is read-only, where nothing can be added either.
+    """
     try:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError:
@@ -219,7 +237,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in LOCKLESS:
+            if error.errno not in LOCKS_UNSUPPORTED:
                 raise
         yield
     finally:
@@ -227,13 +245,13 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def create_file(target: Path, content: bytes) -> None:
-    """Make `target` with this content where there is none, durably. Of several processes at once one does; the others get
-    FileExistsError.
+    """Create `target` with this content, durably, if it does not exist. Of several concurrent processes one succeeds; the
+    others get FileExistsError.
 
-    A reader sees the file whole or not at all. On a file system without hard links, such as GCS FUSE or SMB, it may see an
-    empty one for a moment; if its maker is killed in that moment, the next one takes its place after a minute.
+    Readers see the whole file or none. On a file system without hard links (GCS FUSE, SMB) they may see an empty file for a
+    moment; if its writer dies in that moment, the next writer takes over after a minute.
     """
-    built = draft_path(target)
+    built = temporary_path(target)
     try:
         with new_file(built) as out:
             out.write(content)
@@ -242,18 +260,18 @@ def create_file(target: Path, content: bytes) -> None:
         try:
             os.link(built, target)
         except OSError as error:
-            if error.errno not in _LINKLESS:
+            if error.errno not in _LINKS_UNSUPPORTED:
                 raise
-            _take_name(target, built.stat().st_mtime)
+            _claim_name(target, built.stat().st_mtime)
             built.rename(target)
     finally:
         with suppress(OSError):
             built.unlink()
-    flush(target.parent)
+    fsync_path(target.parent)
 
 
-def _take_name(target: Path, now: float) -> None:
-    """Make an empty file, which no one else then can. `now`: by the clock of the file system."""
+def _claim_name(target: Path, now: float) -> None:
+    """Create an empty file exclusively, replacing one that a dead writer left empty. `now`: the file system's own clock."""
     with suppress(FileNotFoundError):
         found = target.stat()
         if not found.st_size and now - found.st_mtime > _ABANDONED:

@@ -35,8 +35,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from mikoshi.data.errors import DataError, StorageError, of_storage
-from mikoshi.data.io.atomic import flush, write_file
+from mikoshi.data.errors import DataError, StorageError, storage_error
+from mikoshi.data.io.atomic import fsync_path, write_file
 
 FOLDER_KEY, BYTES_KEY = "data.cache.folder", "data.cache.bytes"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.2  # seconds between looks at a lock that another has
@@ -47,7 +47,7 @@ _PROCESS = secrets.token_hex(16)
 
 
 def boot_id() -> str:
-    """What tells this start of the machine from others; where the machine does not say, this process from others."""
+    """An id of the machine's current boot; if the machine does not provide one, an id of this process."""
     try:
         return re.sub(r"[^0-9a-f]", "", Path("/proc/sys/kernel/random/boot_id").read_text())[:32]
     except OSError:
@@ -55,15 +55,15 @@ def boot_id() -> str:
 
 
 def default_folder() -> Path:
-    """Where shards are kept on this node's own disk, for this user: under $TMPDIR, else /var/tmp, else where temporary files
-    go."""
+    """The cache folder on this node's own disk for this user: under $TMPDIR, else /var/tmp, else the default for temporary
+    files."""
     places = (os.environ.get("TMPDIR", ""), "/var/tmp")
     root = next((place for place in places if place and os.access(place, os.W_OK | os.X_OK)), tempfile.gettempdir())
     return Path(root).absolute() / f"mikoshi-{os.getuid()}" / "shards"
 
 
 def _make_private(folder: Path) -> None:
-    """Raises DataError where another user has made the folder, or may write in it; OSError."""
+    """Create the folder for this user alone. Raises DataError if another user owns it or may write to it; OSError."""
     folder.mkdir(mode=0o700, exist_ok=True)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
@@ -74,10 +74,14 @@ def _make_private(folder: Path) -> None:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A file as an index lists it: its name in the store, its size in bytes, and the SHA-256 (hex) of what follows its
-    first `skip` bytes. `check` is given the path of the new copy and raises DataError if it is not what it should be,
-    for what no digest covers."""
+class IndexedFile:
+    """A file as an index lists it.
+
+    name: its name in the store.
+    size: bytes.
+    sha256: hex digest of what follows the first `skip` bytes.
+    check: called with the path of a new copy; raises DataError if the copy is wrong in a way that no digest covers.
+    """
 
     name: str
     size: int
@@ -86,8 +90,8 @@ class Wanted:
     check: Callable[[Path], None] | None = None
 
 
-class Part:
-    """A file being written. `written` bytes so far, their digest in `sha256`; writes and the end exclude each other."""
+class PartialFile:
+    """A file being written, with the bytes written so far and their digest. Thread-safe."""
 
     def __init__(self, path: Path, handle: int, skip: int) -> None:
         self.path, self._handle, self._skip = path, handle, skip
@@ -95,7 +99,7 @@ class Part:
         self._open, self._lock = True, threading.Lock()
 
     def write(self, chunk: bytes) -> None:
-        """Append. Does nothing once the part has ended. Raises OSError as the disk does."""
+        """Append a chunk. Does nothing once the file has ended. Raises OSError."""
         with self._lock:
             if not self._open:
                 return
@@ -107,6 +111,7 @@ class Part:
 
     @property
     def sha256(self) -> str:
+        """Hex digest of what was written, without the first `skip` bytes."""
         return self._digest.hexdigest()
 
     def sync(self) -> None:
@@ -116,7 +121,7 @@ class Part:
                 os.fsync(self._handle)
 
     def end(self, target: Path | None) -> None:
-        """Become `target`, or nothing; the second time, do nothing."""
+        """Rename the file to `target`, or remove it if that is None. A second call does nothing."""
         with self._lock:
             if not self._open:
                 return
@@ -124,7 +129,7 @@ class Part:
             try:
                 if target is not None:
                     self.path.rename(target)
-                    flush(target.parent)
+                    fsync_path(target.parent)
             finally:
                 with suppress(FileNotFoundError):
                     self.path.unlink()
@@ -132,8 +137,16 @@ class Part:
 
 
 class Cache:
-    """The folder as one process sees it; with `private`, its parent is this user's alone. Thread-safe. Raises DataError where
-    the folder cannot be made or locked, StorageError where that may pass."""
+    """The cache folder as one process sees it. Thread-safe.
+
+    folder: where the files are.
+    limit: bytes of all files in it.
+    user: name of the run, shown to other runs.
+    patience: seconds to wait for the folder's lock.
+    private: the parent folder must belong to this user alone.
+
+    Raises DataError if the folder cannot be created or locked, StorageError if that may be transient.
+    """
 
     def __init__(self, folder: Path, limit: int, user: str, patience: float, private: bool = False) -> None:
         self.folder, self.limit, self.evicted = folder, limit, 0
@@ -145,54 +158,57 @@ class Cache:
             if private:
                 _make_private(folder.parent)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with self._alone():
+            with self._exclusive():
                 path = folder / f"{self._host}-{os.getpid()}-{secrets.token_hex(4)}.user"
                 self._user = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
                 self._user_path = path
-                _locked(self._user)
+                _try_lock(self._user)
                 os.write(self._user, json.dumps({"run": user, "is": me}).encode())
         except OSError as error:
             why = error.strerror or error
-            raise of_storage(error, f"{FOLDER_KEY}: cannot use {folder} ({why})", "give a folder on a local disk") from None
+            raise storage_error(error, f"{FOLDER_KEY}: cannot use {folder} ({why})", "give a folder on a local disk") from None
         self._run = user
 
     def close(self) -> None:
+        """Stop using the folder. Its files stay."""
         self._user_path.unlink(missing_ok=True)
         with suppress(OSError):
             os.close(self._user)
 
-    def others(self) -> list[str]:
-        """The open caches of other runs on this folder, by name, process, host and limit."""
+    def other_users(self) -> list[str]:
+        """The other runs that have this cache open: name, process, host and limit of each."""
         found = set()
-        with self._alone():
+        with self._exclusive():
             for path in self.folder.glob("*.user"):
-                with _opened(path) as handle:
+                with _open_existing(path) as handle:
                     if handle is None or path == self._user_path:
                         continue
-                    if _locked(handle):
+                    if _try_lock(handle):
                         path.unlink()
                         continue
                     with suppress(ValueError):
-                        told = json.loads(path.read_text())
-                        if told["run"] != self._run or not self._run:
-                            found.add(told["is"])
+                        owner = json.loads(path.read_text())
+                        if owner["run"] != self._run or not self._run:
+                            found.add(owner["is"])
         return sorted(found)
 
-    def path(self, wanted: Wanted) -> Path:
-        if not re.fullmatch("[0-9a-f]{64}", wanted.sha256):
-            raise DataError(f"{wanted.name}: {wanted.sha256!r} is not a SHA-256: the index is damaged; prepare the data again")
-        return self.folder / f"{wanted.sha256}.data"
+    def path(self, entry: IndexedFile) -> Path:
+        """Where the file is, or will be, in the cache. Raises DataError if its digest is not a SHA-256."""
+        if not re.fullmatch("[0-9a-f]{64}", entry.sha256):
+            raise DataError(f"{entry.name}: {entry.sha256!r} is not a SHA-256: the index is damaged; prepare the data again")
+        return self.folder / f"{entry.sha256}.data"
 
-    def hold(self, wanted: Wanted) -> int | None:
-        """A handle that keeps the file from eviction until it is closed, and marks it used; None if it is not here."""
-        path = self.path(wanted)
+    def open_shared(self, entry: IndexedFile) -> int | None:
+        """A file descriptor that protects the file from eviction until it is closed, and marks it as used. None if it is not
+        cached."""
+        path = self.path(entry)
         try:
             handle = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
             return None
         fcntl.flock(handle, fcntl.LOCK_SH)
         found = os.fstat(handle)
-        if found.st_nlink and found.st_size == wanted.size and self._right(handle, found.st_ino, wanted):
+        if found.st_nlink and found.st_size == entry.size and self._is_intact(handle, found.st_ino, entry):
             with suppress(PermissionError):  # another user's file: as old as they left it
                 os.utime(handle)
             return handle
@@ -201,98 +217,103 @@ class Cache:
             path.unlink(missing_ok=True)
         return None
 
-    def _right(self, handle: int, inode: int, wanted: Wanted) -> bool:
-        """Whether the file is what it should be: each is read once after a start of the machine."""
+    def _is_intact(self, handle: int, inode: int, entry: IndexedFile) -> bool:
+        """Whether the file's content is right. Each file is read in full once after a boot of the machine."""
         with suppress(OSError, ValueError):
-            if int(self._note(wanted).read_text()) == inode:
+            if int(self._marker_path(entry).read_text()) == inode:
                 return True
         digest = hashlib.sha256()
         with os.fdopen(os.dup(handle), "rb") as content:
-            content.seek(wanted.skip)
+            content.seek(entry.skip)
             while block := content.read(1 << 20):
                 digest.update(block)
-        if digest.hexdigest() != wanted.sha256:
+        if digest.hexdigest() != entry.sha256:
             return False
-        if wanted.check is not None:
+        if entry.check is not None:
             try:
-                wanted.check(self.path(wanted))
+                entry.check(self.path(entry))
             except DataError:
                 return False
-        self._mark(wanted, inode)
+        self._write_marker(entry, inode)
         return True
 
-    def _note(self, wanted: Wanted) -> Path:
-        return self.folder / f"{wanted.sha256}.{self._boot}.boot"
+    def _marker_path(self, entry: IndexedFile) -> Path:
+        return self.folder / f"{entry.sha256}.{self._boot}.boot"
 
-    def _mark(self, wanted: Wanted, inode: int) -> None:
+    def _write_marker(self, entry: IndexedFile, inode: int) -> None:
         with suppress(OSError):  # another user's folder: then the file is read again the next time
-            write_file(self._note(wanted), str(inode).encode(), durable=False)
+            write_file(self._marker_path(entry), str(inode).encode(), durable=False)
 
-    def has(self, wanted: Wanted) -> bool:
-        if (handle := self.hold(wanted)) is None:
+    def has(self, entry: IndexedFile) -> bool:
+        """Whether the file is cached and intact. Marks it as used."""
+        if (handle := self.open_shared(entry)) is None:
             return False
         os.close(handle)
         return True
 
     @contextmanager
-    def claim(self, wanted: Wanted) -> Iterator[Callable[[], bool]]:
-        """Stand in line for the right to fetch the file: the function yielded says whether it is ours by now. It is given
-        back when the block ends."""
-        path, ours = self.path(wanted).with_suffix(".lock"), False
+    def claim(self, entry: IndexedFile) -> Iterator[Callable[[], bool]]:
+        """Compete for the right to fetch the file. Yields a function that says whether this process has it by now; the claim
+        is released when the block ends."""
+        path, acquired = self.path(entry).with_suffix(".lock"), False
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
         def claimed() -> bool:
-            nonlocal ours
-            ours = ours or _locked(handle)
-            return ours
+            nonlocal acquired
+            acquired = acquired or _try_lock(handle)
+            return acquired
 
         try:
             yield claimed
         finally:
             with suppress(OSError):
-                if ours and path.stat().st_ino == os.fstat(handle).st_ino:
+                if acquired and path.stat().st_ino == os.fstat(handle).st_ino:
                     path.unlink()
             os.close(handle)
 
-    def sight(self, wanted: Wanted | None = None) -> list[tuple[str, int]]:
-        """What is being written, for `wanted` or at all: equal sights mean that nobody has got on in between."""
-        pattern = f"{wanted.sha256}.*.part" if wanted else "*.part"
+    def write_progress(self, entry: IndexedFile | None = None) -> list[tuple[str, int]]:
+        """Names and modification times of the partial files of `entry`, or of all. Two equal results mean that no writer
+        made progress in between."""
+        pattern = f"{entry.sha256}.*.part" if entry else "*.part"
         found = []
         for path in self.folder.glob(pattern):
             with suppress(FileNotFoundError):
                 found.append((path.name, path.stat().st_mtime_ns))
         return sorted(found)
 
-    def reserve(self, wanted: Wanted) -> Part | None:
-        """A part with room for the whole file, made by evicting what was used longest ago; None where too much is being
-        written or opened just now for it to fit. Raises OSError as the disk does."""
-        with self._alone():
+    def reserve(self, entry: IndexedFile) -> PartialFile | None:
+        """A partial file with space for the whole of `entry`, made by evicting the least recently used files.
+
+        Returns None if files being written or in use leave too little space. Raises OSError.
+        """
+        with self._exclusive():
             self._sweep()
             used = sum(size for _, size, _ in self._files("*.data")) + sum(size for _, size, _ in self._files("*.part"))
-            short = used + wanted.size - self.limit
+            short = used + entry.size - self.limit
             if short > 0 and self._evict(short, partly=False) < short:
                 return None
-            path = self.folder / f"{wanted.sha256}.{self._host}.{secrets.token_hex(8)}.part"
+            path = self.folder / f"{entry.sha256}.{self._host}.{secrets.token_hex(8)}.part"
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-            part = Part(path, handle, wanted.skip)
+            part = PartialFile(path, handle, entry.skip)
             try:
-                _locked(handle)
-                os.ftruncate(handle, wanted.size)  # sparse: the size is what others count
+                _try_lock(handle)
+                os.ftruncate(handle, entry.size)  # sparse: the size is what others count
             except OSError:
                 part.end(None)
                 raise
             return part
 
-    def commit(self, part: Part, wanted: Wanted) -> None:
-        """Let the part, whole and verified, be the file."""
+    def commit(self, part: PartialFile, entry: IndexedFile) -> None:
+        """Put a partial file that is whole and verified in its place."""
         part.sync()  # before the folder is locked: it takes as long as the disk does
-        with self._alone():
-            part.end(self.path(wanted))
-        self._mark(wanted, part.inode)
+        with self._exclusive():
+            part.end(self.path(entry))
+        self._write_marker(entry, part.inode)
 
     def make_room(self, size: int) -> int:
-        """Evict about `size` bytes, or what there is: the disk is fuller than the limit knows. Returns bytes evicted."""
-        with self._alone():
+        """Evict about `size` bytes, or whatever there is, because the disk is fuller than the limit assumes. Returns the
+        bytes evicted."""
+        with self._exclusive():
             self._sweep()
             return self._evict(size, partly=True)
 
@@ -307,9 +328,9 @@ class Cache:
 
     def _sweep(self) -> None:
         for modified, _, path in self._files("*.part"):
-            with _opened(path) as handle:
+            with _open_existing(path) as handle:
                 ours = path.name.split(".")[1] == self._host
-                if handle is not None and _locked(handle) and (ours or time.time() - modified / 1e9 > _DEAD_ELSEWHERE):
+                if handle is not None and _try_lock(handle) and (ours or time.time() - modified / 1e9 > _DEAD_ELSEWHERE):
                     path.unlink()
 
         for note in self.folder.glob("*.boot"):
@@ -318,19 +339,20 @@ class Cache:
                 note.unlink(missing_ok=True)
 
     def _evict(self, size: int, partly: bool) -> int:
-        """Remove files that nobody holds, oldest first, until `size` bytes are free; none unless that can be, or `partly`."""
+        """Remove unused files, oldest first, until `size` bytes are free. Removes none if that is impossible, unless
+        `partly`."""
         taken: list[tuple[int, int, Path]] = []  # handle, bytes, path: locked, so that nobody opens them meanwhile
         try:
-            for _, held, path in self._files("*.data"):
-                if sum(got for _, got, _ in taken) >= size:
+            for _, size_on_disk, path in self._files("*.data"):
+                if sum(size_taken for _, size_taken, _ in taken) >= size:
                     break
                 with suppress(OSError):
                     handle = os.open(path, os.O_RDWR)
-                    if _locked(handle):
-                        taken.append((handle, held, path))
+                    if _try_lock(handle):
+                        taken.append((handle, size_on_disk, path))
                     else:
                         os.close(handle)
-            freed = sum(got for _, got, _ in taken)
+            freed = sum(size_taken for _, size_taken, _ in taken)
             if freed < size and not partly:
                 return 0
             for _, _, path in taken:
@@ -342,16 +364,16 @@ class Cache:
                 os.close(handle)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process or thread counts, evicts or reserves meanwhile."""
+    def _exclusive(self) -> Iterator[None]:
+        """Hold the folder's lock: no other process or thread counts, evicts or reserves meanwhile."""
         handle = os.open(self.folder / "folder.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             deadline, pause = time.monotonic() + self._patience, _FIRST_PAUSE
-            while not _locked(handle):
+            while not _try_lock(handle):
                 if time.monotonic() > deadline:
-                    told = f"{self.folder} has been locked by another process for {self._patience:g} s"
+                    reason = f"{self.folder} has been locked by another process for {self._patience:g} s"
                     raise StorageError(
-                        f"{FOLDER_KEY}: {told}: end it (`fuser {self.folder}/folder.lock`) or give another folder"
+                        f"{FOLDER_KEY}: {reason}: end it (`fuser {self.folder}/folder.lock`) or give another folder"
                     )
                 time.sleep(pause * random.SystemRandom().uniform(0.5, 1))  # a run's random state is not touched
                 pause = min(2 * pause, _LONGEST_PAUSE)
@@ -360,8 +382,8 @@ class Cache:
             os.close(handle)
 
 
-def _locked(handle: int) -> bool:
-    """Lock it exclusively; False where another has it. Raises OSError on a file system without locks."""
+def _try_lock(handle: int) -> bool:
+    """Lock the file exclusively. Returns False if another process holds it. Raises OSError on a file system without locks."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -370,8 +392,8 @@ def _locked(handle: int) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[int | None]:
-    """A handle for as long as the block lasts; None if the file is gone or not ours to open."""
+def _open_existing(path: Path) -> Iterator[int | None]:
+    """Yield a file descriptor, or None if the file is gone or may not be opened."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
     except OSError:

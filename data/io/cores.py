@@ -1,4 +1,4 @@
-"""CPU cores that this process may use: its affinity, and the quota of every control group above it."""
+"""The number of CPU cores that this process may use: its affinity, limited by the quota of every control group above it."""
 
 from __future__ import annotations
 
@@ -8,15 +8,20 @@ from pathlib import Path
 
 
 def cores(root: Path = Path("/"), affinity: int | None = None) -> int:
-    """How many threads can run at once. root: where /proc and /sys are; affinity: cores that the scheduler lets this process
-    run on. A container's quota is a share of time and not a set of cores: of half a core, one is left."""
+    """How many threads can run at once, at least 1.
+
+    root: where /proc and /sys are.
+    affinity: cores that the scheduler allows this process. A container's quota is a share of time rather than a set of cores
+        and is rounded down.
+    """
     if affinity is None:
         affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, math.floor(min(affinity, _quota(root))))
 
 
 def _quota(root: Path) -> float:
-    """Cores' worth of time that the control groups of this process leave it, the least of all levels; infinite without one."""
+    """Cores' worth of CPU time that the control groups of this process allow, the minimum over all levels; infinite without
+    one."""
     found = float("inf")
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, _, rest = line.partition(":")

@@ -1,4 +1,4 @@
-"""The files of a source, listed in one order and read as bytes, wherever they are; nothing of it goes missing in silence."""
+"""The files of a source, listed in one order and read as bytes, local or remote. What is left out is named."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from mikoshi.data.errors import DataError, of_storage, passes
+from mikoshi.data.errors import DataError, is_transient, storage_error
 from mikoshi.data.io.unpack import unpacked
 
 REMOTE = ("s3", "gs", "az", "hf")
@@ -35,8 +35,14 @@ Stamp = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file: its name inside the source, where it is (a local path or an URL), its size in bytes, what its store calls
-    this version of it ("" for local files), and of a local file what it is known again by (None: not looked at)."""
+    """A file of a source.
+
+    name: its name inside the source.
+    url: a local path or an URL.
+    size: bytes.
+    etag: the store's tag of this version ("" for local files).
+    stamp: what identifies the version of a local file (None: not checked).
+    """
 
     name: str
     url: str
@@ -46,11 +52,12 @@ class File:
 
     @property
     def remote(self) -> bool:
+        """Whether the file is in an object store or on the Hub."""
         return _protocol(self.url) in REMOTE
 
     @property
     def suffix(self) -> str:
-        """What the file is, in small letters and with no regard to its compression: ".jsonl" for a.JSONL.zst."""
+        """The format's suffix in lower case, without that of the compression: ".jsonl" for a.JSONL.zst."""
         path = PurePosixPath(self.name)
         suffix = path.suffix.lower()
         if suffix in _PACKED_TARS:
@@ -59,24 +66,25 @@ class File:
 
     @property
     def compression(self) -> str:
-        """The usual suffix of how it is compressed: ".gz", ".zst", ".xz", ".bz2", or "" for not at all."""
+        """The canonical suffix of the compression: ".gz", ".zst", ".xz", ".bz2", or "" for none."""
         suffix = PurePosixPath(self.name).suffix.lower()
         return _COMPRESSED.get(suffix) or _PACKED_TARS.get(suffix, "")
 
 
 @contextmanager
-def told(name: str) -> Iterator[None]:
-    """What fails in reaching a file or store comes out as a DataError that names it, or where it may pass as a StorageError."""
+def source_errors_named(name: str) -> Iterator[None]:
+    """Turn errors of a file or store in the block into a DataError that names it, or a StorageError if they may be
+    transient."""
     try:
         yield
     except OSError as error:
-        raise of_storage(error, f"data.source: {name} cannot be read: {error.strerror or _line(error)}") from None
+        raise storage_error(error, f"data.source: {name} cannot be read: {error.strerror or _line(error)}") from None
     except _remote_errors() as error:
-        raise of_storage(error, f"data.source: {name} cannot be read: {_line(error)}") from None
+        raise storage_error(error, f"data.source: {name} cannot be read: {_line(error)}") from None
 
 
 def _remote_errors() -> tuple[type[Exception], ...]:
-    """The errors of those clients that are in use: they need not be OSErrors."""
+    """The base errors of the store clients that are imported, which need not be OSErrors."""
     names = (("obstore.exceptions", "BaseError"), ("httpx", "HTTPError"), ("httpx2", "HTTPError"))
     return tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
 
@@ -108,20 +116,22 @@ def _filesystem(protocol: str) -> Any:
 
 
 def list_files(where: str) -> tuple[File, ...]:
-    """The files at a path, glob or URL, as `find_files` has them."""
+    """The files at a path, glob or URL, in the order of `find_files`."""
     return find_files(where)[0]
 
 
 def find_files(where: str) -> tuple[tuple[File, ...], tuple[str, ...]]:
-    """The files at a path, glob or URL, sorted by name, and the names of those that are hidden: in a folder every file
-    counts whose name and folders do not begin with a dot. Raises DataError where there is nothing, or something that cannot
-    be read; StorageError where that may pass."""
+    """The files at a path, glob or URL, sorted by name, and the names of hidden ones.
+
+    In a folder, a file is hidden if its name or a folder's begins with a dot. Raises DataError if nothing is there or it cannot
+    be read, StorageError if that may be transient.
+    """
     protocol, hidden = _protocol(where), list[str]()
     if protocol in REMOTE:
-        with told(where):
+        with source_errors_named(where):
             files = _remote_files(where, hidden)
     elif protocol == "file":
-        with told(where):
+        with source_errors_named(where):
             files = _local_files(where.removeprefix("file://"), hidden)
     else:
         raise DataError(f"data.source: {where!r}: {protocol}:// is not known; there are {', '.join(p + '://' for p in REMOTE)}")
@@ -147,13 +157,13 @@ def _local_files(where: str, hidden: list[str]) -> list[File]:
 
 
 def local_file(name: str, path: Path) -> File:
-    """A file of this machine's as it is now. Raises OSError."""
+    """A local file as it is now. Raises OSError."""
     status = path.stat()
     return File(name, str(path), status.st_size, stamp=stamp_of(status))
 
 
 def stamp_of(status: os.stat_result) -> Stamp:
-    """What tells a local file from what it was, without reading it."""
+    """What identifies the version of a local file without reading it."""
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
@@ -161,18 +171,20 @@ def _there(path: Path) -> bool:
     try:
         path.lstat()
     except (OSError, ValueError) as error:
-        if passes(error):
+        if is_transient(error):
             raise
         return False
     return True
 
 
 def visible_files(root: Path, hidden: list[str]) -> Iterator[Path]:
-    """Every file under `root` that is not hidden, links followed; files and folders that are, are added to `hidden`. Raises
-    DataError for what cannot be entered or followed, and for a folder that a link leads to a second time."""
+    """Every file under `root` that is not hidden, following links. Names of hidden files and folders are appended to `hidden`.
+
+    Raises DataError for what cannot be entered or followed, and for a folder that is reached twice.
+    """
 
     def refuse(error: OSError) -> None:
-        raise of_storage(error, f"data.source: {error.filename} cannot be read: {error.strerror}")
+        raise storage_error(error, f"data.source: {error.filename} cannot be read: {error.strerror}")
 
     seen = {root.resolve()}
     for folder, below, names in os.walk(root, onerror=refuse, followlinks=True):
@@ -221,8 +233,8 @@ def _remote_files(where: str, hidden: list[str]) -> list[File]:
 
 
 def open_binary(file: File) -> BinaryIO:
-    """The file as it is stored, to seek in. Raises OSError or the store's own error; DataError for a local file that is
-    not as it was listed."""
+    """Open the file as it is stored, seekable. Raises OSError or the store's own error; DataError if a local file has
+    changed since it was listed."""
     if not file.remote:
         stream = Path(file.url).open("rb")  # noqa: SIM115 - the caller's to close
         if file.stamp not in (None, stamp_of(os.fstat(stream.fileno()))):
@@ -238,8 +250,12 @@ def _changed(file: File, how: str) -> DataError:
 
 
 def blocks(file: File, start: int = 0, stop: int = -1) -> Iterator[bytes]:
-    """The file's bytes from `start`, as stored, to its end: with `stop`, little is fetched at once of what comes after it,
-    for a reader who goes on to the end of a line. Raises DataError if they end sooner than when the file was listed."""
+    """The file's stored bytes from `start` to its end.
+
+    stop: a hint that little beyond this byte is needed, so that less is fetched at once.
+
+    Raises DataError if the file ends sooner than when it was listed.
+    """
     at = start
     if file.remote:
         protocol, _, path = file.url.partition("://")
@@ -261,5 +277,5 @@ def blocks(file: File, start: int = 0, stop: int = -1) -> Iterator[bytes]:
 
 
 def content(file: File) -> Iterator[bytes]:
-    """The file's bytes, uncompressed. Raises Unreadable where a compressed file is broken or cut off."""
+    """The file's bytes, decompressed. Raises Unreadable if a compressed file is broken or truncated."""
     return unpacked(blocks(file), file.compression)

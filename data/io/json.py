@@ -1,4 +1,4 @@
-"""JSON as its standard has it: every reader takes it."""
+"""Standard JSON, which every reader accepts: no NaN or Infinity."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 
 
 def dumps(value: Any, **how: Any) -> str:
-    """As json.dumps, with null for a number that is not finite, for which JSON has no word: Python's own NaN and Infinity are
-    refused by other readers."""
+    """As json.dumps, with null in place of NaN and infinities, which standard JSON does not have."""
     try:
         return json.dumps(value, allow_nan=False, **how)
     except ValueError:
@@ -17,7 +16,7 @@ def dumps(value: Any, **how: Any) -> str:
 
 
 def non_finite(values: dict[str, Any]) -> dict[str, str]:
-    """Which numbers of a record dumps writes as null, and what they are."""
+    """The entries of a record that `dumps` writes as null, with their values as text."""
     return {name: str(value) for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)}
 
 

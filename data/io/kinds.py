@@ -1,4 +1,4 @@
-"""What a file is, by its name: its format, how it is compressed, and whether it is data or stands beside data."""
+"""What a file is, by its name: its format, its compression, and whether it is data or accompanies data."""
 
 from __future__ import annotations
 
@@ -20,94 +20,97 @@ _KINDS = {
 }  # fmt: skip
 _ARCHIVES = {".zip", ".7z", ".rar", ".lz4", ".br", ".z", ".lzma", ".lz", ".sz", ".snappy", ".lzo", ".tlz"}
 _TABLES = {".csv", ".tsv", ".xlsx", ".xls", ".orc", ".avro", ".msgpack", ".tfrecord"}
-_ABOUT = {
+_DOCUMENTATION = {
     "readme", "license", "licence", "notice", "copying", "changelog", "citation", "authors", "contributing",
 }  # fmt: skip
-_MARKS = {"_success", "checksums", "md5sums", "sha1sums", "sha256sums"}
-_MARK_SUFFIXES = {".md5", ".sha1", ".sha256", ".sha512", ".crc", ".lock"}
-_DESCRIBED = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"}
+_SIDECARS = {"_success", "checksums", "md5sums", "sha1sums", "sha256sums"}
+_SIDECAR_SUFFIXES = {".md5", ".sha1", ".sha256", ".sha512", ".crc", ".lock"}
+_METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "croissant.json"}
 
 _NAMES = 5
-ABOUT, UNKNOWN, HIDDEN = "about the data", "of no known kind", "hidden"
+DOCUMENTATION, UNKNOWN, HIDDEN = "about the data", "of no known kind", "hidden"
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """The files of a source that are read, and by reason the names of those that are not."""
+class SelectedFiles:
+    """The files of a source that are read, and the names of those that are not, by reason."""
 
     files: tuple[File, ...]
     left_out: dict[str, tuple[str, ...]]
 
-    def report(self, wanted: str) -> dict[str, object]:
-        """What a dataset remembers of it: files by format, and those left out by reason, the first by name."""
+    def report(self, requested: str) -> dict[str, object]:
+        """What a dataset records of the selection: files by format, and the number and first names of those left out, by
+        reason."""
         return {
-            "read": dict(sorted(Counter(format_of(file, wanted) for file in self.files).items())),
+            "read": dict(sorted(Counter(format_of(file, requested) for file in self.files).items())),
             "left_out": {reason: len(names) for reason, names in self.left_out.items()},
             "left_out_names": {reason: list(names[:_NAMES]) for reason, names in self.left_out.items()},
         }
 
 
-def format_of(file: File, wanted: str) -> str:
-    """`wanted`, or with "auto" what the file's suffix says: any that is not known is one document of text."""
-    return _KINDS.get(file.suffix, TEXT) if wanted == "auto" else wanted
+def format_of(file: File, requested: str) -> str:
+    """The `requested` format, or with "auto" the format of the file's suffix; unknown suffixes are text, one document a
+    file."""
+    return _KINDS.get(file.suffix, TEXT) if requested == "auto" else requested
 
 
-def choose(files: Sequence[File], hidden: Sequence[str], wanted: str) -> Chosen:
-    """Which of the files found in a folder or by a pattern are data. Text of all kinds is, where that is all there is or is
-    asked for, but for what tools write beside data; beside files of rows, what is about them is left out, and so is what is
-    neither rows nor .txt.
+def select_files(files: Sequence[File], hidden: Sequence[str], requested: str) -> SelectedFiles:
+    """Which of the files found in a folder or by a pattern are data.
 
-    Raises DataError where .json stands beside other files, so that it may be rows or a text like them.
+    If all files are text, or text is requested, all are data but those that tools write beside data. Beside files of rows,
+    documentation and files that are neither rows nor .txt are left out.
+
+    Raises DataError if a .json file stands beside other texts, where it may be rows or a text.
     """
-    if wanted == TEXT or len(files) == 1:
-        return Chosen(tuple(files), {HIDDEN: tuple(hidden)} if hidden else {})
-    about = [file for file in files if _about(file)]
-    rest = [file for file in files if not _about(file)]
-    unknown = [file for file in rest if file.suffix not in _KINDS] if wanted == "auto" else []
-    json = [file for file in rest if file.suffix == ".json" and not file.compression]
-    rows = wanted != "auto" or any(format_of(file, wanted) != TEXT for file in rest if file not in json)
-    if json and unknown and not rows:
+    if requested == TEXT or len(files) == 1:
+        return SelectedFiles(tuple(files), {HIDDEN: tuple(hidden)} if hidden else {})
+    documentation = [file for file in files if _is_documentation(file)]
+    rest = [file for file in files if not _is_documentation(file)]
+    unknown = [file for file in rest if file.suffix not in _KINDS] if requested == "auto" else []
+    json_files = [file for file in rest if file.suffix == ".json" and not file.compression]
+    rows = requested != "auto" or any(format_of(file, requested) != TEXT for file in rest if file not in json_files)
+    if json_files and unknown and not rows:
         raise DataError(
-            f"data.source: {json[0].name} and {unknown[0].name}: a .json file may be rows or a text among others: set "
+            f"data.source: {json_files[0].name} and {unknown[0].name}: a .json file may be rows or a text among others: set "
             'data.format = "json" or "text", or name the files by a pattern'
         )
-    if not (rows or json):
-        about = [file for file in files if _mark(file)]
-        unknown, rest = [], [file for file in files if not _mark(file)]
-    gone = {file.name for file in unknown}
-    names = {ABOUT: [file.name for file in about], UNKNOWN: [file.name for file in unknown], HIDDEN: hidden}
+    if not (rows or json_files):
+        documentation = [file for file in files if _is_sidecar(file)]
+        unknown, rest = [], [file for file in files if not _is_sidecar(file)]
+    left_out_names = {file.name for file in unknown}
+    names = {DOCUMENTATION: [file.name for file in documentation], UNKNOWN: [file.name for file in unknown], HIDDEN: hidden}
     left_out = {reason: tuple(found) for reason, found in names.items() if found}
-    return Chosen(tuple(file for file in rest if file.name not in gone), left_out)
+    return SelectedFiles(tuple(file for file in rest if file.name not in left_out_names), left_out)
 
 
-def _about(file: File) -> bool:
-    """Whether a file is about others by its name, which files of rows may have as well."""
+def _is_documentation(file: File) -> bool:
+    """Whether a file documents others, by its name. Files of rows with such a name count as data."""
     kind = _KINDS.get(file.suffix, TEXT)
     rows = kind not in (TEXT, JSON) or (kind == JSON and bool(file.compression))
-    return _mark(file) or (not rows and PurePosixPath(file.name.lower()).name.partition(".")[0] in _ABOUT)
+    return _is_sidecar(file) or (not rows and PurePosixPath(file.name.lower()).name.partition(".")[0] in _DOCUMENTATION)
 
 
-def _mark(file: File) -> bool:
-    """Whether a file is what a tool writes beside its data."""
+def _is_sidecar(file: File) -> bool:
+    """Whether tools write such a file beside their data."""
     path = PurePosixPath(file.name.lower())
-    return path.name in _DESCRIBED or path.suffix in _MARK_SUFFIXES or path.name.partition(".")[0] in _MARKS
+    return path.name in _METADATA_FILES or path.suffix in _SIDECAR_SUFFIXES or path.name.partition(".")[0] in _SIDECARS
 
 
-def refuse_unread(files: Sequence[File], wanted: str) -> None:
-    """Raises DataError for a file that would be read as what it is not."""
+def check_readable(files: Sequence[File], requested: str) -> None:
+    """Raises DataError for files that the requested format cannot read: archives, tables, compressed Parquet and Arrow."""
     for file in files:
-        kind = format_of(file, wanted)
+        kind = format_of(file, requested)
         if file.suffix in _ARCHIVES:
-            way = "unpack it (.gz, .bz2, .xz, .zst and .tar of these are read as they are)"
-            raise DataError(f"data.source: {file.name}: {file.suffix} files are not unpacked: {way}")
-        if wanted == "auto" and file.suffix in _TABLES:
-            way = 'convert it to JSONL or Parquet, or set data.format = "text" to take a file as one document'
-            raise DataError(f"data.source: {file.name}: {file.suffix} files are not read as rows: {way}")
+            remedy = "unpack it (.gz, .bz2, .xz, .zst and .tar of these are read as they are)"
+            raise DataError(f"data.source: {file.name}: {file.suffix} files are not unpacked: {remedy}")
+        if requested == "auto" and file.suffix in _TABLES:
+            remedy = 'convert it to JSONL or Parquet, or set data.format = "text" to take a file as one document'
+            raise DataError(f"data.source: {file.name}: {file.suffix} files are not read as rows: {remedy}")
         if file.compression and kind in (PARQUET, ARROW):
             raise DataError(f"data.source: {file.name} cannot be read while it is compressed: unpack it")
 
 
-def refuse_format(wanted: str) -> None:
-    """Raises DataError for a format that there is not."""
-    if wanted not in ("auto", *FORMATS):
-        raise DataError(f"format = {wanted!r} is not one of auto, {', '.join(FORMATS)}")
+def check_format(requested: str) -> None:
+    """Raises DataError for an unknown format."""
+    if requested not in ("auto", *FORMATS):
+        raise DataError(f"format = {requested!r} is not one of auto, {', '.join(FORMATS)}")

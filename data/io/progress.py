@@ -1,4 +1,4 @@
-"""How far a long work is: bytes done and to do, how fast, and how long it still takes."""
+"""Progress of long work: bytes done and in total, the rate, and the time left."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """Handed to the caller's `show` again and again. `resumed_bytes`: of those done, what was done before this call."""
+    """Passed to a ProgressCallback again and again.
+
+    phase: what is being done.
+    resumed_bytes: the part of `done_bytes` that an earlier call had done.
+    started: time.monotonic() at the start.
+    """
 
     phase: str
     total_bytes: int
@@ -20,21 +25,24 @@ class Progress:
 
     @property
     def bytes_per_second(self) -> float:
+        """Average rate of this call."""
         return (self.done_bytes - self.resumed_bytes) / max(1e-3, time.monotonic() - self.started)
 
 
-Show = Callable[[Progress], None]
+ProgressCallback = Callable[[Progress], None]
 
 
-def quiet(_: Progress) -> None:
-    """Show nothing."""
+def no_progress(_: Progress) -> None:
+    """A ProgressCallback that shows nothing."""
 
 
 class Meter:
-    """The progress of jobs of known bytes, that moves within a job too: what a job tells of itself is in characters of
-    text, which are taken for as many bytes of its source as they were in the jobs that ended."""
+    """Progress of jobs of known sizes, which also moves within a job.
 
-    def __init__(self, phase: str, sizes: Sequence[int], done_before: int, show: Show) -> None:
+    Within a job, progress is counted in characters of text and converted to bytes at the rate of the finished jobs.
+    """
+
+    def __init__(self, phase: str, sizes: Sequence[int], done_before: int, show: ProgressCallback) -> None:
         total = sum(sizes) + done_before
         self.progress = Progress(phase, total, done_before, resumed_bytes=done_before)
         self._show, self._sizes, self._ended = show, sizes, done_before
@@ -42,12 +50,14 @@ class Meter:
         self._characters = self._bytes = 1  # of ended jobs
         show(self.progress)
 
-    def told(self, job: int, characters: int, tokens: int) -> None:
+    def advance(self, job: int, characters: int, tokens: int) -> None:
+        """Add characters and tokens that a running job has processed."""
         self._within[job] = self._within.get(job, 0) + characters
         self.progress.tokens += tokens
         self._update()
 
-    def ended(self, job: int) -> None:
+    def finish(self, job: int) -> None:
+        """Count a job as done."""
         self._characters += self._within.pop(job, 0)
         self._bytes += self._sizes[job]
         self._ended += self._sizes[job]
@@ -55,6 +65,6 @@ class Meter:
 
     def _update(self) -> None:
         ratio = self._bytes / self._characters
-        under_way = sum(min(self._sizes[job], int(told * ratio)) for job, told in self._within.items())
+        under_way = sum(min(self._sizes[job], int(characters * ratio)) for job, characters in self._within.items())
         self.progress.done_bytes = max(self.progress.done_bytes, self._ended + under_way)
         self._show(self.progress)

@@ -1,6 +1,6 @@
-"""One GET of a remote folder, and what its failure means: that it may pass, that it will not, or that the object is another.
+"""One GET from a remote folder, with failures classified: transient, lasting, or another object than expected.
 
-Nothing is tried again here: who asks decides, counts and verifies.
+Nothing is retried here; callers retry, count and verify.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import obstore
 from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import from_url
 
-from mikoshi.data.errors import PASSING_4XX, DataError, of_storage
+from mikoshi.data.errors import RETRYABLE_4XX, DataError, storage_error
 
 SCHEMES = ("s3", "gs", "az", "http", "https", "file")
 _CHUNK = 1 << 20  # bytes at a time, at least
@@ -29,12 +29,12 @@ _WHOLE_REQUEST = timedelta(hours=1)  # silence ends a request much sooner; this 
 T = TypeVar("T")
 
 
-class Passing(Exception):
-    """A request failed for a reason that may be gone the next time: 5xx, a cut connection, a timeout."""
+class TransientError(Exception):
+    """A request failed for a reason that may be gone the next time: 5xx, a lost connection, a timeout."""
 
 
-class Unlike(Exception):
-    """Something arrived, and not what was asked for."""
+class MismatchError(Exception):
+    """The object that arrived is not the one expected."""
 
 
 _ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
@@ -42,7 +42,7 @@ _ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AZURE_STORAGE_ENDPOINT", "AZU
 
 @dataclass(frozen=True)
 class Remote:
-    """A folder in a store: its address, fit to be shown, obstore's handle, and what obstore still has in hand."""
+    """A folder in a store: its address without secrets, obstore's handle, and obstore's pending requests."""
 
     url: str
     handle: Any
@@ -50,74 +50,82 @@ class Remote:
 
 
 def open_remote(url: str, timeout: float, options: Mapping[str, str]) -> Remote:
-    """Requests nothing yet. `timeout`: seconds of silence after which a request has failed. Raises DataError for an
-    address or option that cannot be used."""
+    """Open a folder in a store. Requests nothing yet.
+
+    timeout: seconds of silence after which a request has failed.
+    options: passed to obstore.
+
+    Raises DataError for an address or option that cannot be used.
+    """
     scheme = url.partition("://")[0]
     if scheme not in SCHEMES:
-        raise DataError(f"{_shown(url)}: not an address of a store: give one with {', '.join(s + '://' for s in SCHEMES)}")
+        raise DataError(f"{_redacted(url)}: not an address of a store: give one with {', '.join(s + '://' for s in SCHEMES)}")
     # obstore takes these from the environment too, but not the leave to use plain http once it is given client options.
-    told = (os.environ.get(name, "") for name in _ENDPOINTS)
-    plain = any(value.startswith("http://") for value in (url, *options.values(), *told))
-    client = {"read_timeout": timedelta(seconds=timeout), "timeout": _WHOLE_REQUEST, "allow_http": plain}
+    endpoints = (os.environ.get(name, "") for name in _ENDPOINTS)
+    allow_http = any(value.startswith("http://") for value in (url, *options.values(), *endpoints))
+    client = {"read_timeout": timedelta(seconds=timeout), "timeout": _WHOLE_REQUEST, "allow_http": allow_http}
     settings: dict[str, Any] = {"config": dict(options)} if options else {}
     if scheme != "file":
         settings |= {"client_options": client, "retry_config": {"max_retries": 0, "retry_timeout": _WHOLE_REQUEST}}
     try:
-        return Remote(_shown(url).rstrip("/"), from_url(url, **settings))
+        return Remote(_redacted(url).rstrip("/"), from_url(url, **settings))
     except OSError as error:
-        raise of_storage(error, f"{_shown(url)}: cannot be opened: {_first_line(error)}") from None
+        raise storage_error(error, f"{_redacted(url)}: cannot be opened: {_first_line(error)}") from None
     except (BaseError, ValueError, TypeError) as error:
-        raise DataError(f"{_shown(url)}: cannot be opened: {_first_line(error)}") from None
+        raise DataError(f"{_redacted(url)}: cannot be opened: {_first_line(error)}") from None
 
 
 async def chunks(remote: Remote, name: str, size: int | None) -> AsyncGenerator[bytes, None]:
-    """The body of the object, in pieces of about a MiB. Raises Passing; DataError where a second request would fail as
-    well; Unlike, before the first byte, where the object has another `size`."""
+    """The body of an object, in chunks of about a MiB.
+
+    Raises TransientError; DataError if another request would fail as well; MismatchError, before the first byte, if the object
+    does not have `size` bytes.
+    """
     try:
-        answer = await _answer(remote, obstore.get_async(remote.handle, name))
+        answer = await _tracked(remote, obstore.get_async(remote.handle, name))
         if size is not None and answer.meta["size"] != size:
-            raise Unlike(f"it has {answer.meta['size']} bytes, the index lists {size}")
+            raise MismatchError(f"it has {answer.meta['size']} bytes, the index lists {size}")
         stream = answer.stream(min_chunk_size=_CHUNK)
         with suppress(StopAsyncIteration):
             while True:
-                yield await _answer(remote, stream.__anext__())
+                yield await _tracked(remote, stream.__anext__())
     except (BaseError, OSError) as error:
-        raise _meaning(f"{remote.url}/{name}", error) from None
+        raise _classify(f"{remote.url}/{name}", error) from None
 
 
-async def settled(remote: Remote, seconds: float = 2.0) -> None:
-    """Wait until obstore's threads have let go of what was asked and cancelled, or that long: they would look for the
-    interpreter after its end, and say so on stderr."""
+async def drain_pending(remote: Remote, seconds: float = 2.0) -> None:
+    """Wait until obstore's threads have released cancelled requests, or for so many seconds. Threads that outlive the
+    interpreter print errors."""
     deadline = time.monotonic() + seconds
     while remote.pending and time.monotonic() < deadline:
         repr(remote.handle)  # any call of obstore's gives back the references its threads could not
         await asyncio.sleep(0.001)
 
 
-async def _answer(remote: Remote, asked: Awaitable[T]) -> T:
-    remote.pending.add(asked)
+async def _tracked(remote: Remote, request: Awaitable[T]) -> T:
+    remote.pending.add(request)
     try:
-        return await asked
+        return await request
     finally:
-        del asked  # an error's traceback must not keep it
+        del request  # an error's traceback must not keep it
 
 
-def _meaning(address: str, error: Exception) -> Exception:
+def _classify(address: str, error: Exception) -> Exception:
     line = _first_line(error)
     if isinstance(error, FileNotFoundError):
         return DataError(f"{address}: not there; check the address, or upload the dataset again")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return DataError(f"{address}: access refused; check the credentials and the bucket's policy ({line})")
     status = re.search(r"status code: (4\d\d)", line)
-    if "redirect without LOCATION" in line or (status and int(status[1]) not in PASSING_4XX):
+    if "redirect without LOCATION" in line or (status and int(status[1]) not in RETRYABLE_4XX):
         return DataError(f"{address}: the store refuses the request; check address and region ({line})")
-    return Passing(line)
+    return TransientError(line)
 
 
 def _first_line(error: Exception) -> str:
-    return _shown((str(error) or type(error).__name__).splitlines()[0])
+    return _redacted((str(error) or type(error).__name__).splitlines()[0])
 
 
-def _shown(text: str) -> str:
-    """Without what a URL may hold of secrets: a user's name and password, a signature."""
+def _redacted(text: str) -> str:
+    """`text` without the secrets that an URL may hold: user name, password and signature."""
     return re.sub(r"//[^/@\s]*@", "//", re.sub(r"\?\S*", "", text))

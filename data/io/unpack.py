@@ -1,4 +1,4 @@
-"""Compressed bytes become plain ones, member after member: what comes before a break is read, and a break is told."""
+"""Decompression, member by member: everything before a break is yielded, and a break raises."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ class Unreadable(Exception):
 
 
 def unpacked(stored: Iterator[bytes], compression: str) -> Iterator[bytes]:
-    """The plain bytes of what is stored: of gzip, bzip2, xz or zstd (".gz", ".bz2", ".xz", ".zst"), any number of members
-    in a row, or as it is ("").
+    """The decompressed bytes of a stream.
 
-    Raises Unreadable where the file is broken, ends within a member, or has none.
+    compression: ".gz", ".bz2", ".xz" or ".zst", with any number of members in a row; "" for none.
+
+    Raises Unreadable if the file is broken, ends within a member, or is empty.
     """
     if not compression:
         yield from stored
@@ -51,7 +52,7 @@ def unpacked(stored: Iterator[bytes], compression: str) -> Iterator[bytes]:
 
 
 def _decoder(compression: str) -> tuple[str, Callable[[], Any], tuple[type[Exception], ...]]:
-    """The format's name, what makes a decoder of one member, and the errors of that."""
+    """The format's name, a function that makes a decoder for one member, and the errors that it raises."""
     match compression:
         case ".gz":
             return "gzip", lambda: zlib.decompressobj(wbits=31), (zlib.error,)
@@ -88,5 +89,5 @@ class _Stream(io.RawIOBase):
 
 
 def stream_of(pieces: Iterator[bytes]) -> BinaryIO:
-    """Blocks of bytes as a file to read in order."""
+    """Blocks of bytes as a file that can be read in order."""
     return cast(BinaryIO, io.BufferedReader(_Stream(pieces), _BLOCK))

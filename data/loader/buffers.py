@@ -1,4 +1,4 @@
-"""Memory for batches that is used again once nobody holds a view of it: fresh pages cost more than what is put in them."""
+"""Memory for batches that is reused once no view of it is left, since fresh pages cost more than filling them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ _ALONE = _references([np.empty(1, dtype=np.uint8)], 0)
 
 
 class Buffers:
-    """Arrays to fill. One that was given out is given out again only when it, and every array and tensor that looks into
-    it, is gone. For one thread."""
+    """Arrays to fill. One is reused only when it and every array and tensor that shares its memory are gone. For one thread."""
 
     def __init__(self) -> None:
         self._buffers: list[npt.NDArray[np.uint8]] = []
 
     def take(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """An array of the shape, its values whatever they were."""
+        """An array of this shape, with arbitrary values."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         for at in range(len(self._buffers)):
             if size <= self._buffers[at].nbytes <= 2 * size and _references(self._buffers, at) == _ALONE:

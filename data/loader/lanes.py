@@ -1,9 +1,9 @@
-"""Rows read straight from raw sources: a fixed number of lanes, each a stream of its own, the same however many ranks there
-are to read them.
+"""Rows read straight from raw sources: a fixed number of lanes, each an independent stream, the same whatever number of ranks
+read them.
 
-Lane l reads every so-manieth piece of a source, in an order shuffled anew each epoch; within a piece, documents come in
-blocks, each shuffled. Where a lane stands in a source is three numbers, and so is where it goes on: the piece (counted
-through all epochs), the document at which the current block begins, and the token in the block at which the next row does.
+With n lanes, lane l reads every n-th piece of a source, in an order shuffled anew each epoch; within a piece, documents come in
+blocks, each shuffled. The place of a lane in a source is three numbers: the piece (counted through all epochs), the document at
+which the current block begins, and the token in the block at which the next row begins.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from mikoshi.data.dataset.rows import Where
+from mikoshi.data.dataset.rows import RowLocation
 from mikoshi.data.dataset.shards import Shard
 from mikoshi.data.errors import DataError
-from mikoshi.data.prepare.piece import Selection, Tally, digest, encode, is_held_out, usable
+from mikoshi.data.prepare.piece import Selection, Tally, encode_documents, is_held_out, text_digest, usable_documents
 from mikoshi.data.sampling.shuffle import permute
 from mikoshi.data.sources.sources import Document, Piece
 from mikoshi.data.tokenizer.tokenizer import Tokenizer
@@ -38,8 +38,11 @@ _NAMES = 20
 
 @dataclass(frozen=True)
 class Stream:
-    """A raw source in use. `shares`: where it has fewer pieces than there are lanes, each piece is read by so many of them,
-    every one taking its share of the documents. `held_out`: share of the documents kept for evaluation, not read here."""
+    """A raw source in use.
+
+    shares: if there are fewer pieces than lanes, so many lanes read each piece, each its share of the documents.
+    held_out: share of the documents kept for evaluation, which are not read here.
+    """
 
     name: str
     selection: Selection
@@ -51,11 +54,11 @@ class Stream:
 
     @property
     def units(self) -> int:
-        """Shares of pieces: what is dealt out to lanes."""
+        """The number of shares of pieces, which are distributed over lanes."""
         return len(self.pieces) * self.shares
 
     def unit(self, ordinal: int) -> tuple[Piece, int]:
-        """The piece, and which share of it, that comes `ordinal`-th of all epochs together."""
+        """The piece, and the share of it, that is `ordinal`-th over all epochs."""
         epoch, place = divmod(ordinal, self.units)
         at = permute(np.array([place]), self.units, f"{self.seed}:{self.name}:epoch:{epoch}:pieces")
         piece, share = divmod(int(at[0]), self.shares)
@@ -64,8 +67,11 @@ class Stream:
 
 @dataclass
 class Lane:
-    """One lane of one source, at a place in it. `left_out`: documents used, unreadable, empty and dropped before it;
-    `names` tells the first unreadable ones."""
+    """One lane of one source, at a place in it.
+
+    left_out: documents used, unreadable, empty and dropped before it.
+    names: the first unreadable ones.
+    """
 
     stream: Stream
     number: int
@@ -83,11 +89,11 @@ class Lane:
     _next: tuple[int, int] = (0, 0)  # piece and document at which the block after those read begins
 
     def cursor(self) -> tuple[int, int, int]:
+        """Piece, document and token offset of the next row."""
         return self.piece, self.document, self.offset
 
-    def go_to(self, piece: int, document: int, offset: int, left_out: Ids) -> None:
-        """Forget what was read and go on from a cursor, before which so much was left out. Raises DataError for one that no
-        lane can have."""
+    def seek(self, piece: int, document: int, offset: int, left_out: Ids) -> None:
+        """Continue from a cursor with its counts. Raises DataError for a cursor that no lane can have."""
         self.left_out = left_out.copy()
         self.piece, self.document, self.offset = piece, document, offset
         self._tokens, self._ends, self._learned = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.bool_)
@@ -102,9 +108,9 @@ class Lane:
                 "give another run.name"
             )
 
-    def row(self, context: int) -> Where:
-        """The next row of `context` tokens and the label after its last. Raises DataError if the source has no usable
-        document, or one that cannot be read where that is an error."""
+    def row(self, context: int) -> RowLocation:
+        """The next row of `context` tokens, and the label after its last. Raises DataError if the source has no usable
+        document, or an unreadable one where that is an error."""
         while len(self._tokens) - self.offset < context + 1:
             self._read_block()
         first, stop = self.offset, self.offset + context + 1
@@ -115,10 +121,10 @@ class Lane:
             None if learned.all() else np.packbits(learned, bitorder="little"),
         )  # fmt: skip
         self._move(context)
-        return Where(shard, 0)
+        return RowLocation(shard, 0)
 
     def _move(self, tokens: int) -> None:
-        """Go past these tokens, and past the blocks that end among them."""
+        """Advance by so many tokens, and past the blocks that end among them."""
         self.offset += tokens
         while self._blocks and self.offset >= self._blocks[0][2]:
             _, _, size, counts = self._blocks.pop(0)
@@ -151,8 +157,8 @@ class Lane:
         order = permute(
             np.arange(len(block)), len(block), f"{self.stream.seed}:{self.stream.name}:{self._ordinal(piece)}:{document}"
         )
-        used = [d for d in (block[i] for i in order) if not is_held_out(digest(d.side), self.stream.held_out)]
-        found = list(encode(self.stream.tokenizer, used))
+        used = [d for d in (block[i] for i in order) if not is_held_out(text_digest(d.split_key), self.stream.held_out)]
+        found = list(encode_documents(self.stream.tokenizer, used))
         if not self._blocks:
             self.piece, self.document = piece, document
         tokens = [ids.astype(np.int64) for ids, _ in found]
@@ -169,17 +175,20 @@ class Lane:
 
 
 def _blocks(stream: Stream, ordinal: int, first: int, names: list[str]) -> Iterator[tuple[list[Document], Ids]]:
-    """The usable documents of a unit from the `first` on, in blocks, and at its end an empty one; where one ends is a
-    function of where it begins. With each, what was left out on the way to it (the first share of a piece counts that)."""
+    """The usable documents of a unit from the `first` on, in blocks, and at its end an empty block. The end of a block depends
+    only on its beginning.
+
+    With each block comes the count of what was left out on the way (counted by the first share of a piece).
+    """
     tally, (piece, share) = Tally(), stream.unit(ordinal)
-    documents = islice(usable(stream.selection, piece, tally), share, None, stream.shares)
+    documents = islice(usable_documents(stream.selection, piece, tally), share, None, stream.shares)
 
     def left_out() -> Ids:
         return np.array([0, tally.invalid, tally.empty, sum(tally.dropped.values())], dtype=np.int64) * (share == 0)
 
     for _ in islice(documents, first):
         pass
-    told = left_out()
+    before = left_out()
     while True:
         block: list[Document] = []
         size = 0
@@ -188,15 +197,15 @@ def _blocks(stream: Stream, ordinal: int, first: int, names: list[str]) -> Itera
             size += len(document.text or "")
             if len(block) >= _BLOCK_DOCUMENTS or size >= _BLOCK_CHARACTERS:
                 break
-        seen = left_out()
+        after = left_out()
         names += [name for name in tally.names if share == 0 and name not in names][: _NAMES - len(names)]
-        yield block, seen - told
-        told = seen
+        yield block, after - before
+        before = after
         if not block:
             return
 
 
-def chained(before: int, row: Where) -> int:
-    """The digest of a lane's rows, from that of those before, as a number of 63 bits."""
+def chain_digest(before: int, row: RowLocation) -> int:
+    """The digest of a lane's rows up to this one, from that of the rows before, as a number of 63 bits."""
     found = hashlib.sha256(before.to_bytes(8, "little") + np.ascontiguousarray(row.shard.tokens).tobytes())
     return int.from_bytes(found.digest()[:8], "little") >> 1

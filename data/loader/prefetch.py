@@ -1,4 +1,4 @@
-"""What one thread makes ahead of its use: the next few results are ready when they are asked for, in order."""
+"""One thread computes the next few results ahead of their use; they come in order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ _PATIENCE = 5.0
 
 
 def prefetched(make: Callable[[int], T], start: int, stop: int, ahead: int) -> Generator[T, None, None]:
-    """make(start) .. make(stop - 1), of which up to `ahead` wait while an earlier one is in use. What `make` raises is
-    raised where its result was due; the thread ends with the iterator, or
-    with the `make` that it is in by then."""
+    """make(start) .. make(stop - 1), of which up to `ahead` are computed while an earlier one is in use.
+
+    An error of `make` is raised where its result was due. The thread ends with the iterator, or after the `make` that is
+    running then.
+    """
     results: SimpleQueue[tuple[T | None, BaseException | None]] = SimpleQueue()
     room = threading.Semaphore(ahead + 1)
     ended = threading.Event()

@@ -1,7 +1,7 @@
-"""The state of a run's data: one small record, the same whatever the ranks, that a resumed run is checked against.
+"""The resume state of a run's data: one small record, the same whatever the ranks, against which a resumed run is checked.
 
-It holds what the order is a function of, the samples consumed, a digest of them, one of a few steps earlier from which the
-last steps are followed again, and one of the very tokens of the last batch.
+It holds what determines the order, the number of samples consumed, a digest of them, one of a few steps earlier from which the
+last steps are replayed, and one of the tokens of the last batch.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mikoshi.data.errors import DataError
-from mikoshi.data.io.numbers import whole
+from mikoshi.data.io.record_fields import checked_int
 from mikoshi.data.loader.loader import Loader
 from mikoshi.data.loader.stream import StreamLoader
-from mikoshi.data.sampling.curriculum import Asked, History, begin, check_skips, read_history
+from mikoshi.data.sampling.curriculum import MixtureHistory, MixtureRequest, check_skips, new_history, read_history
 
-Reader = Loader | StreamLoader
-Total = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+TrainingLoader = Loader | StreamLoader
+SumOverRanks = Callable[[npt.NDArray[np.int64]], npt.NDArray[np.int64]]
 """Adds numbers up over the ranks, those that read the same rows counted once."""
 
 Identity = dict[str, Any]
@@ -30,20 +30,22 @@ Identity = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Continued:
-    """Where a run goes on: its mixture's history and, in words, what was changed by the user."""
+class DataResumePoint:
+    """Where a run resumes: the history of its mixture, and the user's changes in words."""
 
-    history: History
+    history: MixtureHistory
     changes: tuple[str, ...] = ()
 
 
 def first_digest(identity: Identity) -> str:
-    """The digest of no samples at all."""
+    """The digest before the first sample."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def make_record(loader: Reader, step: int, identity: Identity, history: History, total: Total) -> dict[str, Any]:
-    """The record after `step` steps, all of which the loader has read or gone on from. Collective where `total` is."""
+def make_record(
+    loader: TrainingLoader, step: int, identity: Identity, history: MixtureHistory, total: SumOverRanks
+) -> dict[str, Any]:
+    """The record after `step` steps, which the loader has read or resumed from. Collective if `total` is."""
     samples = step * loader.global_batch
     return {
         "samples": samples,
@@ -55,34 +57,40 @@ def make_record(loader: Reader, step: int, identity: Identity, history: History,
     }
 
 
-def go_on(
-    record: Mapping[str, Any] | None, identity: Identity, asked: Asked, skipped: tuple[tuple[int, int], ...], accept: bool
-) -> Continued:
-    """How a run goes on from a checkpoint's record (None: from its beginning) under what its config asks now.
+def resume_from_record(
+    record: Mapping[str, Any] | None,
+    identity: Identity,
+    request: MixtureRequest,
+    skipped: tuple[tuple[int, int], ...],
+    accept: bool,
+) -> DataResumePoint:
+    """How a run resumes from a checkpoint's record (None: it begins) under the mixture that its config requests now.
 
-    Raises DataError naming what differs if the data is not the same; if the mixture is not, unless `accept`; and if
-    what is consumed would be skipped.
+    accept: allow a changed mixture.
+
+    Raises DataError naming the difference if the data is not the same, if the mixture changed without `accept`, or if consumed
+    samples would be skipped.
     """
     if record is None:
-        return Continued(begin(asked))
-    was, history = record["identity"], read_history(record["curriculum"])
-    _check_identity(was, identity, accept)
-    samples = whole(record["samples"], "samples")
-    position = whole(record["position"], "position", samples)
-    old = [(whole(start, "skipped"), whole(stop, "skipped", start)) for start, stop in record["skipped"]]
+        return DataResumePoint(new_history(request))
+    identity_before, history = record["identity"], read_history(record["curriculum"])
+    _check_identity(identity_before, identity, accept)
+    samples = checked_int(record["samples"], "samples")
+    position = checked_int(record["position"], "position", samples)
+    old = [(checked_int(start, "skipped"), checked_int(stop, "skipped", start)) for start, stop in record["skipped"]]
     check_skips(old, skipped, position)
     changes = []
     if old != list(skipped):
         changes.append(f"data.skip: {[list(s) for s in skipped]}, was {record['skipped']}")
-    if history.asked[-1][1] != asked:
-        told = f"the mixture is {_told(asked)}, was {_told(history.asked[-1][1])}"
+    if history.requests[-1][1] != request:
+        description = f"the mixture is {_describe(request)}, was {_describe(history.requests[-1][1])}"
         if not accept:
             raise DataError(
-                f'data.mixture: {told}: set it back, or change it from sample {samples} on with data.on_change="accept"'
+                f'data.mixture: {description}: set it back, or change it from sample {samples} on with data.on_change="accept"'
             )
-        history = history.changed(asked, position)
-        changes.append(f"from position {position} {told}")
-    return Continued(history, tuple(changes))
+        history = history.with_change(request, position)
+        changes.append(f"from position {position} {description}")
+    return DataResumePoint(history, tuple(changes))
 
 
 def _check_identity(was: Identity, now: Identity, accept: bool) -> None:
@@ -116,10 +124,10 @@ def _short(value: Any) -> str:
     return text[:12] if len(text) == 64 else text
 
 
-def _told(asked: Asked) -> str:
+def _describe(request: MixtureRequest) -> str:
     stages = "; ".join(
-        (f"from {start}: " if len(asked.stages) > 1 else "") + ", ".join(f"{n} {w:g}" for n, w in weights.items())
-        for start, weights in asked.stages
+        (f"from {start}: " if len(request.stages) > 1 else "") + ", ".join(f"{n} {w:g}" for n, w in weights.items())
+        for start, weights in request.stages
     )
-    caps = ", ".join(f"{n} at most {c}" for n, c in asked.caps.items() if c is not None)
+    caps = ", ".join(f"{n} at most {c}" for n, c in request.caps.items() if c is not None)
     return stages + (f" ({caps} samples)" if caps else "")

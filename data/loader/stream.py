@@ -1,8 +1,8 @@
-"""Batches straight from raw sources, with no preparation: the batch at step n is a function of (sources, seed, n), and
-any number of ranks goes on with the very next row.
+"""Batches straight from raw sources, without preparation: the batch at step n is a function of (sources, seed, n), and any
+number of ranks continues with the very next row.
 
-Row j of every global batch belongs to lane j // (rows a lane): a rank reads the lanes that its rows are of. The state is
-where every lane stands, one small table.
+Row j of every global batch belongs to lane j // (rows a lane), and a rank reads the lanes of its rows. The state is a small
+table with the place of every lane.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mikoshi.data.dataset.predicted import is_nothing
-from mikoshi.data.dataset.rows import Batch, Columns, Where, read_rows
+from mikoshi.data.dataset.predicted import predicts_nothing
+from mikoshi.data.dataset.rows import Batch, ColumnRanges, RowLocation, read_rows
 from mikoshi.data.errors import DataError
-from mikoshi.data.io.numbers import WAY, text, whole
-from mikoshi.data.loader.lanes import COUNTS, CURSOR, Lane, Stream, chained
+from mikoshi.data.io.record_fields import RECORD_REMEDY, checked_int, checked_str
+from mikoshi.data.loader.lanes import COUNTS, CURSOR, Lane, Stream, chain_digest
 from mikoshi.data.loader.prefetch import prefetched
-from mikoshi.data.sampling.curriculum import History
+from mikoshi.data.sampling.curriculum import MixtureHistory
 from mikoshi.data.sampling.sampler import Skips
 
 Table = npt.NDArray[np.int64]
@@ -33,12 +33,12 @@ _DIGESTS, _COUNTED = (1 << 63) - 1, 1 << 48
 _ROWS = ("read", "nothing")
 """What is counted of rows: all, and those in which no token is predicted."""
 _KEPT = 8
-_AGAIN = 2
+_REPLAYED = 2
 """Steps that are read again after a resume, to see that they are the same."""
 
 
 def check_whole_batches(left_out: Skips, global_batch: int) -> None:
-    """Raises DataError for what a stream cannot skip: a part of a batch."""
+    """Raises DataError if a part of a batch is to be skipped, which a stream cannot do."""
     for start, stop in left_out.spans:
         if start % global_batch or stop % global_batch:
             raise DataError(
@@ -49,10 +49,10 @@ def check_whole_batches(left_out: Skips, global_batch: int) -> None:
 
 @dataclass
 class StreamLoader:
-    """The training rows of rank r of `world`, in order from the step that it went on from."""
+    """The training rows of one rank of `world`, in order from the step at which it started or resumed."""
 
     streams: tuple[Stream, ...]
-    mixture: History
+    mixture: MixtureHistory
     skips: Skips
     lanes: int
     context: int
@@ -60,7 +60,7 @@ class StreamLoader:
     rank: int
     world: int
     document_mask: bool
-    columns: Columns | None = None
+    columns: ColumnRanges | None = None
     warmup: tuple[tuple[int, int], ...] = ()
     most_invalid: float | None = None
     _lanes: dict[int, list[Lane]] = field(default_factory=dict)
@@ -69,7 +69,7 @@ class StreamLoader:
     _read: dict[int, Table] = field(default_factory=dict)  # rows, and those that predict nothing, of this rank up to a step
     _earlier: Table = field(default_factory=lambda: np.zeros(2, np.int64), compare=False)  # of all ranks before these
     _kept: int = _KEPT
-    _turn: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
+    _read_lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
     _batch: int = 0  # the batch of the order that is read next: a step's, but for what is skipped
 
     def __post_init__(self) -> None:
@@ -78,16 +78,17 @@ class StreamLoader:
 
     @property
     def rows(self) -> int:
+        """Rows of a rank, padding included."""
         return -(-self.global_batch // self.world)
 
     @property
     def _share(self) -> int:
-        """Rows of a global batch that a lane gives."""
+        """Rows of a global batch from each lane."""
         return self.global_batch // self.lanes
 
     def restart(self, step: int, table: Table) -> None:
-        """Go on with `step` from where the lanes stand."""
-        with self._turn:  # a read that was left behind has ended
+        """Continue with `step` from these places of the lanes."""
+        with self._read_lock:  # a read that was left behind has ended
             self._restart(step, table)
 
     def _restart(self, step: int, table: Table) -> None:
@@ -101,15 +102,15 @@ class StreamLoader:
             for k, lane in enumerate(self._lanes[number]):
                 cursor, counts = np.split(table[number, 1 + _WIDTH * k :][:_WIDTH], [CURSOR])
                 piece, document, offset = cursor.tolist()
-                lane.go_to(piece, document, offset, counts)
+                lane.seek(piece, document, offset, counts)
         # The lanes stand after the last row that was consumed: what is skipped from there on is yet to be gone past.
         self._batch = self._batch_of(step - 1) + 1 if step else 0
         self._tables, self._read = {step: self._table()}, {step: np.zeros(2, np.int64)}
 
-    def _of_streams(self, lanes: object, sources: Sequence[str], name: str) -> Table:
-        """A record's table of these sources as one of the streams there are now; a new one's lanes stand at its beginning.
-        Raises DataError if it is no such table, or holds numbers that no loader writes."""
-        was = self._told_table(lanes, 1 + _WIDTH * len(sources), name)
+    def _align_sources(self, lanes: object, sources: Sequence[str], name: str) -> Table:
+        """A recorded table of these sources as a table of the current streams; the lanes of a new stream are at its
+        beginning. Raises DataError if it is no such table, or has numbers that no loader writes."""
+        was = self._parse_table(lanes, 1 + _WIDTH * len(sources), name)
         out = np.zeros((self.lanes, 1 + _WIDTH * len(self.streams)), np.int64)
         out[:, 0] = was[:, 0]
         for k, stream in enumerate(self.streams):
@@ -118,17 +119,17 @@ class StreamLoader:
                 out[:, 1 + _WIDTH * k :][:, :_WIDTH] = was[:, 1 + _WIDTH * at :][:, :_WIDTH]
         return out
 
-    def _told_table(self, lanes: object, width: int, name: str) -> Table:
+    def _parse_table(self, lanes: object, width: int, name: str) -> Table:
         if not isinstance(lanes, list) or [len(r) if isinstance(r, list) else -1 for r in lanes] != [width] * self.lanes:
-            raise DataError(f"data: the record's {name} are no table of {self.lanes} rows of {width} numbers: {WAY}")
+            raise DataError(f"data: the record's {name} are no table of {self.lanes} rows of {width} numbers: {RECORD_REMEDY}")
         most = [_DIGESTS, *[_COUNTED] * (width - 1)]
-        return np.array([[whole(n, name, 0, m) for n, m in zip(row, most, strict=True)] for row in lanes], dtype=np.int64)
+        return np.array([[checked_int(n, name, 0, m) for n, m in zip(row, most, strict=True)] for row in lanes], dtype=np.int64)
 
     def _batch_of(self, step: int) -> int:
         return int(self.skips.positions(np.array([step * self.global_batch]))[0]) // self.global_batch
 
     def _table(self) -> Table:
-        """Where the lanes stand whose first row is this rank's; zeros elsewhere."""
+        """The places of the lanes whose first row is this rank's; zeros elsewhere."""
         out = np.zeros((self.lanes, 1 + _WIDTH * len(self.streams)), np.int64)
         for number, lanes in self._lanes.items():
             if self.rank * self.rows <= number * self._share < (self.rank + 1) * self.rows:
@@ -138,19 +139,22 @@ class StreamLoader:
     def stream(
         self, start: int, stop: int, ready: Callable[[Batch], Batch] = lambda batch: batch, ahead: int = 2
     ) -> Generator[Batch, None, None]:
-        """Batches of steps start..stop-1 as `ready` makes them, read ahead by one thread; `start` is the step that the
-        loader stands at."""
+        """Batches of steps start..stop-1, read ahead by one thread; `start` must be the loader's current step.
+
+        ready: applied to each batch by that thread.
+        ahead: the most batches that wait.
+        """
         self._kept = _KEPT + ahead
 
         def make(step: int) -> Batch:
-            with self._turn:
+            with self._read_lock:
                 batch = self.read(step)
             return ready(batch)
 
         return prefetched(make, start, stop, ahead)
 
     def read(self, step: int) -> Batch:
-        """This rank's rows of the next step, which must be `step`; those of skipped batches before it are gone past."""
+        """This rank's rows of `step`, which must be the next step; skipped batches before it are passed over."""
         if step not in self._tables:
             raise DataError(f"a stream goes on with step {max(self._tables)}, not {step}: it cannot go back")
         wanted = self._batch_of(step)
@@ -164,14 +168,14 @@ class StreamLoader:
         pieces = piece * len(places) if self.warmup else None
         batch = read_rows(places, self.rows, self.context, self.document_mask, self.columns, pieces)
         self._tables[step + 1] = self._table()
-        nothing = sum(is_nothing(place, self.context, self.document_mask) for place in places)
+        nothing = sum(predicts_nothing(place, self.context, self.document_mask) for place in places)
         self._read[step + 1] = self._read[step] + np.array([len(places), nothing])
         while len(self._tables) > self._kept:
             del self._read[min(self._tables)], self._tables[min(self._tables)]
         return batch
 
-    def _rows(self, batch: int) -> list[Where]:
-        """This rank's rows of a batch, with its lanes gone past all of theirs."""
+    def _rows(self, batch: int) -> list[RowLocation]:
+        """This rank's rows of a batch. Its lanes advance past all of theirs."""
         positions = np.arange(batch * self.global_batch, (batch + 1) * self.global_batch, dtype=np.int64)
         source, _ = self.mixture.locate(positions)
         first = self.rank * self.rows
@@ -179,16 +183,16 @@ class StreamLoader:
         for number, lanes in self._lanes.items():
             for j in range(number * self._share, (number + 1) * self._share):
                 row = lanes[int(source[j])].row(self.context)
-                self._digests[number] = chained(self._digests[number], row)
+                self._digests[number] = chain_digest(self._digests[number], row)
                 if first <= j < first + self.rows:
                     places.append(row)
         return places
 
     def state(self, step: int, total: Callable[[Table], Table]) -> dict[str, Any]:
-        """Where every lane stands after `step` steps and a few before. Collective: `total` adds up over the ranks, each row
-        of the batch counted once."""
+        """The places of all lanes after `step` steps and a few before. Collective: `total` sums over the ranks, each row of
+        the batch counted once."""
         tables = dict(self._tables)  # another thread reads ahead
-        earlier = max([s for s in tables if s <= step - _AGAIN] or [min(tables)])
+        earlier = max([s for s in tables if s <= step - _REPLAYED] or [min(tables)])
         now, before = (total(tables[s]) for s in (step, earlier))
         return {
             "sources": [stream.name for stream in self.streams],
@@ -199,7 +203,7 @@ class StreamLoader:
         }
 
     def _left_out(self, table: Table) -> dict[str, int]:
-        """Documents of all lanes used, and left out by reason. Raises DataError for more unreadable ones than may be."""
+        """Documents of all lanes used, and left out by reason. Raises DataError if more are unreadable than allowed."""
         counts = table[:, 1:].reshape(self.lanes, len(self.streams), _WIDTH)[:, :, CURSOR:].sum((0, 1)).tolist()
         used, unreadable, most = counts[0], counts[1], self.most_invalid
         if most is not None and unreadable > (most if most >= 1 or most == 0 else most * (used + unreadable)):
@@ -214,23 +218,26 @@ class StreamLoader:
         """The first documents that this rank could not read."""
         return [name for lanes in self._lanes.values() for lane in lanes for name in lane.names]
 
-    def follow(self, state: Mapping[str, Any], step: int) -> None:
-        """Read the last steps again, compare, and go on with `step`. Raises DataError if the rows are not those that were
-        consumed. Where the run has a source no more, there is nothing to read again."""
-        earlier, sources = state["earlier"], [text(name, "sources") for name in state["sources"]]
+    def replay(self, state: Mapping[str, Any], step: int) -> None:
+        """Read the last steps again, compare them with a state, and continue with `step`.
+
+        Raises DataError if the rows are not those that were consumed. Nothing is read again if the run no longer has one of the
+        sources.
+        """
+        earlier, sources = state["earlier"], [checked_str(name, "sources") for name in state["sources"]]
         rows = state.get("rows", dict.fromkeys(_ROWS, 0))  # other versions counted none
-        self._earlier = np.array([whole(rows[key], f"rows.{key}", 0, _COUNTED) for key in _ROWS], dtype=np.int64)
-        first = whole(earlier["step"], "earlier.step", max(0, step - _KEPT), step)
-        table = self._of_streams(state["lanes"], sources, "lanes")
+        self._earlier = np.array([checked_int(rows[key], f"rows.{key}", 0, _COUNTED) for key in _ROWS], dtype=np.int64)
+        first = checked_int(earlier["step"], "earlier.step", max(0, step - _KEPT), step)
+        table = self._align_sources(state["lanes"], sources, "lanes")
         if not {stream.name for stream in self.streams}.issuperset(sources):
             self.restart(step, table)
             return
-        self.restart(first, self._of_streams(earlier["lanes"], sources, "earlier.lanes"))
-        for again in range(first, step):
-            self.read(again)
+        self.restart(first, self._align_sources(earlier["lanes"], sources, "earlier.lanes"))
+        for replayed in range(first, step):
+            self.read(replayed)
         for number, lanes in self._lanes.items():
-            told = [self._digests[number], *(int(n) for lane in lanes for n in (*lane.cursor(), *lane.left_out))]
-            if told != table[number].tolist():
+            found = [self._digests[number], *(int(n) for lane in lanes for n in (*lane.cursor(), *lane.left_out))]
+            if found != table[number].tolist():
                 raise DataError(
                     f"data.source: the rows of steps {first} to {step} are not those that the run consumed (lane "
                     f"{number}): a source's files have changed; put them back, or give another run.name"

@@ -1,4 +1,4 @@
-"""Finished pieces become one dataset: their shards under running numbers, small ones joined, and the index over them."""
+"""Finished pieces become one dataset: shards with running numbers, small ones joined, and the index over them."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from mikoshi.data.dataset.shards import (
     TRAIN,
     DatasetInfo,
     ShardInfo,
-    fingerprint,
+    dataset_fingerprint,
     open_shard,
     unigram_nats,
     write_index,
     write_shard,
 )
 from mikoshi.data.errors import DataError
-from mikoshi.data.io.progress import Meter, Show
-from mikoshi.data.prepare.piece import SPLITS, Ids, Tally, Work, read_counts
-from mikoshi.data.prepare.pool import Tell, run
+from mikoshi.data.io.progress import Meter, ProgressCallback
+from mikoshi.data.prepare.piece import SPLITS, Ids, PieceContext, Tally, read_counts
+from mikoshi.data.prepare.pool import Report, run_jobs
 from mikoshi.data.tokenizer.tokenizer import Tokenizer
 
 _STANDS_ALONE = 16  # a shard of fewer than this part of shard_tokens is joined with its neighbours
 _JOINERS = 4  # processes: the disk's pace, and each holds a whole shard in memory
 
 
-class Unusable(DataError):
-    """Nothing can become of these pieces: there are too few documents."""
+class UnusableSource(DataError):
+    """No dataset can be made of these pieces, since there are too few documents."""
 
 
 @dataclass(frozen=True)
-class Join:
-    """Shards that become one, called `target`; its last `tail` tokens go to `tail_target` instead."""
+class JoinJob:
+    """Shards to join into one, called `target`; its last `tail` tokens go to `tail_target` instead."""
 
     files: tuple[Path, ...]
     target: Path
@@ -52,11 +52,14 @@ class Join:
         return self.target.name
 
 
-def report_of(total: Tally, source: str, files: dict[str, Any]) -> dict[str, Any]:
-    """What dataset.json says of the documents. `read` is all that were seen: `documents`, those used, of `bytes` of text;
-    `empty` ones; `skipped`, which could not be read, by kind in `problems`, the first in `skipped_names`; and `dropped` by
-    reason. `broken` says what is known of files that break off, `files` which were read and which were left out. `lengths`
-    counts those used by tokens: under "64" are those of 64 to 127, the separator among them."""
+def dataset_report(total: Tally, source: str, files: dict[str, Any]) -> dict[str, Any]:
+    """What dataset.json reports of the documents.
+
+    `read` counts all that were seen: `documents` that are used, with `bytes` of text; `empty` ones; `skipped`, which could not
+    be read, by kind in `problems` and the first by name in `skipped_names`; and `dropped`, by reason. `broken` describes files
+    that break off, `files` those read and left out. `lengths` counts used documents by tokens, the separator included: key "64"
+    is for 64 to 127 tokens.
+    """
     lengths = {str(1 << power): count for power, count in enumerate(total.lengths) if count}
     return {
         "source": source,
@@ -76,34 +79,34 @@ def report_of(total: Tally, source: str, files: dict[str, Any]) -> dict[str, Any
 
 
 def assemble(
-    work: Work,
+    work: PieceContext,
     pieces: int,
     total: Tally,
     report: dict[str, Any],
     tokenizer: Tokenizer,
     recipe: str,
     workers: int,
-    show: Show,
-    held: tuple[int, ...] = (),
+    show: ProgressCallback,
+    inherited_fds: tuple[int, ...] = (),
 ) -> DatasetInfo:
-    """Make the folder `dataset` in the working folder from the parts of all pieces, and describe it in its index.
+    """Make the folder `dataset` in the working folder from the shards of all pieces, and write its index.
 
-    Without a document in the held-out split, the end of the last training shard becomes it. Can be called again after it
-    was interrupted. Raises Unusable if a split would be empty.
+    If no document is in the held-out split, it becomes the end of the last training shard. May be called again after an
+    interruption. Raises UnusableSource if a split would be empty.
     """
     _refuse_nothing(total, report)
     folder = work.folder / "dataset"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     shutil.copyfile(work.folder / TOKENIZER, folder / TOKENIZER)
-    splits, cut = _put_in_place(work, folder, total, workers, show, held)
+    splits, cut = _put_in_place(work, folder, total, workers, show, inherited_fds)
     counts = sum((read_counts(work, piece) for piece in range(pieces)), np.zeros((2, tokenizer.vocab), np.int64))
     if cut:
         moved = np.bincount(open_shard(folder / splits[HELD_OUT][0].file).tokens, minlength=tokenizer.vocab)
         counts += np.stack((-moved, moved))
         report = report | {"tokens": {split: sum(info.tokens for info in splits[split]) for split in SPLITS}}
     info = DatasetInfo(
-        fingerprint=fingerprint(tokenizer.fingerprint, splits),
+        fingerprint=dataset_fingerprint(tokenizer.fingerprint, splits),
         recipe=recipe,
         tokenizer=tokenizer.fingerprint,
         vocab=tokenizer.vocab,
@@ -123,23 +126,24 @@ def _refuse_nothing(total: Tally, report: Mapping[str, Any]) -> None:
     counts = f"{total.invalid} skipped, {total.empty} empty{dropped}"
     if not total.documents:
         why = total.names[0] if total.names else "all are dropped" if dropped else "it is empty"
-        raise Unusable(f"data.source: no document of {report['source']!r} could be used ({counts}): {why}")
+        raise UnusableSource(f"data.source: no document of {report['source']!r} could be used ({counts}): {why}")
     if not total.shards[TRAIN]:
-        raise Unusable(
+        raise UnusableSource(
             f"data.source: no document of {report['source']!r} fell in the {TRAIN} split ({report['read']} read, {counts}): "
             "give more text, or change data.held_out"
         )
 
 
 def _put_in_place(
-    work: Work, folder: Path, total: Tally, workers: int, show: Show, held: tuple[int, ...]
+    work: PieceContext, folder: Path, total: Tally, workers: int, show: ProgressCallback, inherited_fds: tuple[int, ...]
 ) -> tuple[dict[str, list[ShardInfo]], bool]:
-    """Link or write every shard under its final name; whether the held-out split was cut from the training split."""
+    """Link or write every shard under its final name. The second value tells whether the held-out split was cut from the
+    training split."""
     groups = [(split, group) for split in SPLITS for group in _groups(total.shards[split], work.shard_tokens)]
     cut = not total.shards[HELD_OUT]
     numbers = dict.fromkeys(SPLITS, 0)
     splits: dict[str, list[ShardInfo]] = {split: [] for split in SPLITS}
-    joins: list[Join] = []
+    joins: list[JoinJob] = []
     for at, (split, group) in enumerate(groups):
         name = f"{split}-{numbers[split]:05d}.shard"
         numbers[split] += 1
@@ -147,23 +151,23 @@ def _put_in_place(
         if cut and at == len(groups) - 1:
             tokens = sum(info.tokens for info in total.shards[TRAIN])
             tail = min(math.ceil(tokens * work.held_out), sum(info.tokens for info in group) - 1)
-            joins.append(Join(files, folder / name, tail, folder / f"{HELD_OUT}-00000.shard"))
+            joins.append(JoinJob(files, folder / name, tail, folder / f"{HELD_OUT}-00000.shard"))
         elif len(group) > 1:
-            joins.append(Join(files, folder / name))
+            joins.append(JoinJob(files, folder / name))
         else:
             _link(files[0], folder / name)
             splits[split].append(replace(group[0], file=name))
     meter = Meter("joining shards", [sum(path.stat().st_size for path in job.files) for job in joins], 0, show)
-    with closing(run(join, None, joins, min(workers, _JOINERS), meter.told, held)) as results:
+    with closing(run_jobs(join_shards, None, joins, min(workers, _JOINERS), meter.advance, inherited_fds)) as results:
         for number, infos in results:
-            meter.ended(number)
+            meter.finish(number)
             for info in infos:
                 splits[info.file.rpartition("-")[0]].append(info)
     return {split: sorted(infos, key=lambda info: info.file) for split, infos in splits.items()}, cut
 
 
 def _groups(infos: Iterable[ShardInfo], shard_tokens: int) -> list[list[ShardInfo]]:
-    """Neighbours that become one shard each: large ones alone, small ones together until they are a shard's tokens."""
+    """Adjacent shards that become one each: large ones alone, small ones together up to `shard_tokens`."""
     groups: list[list[ShardInfo]] = []
     open_size = shard_tokens  # of the group that can still grow, the last
     for info in infos:
@@ -183,8 +187,9 @@ def _link(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def join(_context: None, job: Join, tell: Tell) -> list[ShardInfo]:
-    """Write the shard, and the tail's if there is one. A document that is cut in two goes on in the other, unseparated."""
+def join_shards(_context: None, job: JoinJob, report: Report) -> list[ShardInfo]:
+    """Write the joined shard, and that of the tail if there is one. A document cut in two continues in the other shard
+    without a separator."""
     shards = [open_shard(path) for path in job.files]
     starts = np.cumsum([0, *(len(shard.tokens) for shard in shards)])
     ends = np.concatenate([shard.ends.astype(np.int64) + start for shard, start in zip(shards, starts, strict=False)])
@@ -199,12 +204,12 @@ def join(_context: None, job: Join, tell: Tell) -> list[ShardInfo]:
     infos = [_write(job.target, ids, ends, learned, 0, cut)]
     if job.tail_target is not None:
         infos.append(_write(job.tail_target, ids, ends, learned, cut, len(ids)))
-    tell(sum(path.stat().st_size for path in job.files), 0)
+    report(sum(path.stat().st_size for path in job.files), 0)
     return infos
 
 
 def _write(path: Path, ids: Ids, ends: Ids, learned: Ids | None, start: int, stop: int) -> ShardInfo:
-    """Tokens `start` to `stop` as a shard; the documents that the edges cut count as documents on both sides."""
+    """Tokens `start` to `stop` as a shard. A document that an edge cuts counts as a document on both sides."""
     stops = [*ends[(ends > start) & (ends < stop)].tolist(), stop]
     stretches = list(zip([start, *stops], stops, strict=False))
     marks = None if learned is None else [learned[a:b] for a, b in stretches]

@@ -1,7 +1,8 @@
-"""One piece of a source, worked on alone: the same files whoever does it, whenever, and however often it was begun before.
+"""One piece of a source, processed alone: its files are the same whichever process makes them, however often it was begun
+before.
 
-A piece is finished when its record stands in the working folder: it is written last, in one step. Nothing is forced to disk
-before the dataset is whole; instead, what an earlier process finished is read again before it is relied on.
+A piece is finished once its record is in the working folder, which is written last and in one step. Nothing is flushed to disk
+before the dataset is whole; instead, what an earlier process finished is verified before it is used.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 
-from mikoshi.data.dataset.shards import HELD_OUT, TOKENIZER, TRAIN, ShardInfo, token_bytes, verify_shard, write_shard
+from mikoshi.data.dataset.shards import HELD_OUT, TOKENIZER, TRAIN, ShardInfo, bytes_per_token, verify_shard, write_shard
 from mikoshi.data.errors import DataError
 from mikoshi.data.io.atomic import write_file
-from mikoshi.data.prepare.pool import Tell
-from mikoshi.data.prepare.quality import Filters, count_hashes, doubles, why_dropped, write_hashes
+from mikoshi.data.prepare.pool import Report
+from mikoshi.data.prepare.quality import Filters, count_hashes, read_duplicates, why_dropped, write_hashes
 from mikoshi.data.sources.sources import Document, Part, Piece, Source, documents
-from mikoshi.data.tokenizer.special_tokens import Marks
+from mikoshi.data.tokenizer.special_tokens import BoundaryTokens
 from mikoshi.data.tokenizer.tokenizer import Tokenizer, parse_tokenizer
 
 SPLITS = (TRAIN, HELD_OUT)
@@ -40,8 +41,11 @@ Counts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Selection:
-    """Which documents of a source are used. `specials`: the tokenizer's special tokens, which no message of a conversation
-    may hold. `most_invalid`: how many unreadable documents a piece may have (-1: any number)."""
+    """Which documents of a source are used.
+
+    specials: the tokenizer's special tokens, which no message of a conversation may contain.
+    most_invalid: how many unreadable documents a piece may have (-1: any number).
+    """
 
     source: Source
     filters: Filters
@@ -50,9 +54,12 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is the same for all pieces, and where in the working folder a piece's files are. `tokenizer`: the fingerprint of
-    the one that is there, and `marks` what it is told of documents."""
+class PieceContext:
+    """What all pieces share, and where the files of a piece are in the working folder.
+
+    tokenizer: fingerprint of the tokenizer there.
+    boundaries: its boundary tokens.
+    """
 
     folder: Path
     selection: Selection
@@ -60,27 +67,32 @@ class Work:
     held_out: float
     shard_tokens: int
     deduplicate: bool
-    marks: Marks
+    boundaries: BoundaryTokens
 
     def record(self, piece: int) -> Path:
+        """The record of a finished piece."""
         return self.folder / "records" / f"{piece:05d}.json"
 
     def counts(self, piece: int) -> Path:
+        """The token counts of a piece."""
         return self.folder / "records" / f"{piece:05d}.npz"
 
     def hashes(self, piece: int) -> Path:
+        """The digests of a piece's documents."""
         return self.folder / "hashes" / f"{piece:05d}"
 
     def doubles(self, piece: int) -> Path:
+        """The numbers of a piece's duplicate documents."""
         return self.folder / "doubles" / f"{piece:05d}"
 
     def part(self, name: str) -> Path:
+        """A shard of a piece."""
         return self.folder / "parts" / name
 
 
 @dataclass(frozen=True)
 class Job:
-    """A piece, and how it is called in messages."""
+    """A piece, and its name in messages."""
 
     piece: Piece
     name: str
@@ -91,9 +103,14 @@ class Job:
 
 @dataclass
 class Tally:
-    """What became of the documents. `bytes`: of their text in UTF-8; `lengths[n]`: documents of 2**n tokens up to twice
-    that; `dropped` and `problems` count by reason, `names` says the first problems in full, `broken` those of files that break
-    off."""
+    """What became of the documents.
+
+    bytes: of their text in UTF-8.
+    lengths: lengths[n] counts documents of 2**n to 2**(n+1) - 1 tokens.
+    dropped, problems: counts by reason.
+    names: the first problems in full.
+    broken: the first problems of files that break off.
+    """
 
     documents: int = 0
     bytes: int = 0
@@ -107,9 +124,11 @@ class Tally:
 
     @property
     def invalid(self) -> int:
+        """The number of unreadable documents."""
         return sum(self.problems.values())
 
     def problem(self, document: Document) -> None:
+        """Count a document that could not be read."""
         kind = document.problem.partition(":")[0]
         self.problems[kind if kind in self.problems or len(self.problems) < _KINDS else "others"] += document.count
         for names in (self.names, *((self.broken,) if document.broken else ())):
@@ -117,7 +136,7 @@ class Tally:
                 names.append(f"{document.name}: {document.problem}")
 
     def add(self, other: Tally) -> None:
-        """Take in the tally of the piece that comes next."""
+        """Add the tally of the piece that follows."""
         self.documents, self.bytes = self.documents + other.documents, self.bytes + other.bytes
         self.empty += other.empty
         self.dropped += other.dropped
@@ -130,8 +149,8 @@ class Tally:
             self.shards[split] = self.shards[split] + other.shards[split]
 
 
-def finished(work: Work, piece: int) -> Tally | None:
-    """The tally of a piece that was finished, every byte of it read again; None if it was not, or is damaged."""
+def load_finished(work: PieceContext, piece: int) -> Tally | None:
+    """The tally of a finished piece, after reading all of its bytes again; None if it is not finished or is damaged."""
     try:
         raw = json.loads(work.record(piece).read_bytes())
         shards = {split: [ShardInfo(**info) for info in raw["shards"][split]] for split in SPLITS}
@@ -143,16 +162,16 @@ def finished(work: Work, piece: int) -> Tally | None:
     return Tally(**raw | {"shards": shards, "dropped": Counter(raw["dropped"]), "problems": Counter(raw["problems"])})
 
 
-def read_counts(work: Work, piece: int) -> Counts:
+def read_counts(work: PieceContext, piece: int) -> Counts:
     """How often each token stands in each split of a finished piece, [2, vocab]."""
     counts: Counts = np.load(work.counts(piece))["counts"]
     return counts
 
 
-def usable(selection: Selection, piece: Piece, tally: Tally) -> Iterator[Document]:
-    """The documents of a piece that have text and pass the filters, in order; what becomes of the others is counted.
+def usable_documents(selection: Selection, piece: Piece, tally: Tally) -> Iterator[Document]:
+    """The documents of a piece that have text and pass the filters, in order. All others are counted in `tally`.
 
-    Raises DataError for an unreadable one under on_invalid = "error", and where they are more than may be.
+    Raises DataError for an unreadable document under on_invalid = "error", and if there are more than allowed.
     """
     for document in documents(selection.source, piece, selection.specials):
         if document.dropped:
@@ -178,82 +197,90 @@ def check_invalid(most: int, tally: Tally) -> None:
         )
 
 
-def digest(text: str) -> bytes:
+def text_digest(text: str) -> bytes:
+    """SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def is_held_out(head: bytes, share: float) -> bool:
-    """Decided by the text's digest alone: a copy of a document never stands on the other side."""
+    """Whether a document is in the held-out split, by its text's digest alone, so that copies of a document are on the same
+    side.
+
+    head: the digest, of which 8 bytes are used.
+    share: share of documents held out.
+    """
     return int.from_bytes(head[:8], "little") < share * 2**64
 
 
-def hash_piece(work: Work, job: Job, tell: Tell) -> int:
-    """Write down the digests of a piece's usable documents; returns their number."""
+def hash_piece(context: PieceContext, job: Job, report: Report) -> int:
+    """Write the digests of a piece's usable documents. Returns their number."""
     heads = bytearray()
     waiting = 0
-    for document in usable(work.selection, job.piece, Tally()):
+    for document in usable_documents(context.selection, job.piece, Tally()):
         assert document.text is not None
-        heads += digest(document.text)[:16]
+        heads += text_digest(document.text)[:16]
         waiting += len(document.text)
         if waiting >= _BATCH_CHARACTERS:
-            tell(waiting, 0)
+            report(waiting, 0)
             waiting = 0
-    return write_hashes(work.hashes(job.piece.number), bytes(heads))
+    return write_hashes(context.hashes(job.piece.number), bytes(heads))
 
 
-def tokenize_piece(work: Work, job: Job, tell: Tell) -> Tally:
-    """Write a piece's shards, token counts and record; returns the record."""
+def tokenize_piece(context: PieceContext, job: Job, report: Report) -> Tally:
+    """Write a piece's shards, token counts and record. Returns the record."""
     number = job.piece.number
-    tokenizer = _tokenizer(work.folder / TOKENIZER, work.tokenizer, work.marks)
+    tokenizer = _tokenizer(context.folder / TOKENIZER, context.tokenizer, context.boundaries)
     tally = Tally()
-    writers = {split: _PartWriter(work, f"{split}-{number:05d}", token_bytes(tokenizer.vocab)) for split in SPLITS}
+    writers = {split: _PartWriter(context, f"{split}-{number:05d}", bytes_per_token(tokenizer.vocab)) for split in SPLITS}
     counts = np.zeros((len(SPLITS), tokenizer.vocab), dtype=np.int64)
-    for batch in _batches(_unique(work, number, usable(work.selection, job.piece, tally), tally)):
+    for batch in _batches(_unique(context, number, usable_documents(context.selection, job.piece, tally), tally)):
         if not tally.documents:
             _check_tokenizer(tokenizer, batch, job)
         sizes = []
-        held: tuple[list[Ids], list[Ids]] = ([], [])
-        for document, (ids, learned) in zip(batch, encode(tokenizer, batch), strict=True):
+        ids_by_split: tuple[list[Ids], list[Ids]] = ([], [])
+        for document, (ids, learned) in zip(batch, encode_documents(tokenizer, batch), strict=True):
             assert document.text is not None
             text = document.text.encode()
-            side = int(is_held_out(digest(document.side), work.held_out))
+            side = int(is_held_out(text_digest(document.split_key), context.held_out))
             writers[SPLITS[side]].add(ids, learned)
-            held[side].append(ids)
+            ids_by_split[side].append(ids)
             sizes.append(len(ids))
             tally.bytes += len(text)
         tally.documents += len(batch)
         for bucket, documents_in in enumerate(np.bincount(np.log2(sizes).astype(np.int64)).tolist()):
             tally.lengths[bucket] += documents_in
         for side in (0, 1):
-            counts[side] += np.bincount(np.concatenate(held[side] or [np.zeros(0, np.int64)]), minlength=tokenizer.vocab)
-        tell(sum(len(document.text or "") for document in batch), sum(sizes))
+            counts[side] += np.bincount(
+                np.concatenate(ids_by_split[side] or [np.zeros(0, np.int64)]), minlength=tokenizer.vocab
+            )
+        report(sum(len(document.text or "") for document in batch), sum(sizes))
     tally.shards = {split: writer.close() for split, writer in writers.items()}
     packed = io.BytesIO()
     np.savez_compressed(packed, counts=counts)
-    write_file(work.counts(number), packed.getvalue(), durable=False)
+    write_file(context.counts(number), packed.getvalue(), durable=False)
     plain = vars(tally) | {"shards": {split: [asdict(info) for info in infos] for split, infos in tally.shards.items()}}
-    write_file(work.record(number), json.dumps(plain).encode(), durable=False)
+    write_file(context.record(number), json.dumps(plain).encode(), durable=False)
     return tally
 
 
 @functools.lru_cache(1)
-def _tokenizer(path: Path, wanted: str, marks: Marks) -> Tokenizer:
+def _tokenizer(path: Path, wanted: str, marks: BoundaryTokens) -> Tokenizer:
     tokenizer = parse_tokenizer(path.read_bytes(), str(path), marks)
     if tokenizer.fingerprint != wanted:
         raise DataError(f"{path}: the tokenizer was changed by someone else while it was in use; begin anew")
     return tokenizer
 
 
-def _unique(work: Work, number: int, stream: Iterator[Document], tally: Tally) -> Iterator[Document]:
-    """Leave out what hash_piece and find_doubles found to be said before. The counting is theirs: usable documents."""
+def _unique(work: PieceContext, number: int, stream: Iterator[Document], tally: Tally) -> Iterator[Document]:
+    """Leave out duplicates, by the numbers that find_duplicates wrote, which count usable documents."""
     if not work.deduplicate:
         yield from stream
         return
     known = count_hashes(work.hashes(number))
-    again = set(doubles(work.doubles(number)).tolist())
+    duplicates = set(read_duplicates(work.doubles(number)).tolist())
     place = -1
     for place, document in enumerate(stream):
-        if place in again:
+        if place in duplicates:
             tally.dropped["duplicate"] += 1
         else:
             yield document
@@ -261,11 +288,13 @@ def _unique(work: Work, number: int, stream: Iterator[Document], tally: Tally) -
         raise DataError(f"data.source: piece {number} has {place + 1} documents, and had {known} when it was first read")
 
 
-def encode(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[tuple[Ids, Ids | None]]:
-    """Ids of every document, the separator after them, and where there are parts, which of them are learned. The separator is
-    where a learned answer ends the document, unless the template ends that with a special token, at which generation stops:
-    then what is learned is what the template writes, and the separator keeps documents apart. Plain text begins with the
-    tokenizer's bos, if it has one; parts are all that a template writes."""
+def encode_documents(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[tuple[Ids, Ids | None]]:
+    """For every document its ids, ending with the separator, and for documents in parts which ids are learned (else None).
+
+    The separator is learned if a learned answer ends the document, unless the template ends that with a special token at which
+    generation stops; then the separator only keeps documents apart. Plain text begins with the tokenizer's bos, if it has one;
+    documents in parts have only what the template writes.
+    """
     plain = iter(tokenizer.encode_arrays([document.text for document in batch if document.text and not document.parts]))
     begin = np.array([] if tokenizer.bos is None else [tokenizer.bos], dtype=np.uint32)
     for document in batch:
@@ -286,8 +315,8 @@ def encode(tokenizer: Tokenizer, batch: list[Document]) -> Iterator[tuple[Ids, I
 
 def _learns_end(tokenizer: Tokenizer, parts: tuple[Part, ...], ids: list[int]) -> bool:
     """Whether the separator after a document of these parts and ids is learned."""
-    said = [part for part in parts if part.text.strip()]
-    if not said or not said[-1].learned:
+    visible = [part for part in parts if part.text.strip()]
+    if not visible or not visible[-1].learned:
         return False
     last = next((i for i in reversed(ids) if tokenizer.decode([i]).strip()), None)
     if last is None or last in tokenizer.stops:
@@ -298,8 +327,8 @@ def _learns_end(tokenizer: Tokenizer, parts: tuple[Part, ...], ids: list[int]) -
 
 
 def _check_tokenizer(tokenizer: Tokenizer, batch: list[Document], job: Job) -> None:
-    """What the fast backend finds is compared with what defines the tokenizer, on a little of every piece."""
-    if not tokenizer.agrees([(document.text or "")[:1024] for document in batch[:8]]):
+    """Compare the fast backend with `tokenizers` on a few texts of every piece. Raises DataError if they differ."""
+    if not tokenizer.backends_agree([(document.text or "")[:1024] for document in batch[:8]]):
         raise DataError(
             f"data.tokenizer: {tokenizer.backend_name} and `tokenizers` give other ids in {job}: other versions of the two "
             "packages may agree; please report it"
@@ -307,7 +336,7 @@ def _check_tokenizer(tokenizer: Tokenizer, batch: list[Document], job: Job) -> N
 
 
 def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
-    """Runs of documents of about _BATCH_CHARACTERS together: bounded in memory, and progress is seen."""
+    """Runs of documents of about _BATCH_CHARACTERS together, which bounds memory and keeps progress visible."""
     batch: list[Document] = []
     size = 0
     for document in stream:
@@ -321,9 +350,9 @@ def _batches(stream: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 class _PartWriter:
-    """Cuts a piece's documents of one split into shards of `shard_tokens` tokens or little more (the last may be shorter)."""
+    """Writes a piece's documents of one split as shards of `shard_tokens` tokens or slightly more (the last may be shorter)."""
 
-    def __init__(self, work: Work, name: str, width: int) -> None:
+    def __init__(self, work: PieceContext, name: str, width: int) -> None:
         self.work, self.name, self.width = work, name, width
         self.flags = work.selection.source.chat is not None
         self.ids: list[Ids] = []
@@ -332,6 +361,7 @@ class _PartWriter:
         self.shards: list[ShardInfo] = []
 
     def add(self, ids: Ids, learned: Ids | None) -> None:
+        """Add a document."""
         if self.size >= self.work.shard_tokens:
             self._flush()
         self.ids.append(ids.astype(f"<u{self.width}"))
@@ -345,6 +375,7 @@ class _PartWriter:
         self.ids, self.learned, self.size = [], [], 0
 
     def close(self) -> list[ShardInfo]:
+        """Write what is left. Returns all shards."""
         if self.ids:
             self._flush()
         return self.shards

@@ -1,7 +1,7 @@
-"""Jobs on processes of their own: each result comes once, no process outlives its parent, and none that dies is waited for.
+"""A process pool: each result comes once, no worker outlives the parent, and the death of a worker is noticed at once.
 
-Workers are plain interpreters that import what a job needs and nothing of the caller's `__main__`. They and the parent
-talk over a socket pair; its end is how a worker learns that the parent is gone, also in the middle of a job.
+Workers are plain interpreters that import what a job needs and nothing of the caller's `__main__`. They talk to the parent over
+a socket pair, whose end tells a worker that the parent is gone, even in the middle of a job.
 """
 
 from __future__ import annotations
@@ -24,45 +24,47 @@ from mikoshi.data.errors import DataError, StorageError
 C = TypeVar("C")
 J = TypeVar("J")
 R = TypeVar("R")
-Tell = Callable[..., None]
+Report = Callable[..., None]
 
 _START = "import sys; sys.path[:] = sys.argv[2:]; from mikoshi.data.prepare.pool import serve; serve(int(sys.argv[1]))"
 # Each worker is one core's: the libraries beneath start no threads of their own.
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run(
-    task: Callable[[C, J, Tell], R],
+def run_jobs(
+    task: Callable[[C, J, Report], R],
     context: C,
     jobs: Sequence[J],
     workers: int,
-    told: Tell = lambda *_: None,
-    held: tuple[int, ...] = (),
+    on_report: Report = lambda *_: None,
+    inherited_fds: tuple[int, ...] = (),
 ) -> Generator[tuple[int, R], None, None]:
-    """Call `task(context, job, tell)` for every job on `workers` processes; yield (number of the job, result) as they end.
+    """Call `task(context, job, tell)` for every job on `workers` processes; yield (number of the job, result) as
+    jobs end.
 
-    `task` is a function of a module; it, the context, jobs and results are pickled. What a task hands to `tell` comes out
-    of told(number of the job, ...) here. `held`: file descriptors that the workers inherit. One worker, or one job, needs
-    no process and is run here.
+    `task` must be a module-level function; it, the context, jobs and results are pickled. A single worker or a single job
+    runs in this process.
 
-    When a job fails, no further one is begun, and of those that fail the first in order is raised: its DataError,
-    StorageError or OSError as it was, RuntimeError with the worker's own traceback for anything else, DataError if the
-    worker died.
+    on_report: called here as on_report(number of the job, ...) for every `report(...)` of a task.
+    inherited_fds: file descriptors that the workers inherit.
+
+    Once a job fails, no further job starts. Raises the error of the first failed job in order: its DataError, StorageError
+    or OSError unchanged, DataError if the worker died, and RuntimeError with the worker's traceback for anything else.
     """
     if min(workers, len(jobs)) <= 1:
         for number, job in enumerate(jobs):
-            tell = lambda *what, number=number: told(number, *what)  # noqa: E731
-            yield number, task(context, job, tell)
+            report = lambda *what, number=number: on_report(number, *what)  # noqa: E731
+            yield number, task(context, job, report)
         return
-    crew: list[_Worker] = []
+    pool: list[_Worker] = []
     try:
         for _ in range(min(workers, len(jobs))):
-            crew.append(_hire(held, task, context))  # noqa: PERF401 - those begun are ended if the next cannot begin
-        yield from _share_out(jobs, crew, told)
+            pool.append(_start_worker(inherited_fds, task, context))  # noqa: PERF401 - those begun are ended if the next cannot begin
+        yield from _schedule(jobs, pool, on_report)
     finally:
-        for worker in crew:
+        for worker in pool:
             worker.process.kill()
-        for worker in crew:
+        for worker in pool:
             worker.process.wait()
             worker.pipe.close()
 
@@ -74,42 +76,42 @@ class _Worker:
     job: int = field(default=-1)  # -1: idle
 
 
-def _hire(held: tuple[int, ...], task: object, context: object) -> _Worker:
+def _start_worker(inherited_fds: tuple[int, ...], task: object, context: object) -> _Worker:
     ours, theirs = socket.socketpair()
     with theirs:
         command = [sys.executable, "-P", "-c", _START, str(theirs.fileno()), *sys.path]
-        process = subprocess.Popen(command, pass_fds=(theirs.fileno(), *held), env={**os.environ, **_ONE_THREAD})
+        process = subprocess.Popen(command, pass_fds=(theirs.fileno(), *inherited_fds), env={**os.environ, **_ONE_THREAD})
     worker = _Worker(process, Connection(ours.detach()))
     worker.pipe.send((task, context))
     return worker
 
 
-def _share_out(jobs: Sequence[Any], crew: list[_Worker], told: Tell) -> Iterator[tuple[int, Any]]:
-    coming = iter(range(len(jobs)))
+def _schedule(jobs: Sequence[Any], workers: list[_Worker], on_report: Report) -> Iterator[tuple[int, Any]]:
+    pending = iter(range(len(jobs)))
     failed: dict[int, Exception] = {}
-    by_pipe: dict[object, _Worker] = {worker.pipe: worker for worker in crew}
-    for worker in crew:
-        _give(worker, next(coming), jobs)
-    while busy := [worker for worker in crew if worker.job >= 0]:
+    by_pipe: dict[object, _Worker] = {worker.pipe: worker for worker in workers}
+    for worker in workers:
+        _assign(worker, next(pending), jobs)
+    while busy := [worker for worker in workers if worker.job >= 0]:
         if failed and min(failed) < min(worker.job for worker in busy):
             break
         for worker in (by_pipe[pipe] for pipe in wait([worker.pipe for worker in busy])):
-            kind, what = _hear(worker)
-            if kind == "told":
-                told(worker.job, *what)
+            status, payload = _receive(worker)
+            if status == "report":
+                on_report(worker.job, *payload)
                 continue
             number, worker.job = worker.job, -1
-            if kind == "done":
-                yield number, what
+            if status == "done":
+                yield number, payload
             else:
-                failed[number] = _failure(kind, what, jobs[number])
-            if kind != "died" and not failed and (following := next(coming, None)) is not None:
-                _give(worker, following, jobs)
+                failed[number] = _failure(status, payload, jobs[number])
+            if status != "died" and not failed and (following := next(pending, None)) is not None:
+                _assign(worker, following, jobs)
     if failed:
         raise failed[min(failed)]
 
 
-def _give(worker: _Worker, number: int, jobs: Sequence[Any]) -> None:
+def _assign(worker: _Worker, number: int, jobs: Sequence[Any]) -> None:
     worker.job = number
     try:
         worker.pipe.send(jobs[number])
@@ -117,41 +119,41 @@ def _give(worker: _Worker, number: int, jobs: Sequence[Any]) -> None:
         return
 
 
-def _hear(worker: _Worker) -> tuple[str, Any]:
+def _receive(worker: _Worker) -> tuple[str, Any]:
     try:
-        kind, what = worker.pipe.recv()
-        return kind, what
+        status, payload = worker.pipe.recv()
+        return status, payload
     except (EOFError, OSError):
         return "died", worker.process.wait()
 
 
-def _failure(kind: str, what: Any, job: object) -> Exception:
-    if kind == "data":
-        return DataError(what)
-    if kind == "storage":
-        return StorageError(what)
-    if kind == "disk":
-        return OSError(*what)
-    if kind == "died":
-        how = f"signal {signal.Signals(-what).name}" if what < 0 else f"exit code {what}"
+def _failure(status: str, payload: Any, job: object) -> Exception:
+    if status == "data":
+        return DataError(payload)
+    if status == "storage":
+        return StorageError(payload)
+    if status == "disk":
+        return OSError(*payload)
+    if status == "died":
+        how = f"signal {signal.Signals(-payload).name}" if payload < 0 else f"exit code {payload}"
         return DataError(
             f"data.source: the worker process at {job} died ({how}; with SIGKILL, often for want of memory: "
             "give fewer workers); what is finished is kept, the same command goes on"
         )
-    return RuntimeError(f"a worker process failed at {job}:\n{what}")
+    return RuntimeError(f"a worker process failed at {job}:\n{payload}")
 
 
 def serve(handle: int) -> NoReturn:
-    """A worker's whole life, at the other end of the socket `handle`."""
-    for asking in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group, and the parent decides
-        signal.signal(asking, signal.SIG_IGN)
+    """The main loop of a worker, at the other end of the socket `handle`."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # they may reach the whole group, and the parent decides
+        signal.signal(number, signal.SIG_IGN)
     pipe = Connection(handle)
     orders: queue.SimpleQueue[Any] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(pipe, orders), daemon=True).start()
     try:
         task, context = orders.get()
         while True:
-            pipe.send(_perform(task, context, orders.get(), lambda *what: pipe.send(("told", what))))
+            pipe.send(_execute(task, context, orders.get(), lambda *what: pipe.send(("report", what))))
     except OSError:  # nobody listens any more
         os._exit(1)
 
@@ -166,9 +168,9 @@ def _listen(pipe: Connection, orders: queue.SimpleQueue[Any]) -> None:
         pipe.send(("bug", traceback.format_exc()))
 
 
-def _perform(task: Callable[..., Any], context: object, job: object, tell: Tell) -> tuple[str, Any]:
+def _execute(task: Callable[..., Any], context: object, job: object, report: Report) -> tuple[str, Any]:
     try:
-        return "done", task(context, job, tell)
+        return "done", task(context, job, report)
     except DataError as error:
         return "data", str(error)
     except StorageError as error:

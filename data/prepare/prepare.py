@@ -1,8 +1,8 @@
-"""Sources to token shards on all cores: the same bytes whatever the workers and however often it was stopped on the way.
+"""Sources to token shards on all cores: the same bytes whatever the number of workers and however often it was interrupted.
 
-A dataset is built in a working folder beside it, `.NAME.partial`, a piece of the source at a time (piece.py). What is
-finished there is kept when the process ends early, and the same call goes on with the rest. The dataset itself appears by
-one rename, whole.
+A dataset is built in a working folder beside it, `.NAME.partial`, one piece of the source at a time (piece.py). Finished pieces
+are kept when the process ends early, and the same call continues with the rest. The dataset itself appears whole, by one
+rename.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mikoshi.data.dataset.shards import HELD_OUT, INDEX, TOKENIZER, TRAIN, DatasetInfo, read_index, verify_shard
-from mikoshi.data.errors import DataError, of_storage
+from mikoshi.data.errors import DataError, storage_error
 from mikoshi.data.io.atomic import commit_folder, locked_folder, partial_path, write_file
 from mikoshi.data.io.cores import cores
-from mikoshi.data.io.progress import Meter, Progress, Show, quiet
-from mikoshi.data.prepare.assemble import Unusable, assemble, report_of
+from mikoshi.data.io.progress import Meter, Progress, ProgressCallback, no_progress
+from mikoshi.data.prepare.assemble import UnusableSource, assemble, dataset_report
 from mikoshi.data.prepare.piece import (
     Job,
+    PieceContext,
     Selection,
     Tally,
-    Work,
     check_invalid,
-    digest,
-    finished,
     hash_piece,
     is_held_out,
+    load_finished,
+    text_digest,
     tokenize_piece,
-    usable,
+    usable_documents,
 )
-from mikoshi.data.prepare.pool import Tell, run
-from mikoshi.data.prepare.quality import Filters, find_doubles
-from mikoshi.data.prepare.workspace import Stopped, finished_pieces, stoppable, take_over, told
+from mikoshi.data.prepare.pool import Report, run_jobs
+from mikoshi.data.prepare.quality import Filters, find_duplicates
+from mikoshi.data.prepare.workspace import Stopped, finished_pieces, open_workspace, stop_on_signals, write_errors_named
 from mikoshi.data.sources.contents import SOURCES, Contents, contents_of, read_contents
 from mikoshi.data.sources.sources import Source, SourceSpec, open_source, pieces
 from mikoshi.data.tokenizer.special_tokens import AUTO
 from mikoshi.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
-__all__ = ["HELD_OUT", "TRAIN", "Filters", "Progress", "Recipe", "Stopped", "prepare", "prepare_all", "train_on"]
+__all__ = ["HELD_OUT", "TRAIN", "Filters", "Progress", "Recipe", "Stopped", "prepare", "prepare_all", "train_shared_tokenizer"]
 
 _TRAINING_BYTES = 64 << 20
 _TRAINING_PIECES = 64
@@ -58,15 +58,15 @@ _PATIENCE = 10.0  # seconds for the workers of a killed call to end
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a dataset is made from. Its digest is the dataset's; all but `max_invalid`, `source.on_invalid` and
-    `source.on_broken` count in it.
+    """What a dataset is made from. Its digest identifies the dataset and covers all but `max_invalid`, `source.on_invalid` and
+    `source.on_broken`.
 
     source: a str is short for SourceSpec(source=str).
     tokenizer: what load_tokenizer takes, or None to train one with `vocab` tokens on the text.
-    separator, bos: tokens that end and begin a document, by name, as load_tokenizer takes them.
+    separator, bos: names of the tokens that end and begin a document, as load_tokenizer takes them.
     held_out: share of the documents kept for evaluation, 0 < held_out < 0.5.
-    shard_tokens: a shard is closed once it has as many.
-    deduplicate: of documents with the same text only the first is kept.
+    shard_tokens: a shard is closed once it has this many.
+    deduplicate: keep only the first of documents with the same text.
     max_invalid: how many unreadable documents may be left out before it fails; below 1 a share of all. None: any number.
     """
 
@@ -82,32 +82,35 @@ class Recipe:
     bos: str = AUTO
 
     def load_tokenizer(self) -> Tokenizer:
-        """The one that is named. Raises DataError."""
+        """The tokenizer that the recipe names. Raises DataError."""
         assert self.tokenizer is not None
         return load_tokenizer(self.tokenizer, separator=self.separator, bos=self.bos)
 
     @property
     def spec(self) -> SourceSpec:
+        """The source as a SourceSpec."""
         return SourceSpec(self.source) if isinstance(self.source, str) else self.source
 
 
 def prepare(
     recipe: Recipe,
     folder: Path,
-    show: Show = quiet,
+    show: ProgressCallback = no_progress,
     *,
     tokenizer: Tokenizer | None = None,
     workers: int | None = None,
     seen: Contents | None = None,
 ) -> tuple[DatasetInfo, bool]:
-    """Make the dataset at `folder`; if it is there already from the same recipe and files, only verify it (second value
-    False).
+    """Make the dataset at `folder`. If it exists and is from the same recipe and files, verify it instead; the second value is
+    then False.
 
-    `tokenizer` is taken instead of the recipe's. `workers`: processes, as many as there are cores unless given. `seen`: what
-    the source's files were just found to hold.
-    Raises DataError for input that cannot be used, a folder that holds another dataset, or a disk that is full; Stopped on
-    SIGINT and SIGTERM, when called from the main thread. Nothing half-made is ever at `folder`, and nothing at all is left
-    beside it unless a piece was finished.
+    tokenizer: used instead of the recipe's.
+    workers: number of processes, by default one a core.
+    seen: the contents of the source's files, if the caller has just read them.
+
+    Raises DataError for input that cannot be used, a folder with another dataset, or a full disk; Stopped on SIGINT and
+    SIGTERM, when called from the main thread. `folder` never holds a partial dataset, and nothing is left beside it unless a
+    piece was finished.
     """
     source = open_source(recipe.spec)
     if tokenizer is None and recipe.tokenizer is not None:
@@ -116,38 +119,38 @@ def prepare(
     recipe_digest = _digest(plain)
     if folder.exists():
         made = read_index(folder).recipe if (folder / INDEX).exists() else ""
-        if earlier := _made_before(recipe, made, source, tokenizer, plain):
+        if earlier := _legacy_rules(recipe, made, source, tokenizer, plain):
             recipe_digest = made
         info = _verified(recipe, source, folder, recipe_digest, show, workers or cores())
         return replace(info, report=info.report | {"earlier": earlier}) if earlier else info, False
-    with stoppable(), told(folder), locked_folder(folder, _PATIENCE) as (built, lock):
+    with stop_on_signals(), write_errors_named(folder), locked_folder(folder, _PATIENCE) as (built, lock):
         if folder.exists():  # another call has just finished it
             shutil.rmtree(built, ignore_errors=True)
             return _verified(recipe, source, folder, recipe_digest, show, workers or cores()), False
         try:
-            held = contents_of(source.files, seen or read_contents(built / SOURCES), show=show)
-            take_over(built, plain | {"contents": held.digest}, show)
-            write_file(built / SOURCES, held.plain())
-            info = _build(_Build(recipe, source, built, show, workers or cores(), lock), recipe_digest, tokenizer)
-            _check_unchanged(source, held)
+            contents = contents_of(source.files, seen or read_contents(built / SOURCES), show=show)
+            open_workspace(built, plain | {"contents": contents.digest}, show)
+            write_file(built / SOURCES, contents.to_json())
+            info = _build(_BuildContext(recipe, source, built, show, workers or cores(), lock), recipe_digest, tokenizer)
+            _check_unchanged(source, contents)
             # Without the looks, which the first re-check finds: the dataset is the same whenever and wherever it is made.
-            write_file(built / "dataset" / SOURCES, Contents(held.digests).plain())
+            write_file(built / "dataset" / SOURCES, Contents(contents.digests).to_json())
             commit_folder(folder, built / "dataset")
         except BaseException as error:
-            if isinstance(error, Unusable) or not finished_pieces(built):
+            if isinstance(error, UnusableSource) or not finished_pieces(built):
                 shutil.rmtree(built, ignore_errors=True)
             raise
         shutil.rmtree(built, ignore_errors=True)
     return info, True
 
 
-def _check_unchanged(source: Source, held: Contents) -> None:
-    """Raises Unusable where a file is not what it was when the work began."""
+def _check_unchanged(source: Source, contents: Contents) -> None:
+    """Raises UnusableSource if a file has changed since the work began."""
     # What the Hub holds at one commit does not change.
     now = source if source.spec.source.startswith("hub:") else open_source(source.spec)
     name = next((a[0] for a, b in zip_longest(source.describe(), now.describe(), fillvalue=("a file",)) if a != b), "")
-    if name := name or contents_of(now.files, held).other_than(held):
-        raise Unusable(f"data.source: {name.partition('#')[0]} changed while it was read: begin anew")
+    if name := name or contents_of(now.files, contents).first_difference(contents):
+        raise UnusableSource(f"data.source: {name.partition('#')[0]} changed while it was read: begin anew")
 
 
 def _identity(recipe: Recipe, source: Source, tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -165,25 +168,30 @@ def _digest(plain: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def _made_before(
+def _legacy_rules(
     recipe: Recipe, made: str, source: Source, tokenizer: Tokenizer | None, plain: dict[str, Any]
 ) -> tuple[str, ...]:
-    """By which rules of earlier versions a dataset of the recipe `made` was made, where it was in all else made from this:
-    "marks", before the tokenizer's files were asked how documents begin and end, and "chat", before the end of every turn was
-    learned. It stays as it is, as long as the user asks for nothing else by name; () where it is of today's rules, or other."""
+    """The rules of earlier versions by which the dataset `made` was made, if it is otherwise from this recipe; () if there are
+    none.
+
+    "marks": the tokenizer's files did not decide how documents begin and end. "chat": the ends of some turns were not learned.
+    Such a dataset stays valid as long as the user does not request anything else by name.
+    """
     marks, chat = dict[str, Any](), dict[str, Any]()
     if tokenizer is not None and not recipe.separator and recipe.bos == AUTO:
         marks["tokenizer"] = tokenizer.digest
     if source.chat is not None and not source.chat.date:
-        chat["files"] = [list(file) for file in source.describe(before=True)]
+        chat["files"] = [list(file) for file in source.describe(legacy=True)]
     ways: dict[tuple[str, ...], dict[str, Any]] = {("marks",): marks, ("chat",): chat, ("marks", "chat"): marks | chat}
     if made == _digest(plain):
         return ()
     return next((rules for rules, other in ways.items() if made == _digest(plain | other)), ())
 
 
-def _verified(recipe: Recipe, source: Source, folder: Path, recipe_digest: str, show: Show, threads: int) -> DatasetInfo:
-    """The dataset that is there, every byte of it read again."""
+def _verified(
+    recipe: Recipe, source: Source, folder: Path, recipe_digest: str, show: ProgressCallback, threads: int
+) -> DatasetInfo:
+    """The existing dataset, after reading all of its bytes again."""
     if not (folder / INDEX).exists():
         raise DataError(f"data.path: {folder} exists and is not a prepared dataset: give another path")
     info = read_index(folder)
@@ -203,20 +211,20 @@ def _verified(recipe: Recipe, source: Source, folder: Path, recipe_digest: str, 
     return info
 
 
-def _check_contents(source: Source, before: Contents, folder: Path, show: Show) -> None:
-    """Raises DataError where the dataset at `folder` was made from files that held something else."""
+def _check_contents(source: Source, before: Contents, folder: Path, show: ProgressCallback) -> None:
+    """Raises DataError if the dataset at `folder` was made from files with other contents."""
     now = contents_of(source.files, before, before.sampled, show)
-    if name := now.other_than(before):
+    if name := now.first_difference(before):
         raise DataError(
             f"data.path: {folder} holds data made from another source: {name} has changed since: remove it or give another path"
         )
     if now != before:
         with suppress(OSError):  # where it cannot be written the files are read again the next time
-            write_file(folder / SOURCES, now.plain())
+            write_file(folder / SOURCES, now.to_json())
 
 
 def _check_report(recipe: Recipe, report: Mapping[str, Any]) -> None:
-    """Raises DataError where more documents were left out as unreadable than the recipe allows."""
+    """Raises DataError if more documents were unreadable than the recipe allows."""
     skipped, read = report["skipped"], report["read"]
     broken = report["problems"].get("unreadable file", 0) if "broken" in report else 0
     if skipped > broken and recipe.spec.on_invalid == "error":
@@ -239,41 +247,41 @@ def _check_report(recipe: Recipe, report: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True)
-class _Build:
+class _BuildContext:
     recipe: Recipe
     source: Source
     folder: Path
-    show: Show
+    show: ProgressCallback
     workers: int
     lock: int
 
 
-def _build(build: _Build, recipe_digest: str, given: Tokenizer | None) -> DatasetInfo:
-    """Do what is left to do in the working folder, up to the folder `dataset` in it."""
+def _build(build: _BuildContext, recipe_digest: str, tokenizer_given: Tokenizer | None) -> DatasetInfo:
+    """Do the remaining work in the working folder, up to its subfolder `dataset`."""
     recipe, source = build.recipe, build.source
     path = build.folder / TOKENIZER
     if not path.exists():
-        given = given or train_on({"": recipe}, build.show)
-        _save(given, path)
-    tokenizer = given or load_tokenizer(path, separator=recipe.separator, bos=recipe.bos)
+        tokenizer_given = tokenizer_given or train_shared_tokenizer({"": recipe}, build.show)
+        _save(tokenizer_given, path)
+    tokenizer = tokenizer_given or load_tokenizer(path, separator=recipe.separator, bos=recipe.bos)
     selection = _selection(recipe, source, tokenizer.special_tokens if source.chat is not None else frozenset())
-    kept = (recipe.held_out, recipe.shard_tokens, recipe.deduplicate)
-    work = Work(build.folder, selection, tokenizer.fingerprint, *kept, tokenizer.marks)
+    settings = (recipe.held_out, recipe.shard_tokens, recipe.deduplicate)
+    work = PieceContext(build.folder, selection, tokenizer.fingerprint, *settings, tokenizer.boundaries)
     jobs = _jobs(source)
     if recipe.deduplicate:
         hashes = [work.hashes(job.piece.number) for job in jobs]
         left = [job for job, file in zip(jobs, hashes, strict=True) if not file.exists()]
-        _each(build, "looking for doubles", hash_piece, work, jobs, left, lambda _number, _count: None)
+        _run_pieces(build, "looking for doubles", hash_piece, work, jobs, left, lambda _number, _count: None)
         progress = Progress("comparing documents", source.bytes)
 
         def compared(part: int, parts: int) -> None:
             progress.done_bytes = source.bytes * part // parts
             build.show(progress)
 
-        find_doubles(hashes, build.folder / "doubles", compared)
+        find_duplicates(hashes, build.folder / "doubles", compared)
     with ThreadPoolExecutor(build.workers) as pool:
-        known = pool.map(lambda job: finished(work, job.piece.number), jobs)
-        tallies = {job.piece.number: tally for job, tally in zip(jobs, known, strict=True) if tally is not None}
+        finished_tallies = pool.map(lambda job: load_finished(work, job.piece.number), jobs)
+        tallies = {job.piece.number: tally for job, tally in zip(jobs, finished_tallies, strict=True) if tally is not None}
 
     def keep(number: int, tally: Tally) -> None:
         tallies[number] = tally
@@ -281,9 +289,9 @@ def _build(build: _Build, recipe_digest: str, given: Tokenizer | None) -> Datase
             check_invalid(selection.most_invalid, _sum(tallies))
 
     left = [job for job in jobs if job.piece.number not in tallies]
-    _each(build, "tokenizing", tokenize_piece, work, jobs, left, keep)
+    _run_pieces(build, "tokenizing", tokenize_piece, work, jobs, left, keep)
     total = _sum(tallies)
-    report = report_of(total, recipe.spec.source, source.report)
+    report = dataset_report(total, recipe.spec.source, source.report)
     _check_report(recipe, report)
     return assemble(work, len(jobs), total, report, tokenizer, recipe_digest, build.workers, build.show, (build.lock,))
 
@@ -298,7 +306,7 @@ def _selection(recipe: Recipe, source: Source, specials: frozenset[str] = frozen
 
 
 def _jobs(source: Source) -> list[Job]:
-    """The source in pieces, many enough for many cores and large enough to be worth the trouble; a function of its size."""
+    """The source in pieces: enough for many cores, large enough to be efficient, and a function of the source's size."""
     target = min(max(source.bytes // _PIECES, _SMALL_PIECE), _LARGE_PIECE)
     jobs = []
     for piece in pieces(source, target):
@@ -314,23 +322,26 @@ def _sum(tallies: Mapping[int, Tally]) -> Tally:
     return total
 
 
-def _each(
-    build: _Build, phase: str, task: Callable[[Work, Job, Tell], R], work: Work, jobs: list[Job], left: list[Job],
-    keep: Callable[[int, R], None],
+def _run_pieces(
+    build: _BuildContext, phase: str, task: Callable[[PieceContext, Job, Report], R], work: PieceContext,
+    jobs: list[Job], left: list[Job], keep: Callable[[int, R], None],
 ) -> None:  # fmt: skip
-    """Do the jobs that are left, and hand each result to `keep` with the number of its piece."""
+    """Run the remaining jobs, and pass each result to `keep` with the number of its piece."""
     sizes = [job.piece.bytes for job in left]
     meter = Meter(phase, sizes, sum(job.piece.bytes for job in jobs) - sum(sizes), build.show)
-    with closing(run(task, work, left, build.workers, meter.told, (build.lock,))) as results:
+    with closing(run_jobs(task, work, left, build.workers, meter.advance, (build.lock,))) as results:
         for number, result in results:
-            meter.ended(number)
+            meter.finish(number)
             keep(left[number].piece.number, result)
 
 
-def train_on(recipes: Mapping[str, Recipe], show: Show = quiet) -> Tokenizer:
-    """A tokenizer trained on the training splits of all recipes' sources, as many bytes of each (64 MiB of all together,
-    from up to 64 places all over a source), with the vocabulary that they name and the special tokens of their chat
-    templates. Raises DataError if they name several vocabularies."""
+def train_shared_tokenizer(recipes: Mapping[str, Recipe], show: ProgressCallback = no_progress) -> Tokenizer:
+    """Train a tokenizer on the training splits of all recipes' sources: equal bytes of each, 64 MiB in all, from up to 64
+    places across a source.
+
+    It has the vocabulary size that the recipes name and the special tokens of their chat templates. Raises DataError if the
+    recipes disagree.
+    """
     vocabs = {recipe.vocab for recipe in recipes.values()}
     if len(vocabs) != 1:
         raise DataError(f"data.tokenizer_vocab: one tokenizer is trained for all sources, and they ask for {sorted(vocabs)}")
@@ -343,7 +354,7 @@ def train_on(recipes: Mapping[str, Recipe], show: Show = quiet) -> Tokenizer:
     return train_tokenizer(_training_texts(sources, show), vocabs.pop(), specials, separator=separator, bos=bos)
 
 
-def _training_texts(sources: list[tuple[Recipe, Source]], show: Show) -> Iterator[str]:
+def _training_texts(sources: list[tuple[Recipe, Source]], show: ProgressCallback) -> Iterator[str]:
     share = _TRAINING_BYTES // len(sources)
     progress = Progress("training the tokenizer", sum(min(source.bytes, share) for _, source in sources))
     for recipe, source in sources:
@@ -351,11 +362,11 @@ def _training_texts(sources: list[tuple[Recipe, Source]], show: Show) -> Iterato
         places = sorted({number * len(jobs) // _TRAINING_PIECES for number in range(_TRAINING_PIECES)})
         for place in places:
             left = share // len(places)
-            for document in usable(_selection(recipe, source), jobs[place].piece, Tally()):
+            for document in usable_documents(_selection(recipe, source), jobs[place].piece, Tally()):
                 assert document.text is not None
                 if left <= 0:
                     break
-                if is_held_out(digest(document.side), recipe.held_out):
+                if is_held_out(text_digest(document.split_key), recipe.held_out):
                     continue
                 size = len(document.text.encode())
                 left -= size
@@ -365,10 +376,10 @@ def _training_texts(sources: list[tuple[Recipe, Source]], show: Show) -> Iterato
 
 
 def prepare_all(
-    recipes: Mapping[str, Recipe], folder: Path, show: Show = quiet, *, workers: int | None = None
+    recipes: Mapping[str, Recipe], folder: Path, show: ProgressCallback = no_progress, *, workers: int | None = None
 ) -> dict[str, tuple[DatasetInfo, bool]]:
-    """Prepare each recipe at folder/NAME, all with one tokenizer: the one that they name, or one trained on all of them,
-    which is kept in `folder` beside them. Returns for each what `prepare` does; raises what it does."""
+    """Prepare each recipe at folder/NAME with one tokenizer: the one they name, or one trained on all of them, which is kept
+    in `folder`. Returns and raises for each what `prepare` does."""
     for name in recipes:
         if not name or name.startswith(".") or Path(name).name != name:
             raise DataError(f"data.sources: {name!r} cannot be a folder's name: use letters, digits, - and _")
@@ -378,37 +389,44 @@ def prepare_all(
     first = next(iter(recipes.values()))
     try:
         named = first.tokenizer is not None
-        seen = {} if named else {name: _seen(recipe, folder / name, show) for name, recipe in recipes.items()}
+        seen = {} if named else {name: _read_source_contents(recipe, folder / name, show) for name, recipe in recipes.items()}
         tokenizer = first.load_tokenizer() if named else _common_tokenizer(recipes, seen, folder, show)
     except OSError as error:
-        raise of_storage(error, f"data.path: cannot write {folder}: {error.strerror or error}") from error
+        raise storage_error(error, f"data.path: cannot write {folder}: {error.strerror or error}") from error
     return {
         name: prepare(recipe, folder / name, show, tokenizer=tokenizer, workers=workers, seen=seen.get(name))
         for name, recipe in recipes.items()
     }
 
 
-def _seen(recipe: Recipe, folder: Path, show: Show) -> Contents:
+def _read_source_contents(recipe: Recipe, folder: Path, show: ProgressCallback) -> Contents:
     known = read_contents(folder / SOURCES) or read_contents(partial_path(folder) / SOURCES)
     return contents_of(open_source(recipe.spec).files, known, show=show)
 
 
-def _common_tokenizer(recipes: Mapping[str, Recipe], seen: Mapping[str, Contents], folder: Path, show: Show) -> Tokenizer:
-    """The tokenizer trained on all of them, from `folder` if it was trained on the very same before. `seen`: what their
-    files hold."""
+def _common_tokenizer(
+    recipes: Mapping[str, Recipe], seen: Mapping[str, Contents], folder: Path, show: ProgressCallback
+) -> Tokenizer:
+    """The tokenizer trained on all recipes; the one in `folder` if it was trained on the same data before. `seen`: contents
+    of their files."""
     plain = {name: _identity(recipe, open_source(recipe.spec), None) for name, recipe in recipes.items()}
     path, note = folder / TOKENIZER, folder / _TRAINED_ON
-    told = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-    held = hashlib.sha256(json.dumps({name: one.digest for name, one in seen.items()}, sort_keys=True).encode()).hexdigest()
+    recipes_digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    contents_digest = hashlib.sha256(
+        json.dumps({name: one.digest for name, one in seen.items()}, sort_keys=True).encode()
+    ).hexdigest()
     if path.exists() and note.exists():
         first = next(iter(recipes.values()))
         tokenizer = load_tokenizer(path, separator=first.separator, bos=first.bos)
-        said = note.read_text().split()
-        if said[:2] == [told, tokenizer.fingerprint] and said[2:] in ([], [held]):  # earlier versions knew no contents
+        fields = note.read_text().split()
+        if fields[:2] == [recipes_digest, tokenizer.fingerprint] and fields[2:] in (
+            [],
+            [contents_digest],
+        ):  # earlier versions knew no contents
             return tokenizer
-    with stoppable():
-        tokenizer = train_on(recipes, show)
+    with stop_on_signals():
+        tokenizer = train_shared_tokenizer(recipes, show)
     folder.mkdir(parents=True, exist_ok=True)
     _save(tokenizer, path)
-    write_file(note, f"{told} {tokenizer.fingerprint} {held}\n".encode())
+    write_file(note, f"{recipes_digest} {tokenizer.fingerprint} {contents_digest}\n".encode())
     return tokenizer

@@ -1,7 +1,7 @@
-"""What is kept of a text: quality filters, each with its own reason, and the first of equal documents wherever it is read.
+"""Which texts are kept: quality filters, each with its own reason, and the first of equal documents.
 
-The filters are of the kind that Rae et al. 2021 ("Scaling Language Models: Methods, Analysis & Insights from Training
-Gopher", appendix A.1) use: lengths, the share of symbols, the share of repeated lines.
+The filters are of the kind in Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher",
+appendix A.1: lengths, the share of symbols, the share of repeated lines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mikoshi.data.errors import DataError
-from mikoshi.data.io.atomic import flush, write_file
+from mikoshi.data.io.atomic import fsync_path, write_file
 
 _AT_ONCE = 1 << 22  # documents compared in memory together
 _HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")])
@@ -27,12 +27,14 @@ _HASH = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u4")])
 
 @dataclass(frozen=True)
 class Filters:
-    """Which documents are left out; as given here, none. A document is dropped under the first that holds, in this order.
+    """Which documents are left out; by default none. The first filter that applies, in this order, is the reason.
 
-    `min_chars`, `max_chars` (0: any): length. `max_symbols`: largest share of characters that are neither letters,
-    digits nor white space. `max_repeated_lines`: largest share of a text's lines that repeat an earlier one, blank ones
-    not counted. `drop_matching`: a regular expression; a text that it is found in is dropped.
-    Raises DataError for a value that makes no sense.
+    min_chars, max_chars: length in characters (0: any).
+    max_symbols: largest share of characters that are neither letters, digits nor white space.
+    max_repeated_lines: largest share of lines that repeat an earlier one, blank lines not counted.
+    drop_matching: a regular expression; texts in which it is found are dropped.
+
+    Raises DataError for values that make no sense.
     """
 
     min_chars: int = 0
@@ -54,7 +56,7 @@ class Filters:
 
 
 def why_dropped(text: str, filters: Filters) -> str:
-    """The name of the filter that drops the text, or nothing."""
+    """The name of the filter that drops the text, or ""."""
     if len(text) < filters.min_chars:
         return "min_chars"
     if 0 < filters.max_chars < len(text):
@@ -78,19 +80,19 @@ def _symbols() -> npt.NDArray[np.bool_]:
 
 
 def symbol_share(text: str) -> float:
-    """Share of the characters that are neither letters, digits nor white space; 0 for an empty text."""
+    """Share of characters that are neither letters, digits nor white space; 0 for an empty text."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
     return float(_symbols()[points].mean()) if len(points) else 0.0
 
 
 def repeated_share(text: str) -> float:
-    """Share of the lines that are not blank which equal an earlier one, ends of lines aside; 0 where there is none."""
+    """Share of non-blank lines that equal an earlier one, surrounding white space aside; 0 if there is none."""
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     return 1 - len(set(lines)) / len(lines) if lines else 0.0
 
 
 def write_hashes(path: Path, digests: bytes) -> int:
-    """Keep the 128-bit digests of a piece's documents, in their order, sorted for find_doubles. Returns their number."""
+    """Write the 128-bit digests of a piece's documents, sorted for find_duplicates. Returns their number."""
     plain = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
     rows = np.empty(len(plain), dtype=_HASH)
     rows["high"], rows["low"], rows["place"] = plain[:, 0], plain[:, 1], np.arange(len(plain))
@@ -99,16 +101,16 @@ def write_hashes(path: Path, digests: bytes) -> int:
 
 
 def count_hashes(path: Path) -> int:
+    """The number of digests in a file of write_hashes."""
     return path.stat().st_size // _HASH.itemsize
 
 
-def find_doubles(hashes: list[Path], folder: Path, show: Callable[[int, int], None] = lambda _a, _b: None) -> int:
+def find_duplicates(hashes: list[Path], folder: Path, show: Callable[[int, int], None] = lambda _a, _b: None) -> int:
     """Find the documents that equal an earlier one, over all pieces; `hashes` are the pieces' files in their order.
 
-    For every piece that has doubles, `folder` gets a file of the same name, read by `doubles`. Returns the number of all.
-    Documents are compared by 128 bits of a cryptographic digest. Memory: about 80 bytes
-    each for 4 million documents at a time, whatever there are; disk: 20 bytes a document. `show` hears how many of how
-    many such parts are done.
+    For every piece with duplicates, `folder` gets a file of the same name, which `read_duplicates` reads. Returns the total
+    number of duplicates. Documents are compared by 128 bits of a cryptographic digest, up to 4 million at a time: memory is
+    about 80 bytes for each of those, disk 20 bytes a document. `show` is called with the parts done and the number of parts.
     """
     done = folder / "done.json"
     if done.exists():
@@ -125,18 +127,18 @@ def find_doubles(hashes: list[Path], folder: Path, show: Callable[[int, int], No
         rows = [_rows(path, int(at[part]), int(at[part + 1])) for path, at in zip(hashes, cuts, strict=True)]
         owner = np.repeat(np.arange(len(rows), dtype=np.uint32), [len(r) for r in rows])
         together = np.concatenate(rows) if rows else np.zeros(0, dtype=_HASH)
-        again = _again(together["high"].copy(), together["low"].copy())
-        found += len(again)
-        for piece, places in _by_owner(owner[again], together["place"][again]):
+        repeated = _repeated(together["high"].copy(), together["low"].copy())
+        found += len(repeated)
+        for piece, places in _by_owner(owner[repeated], together["place"][repeated]):
             with (folder / hashes[piece].name).open("ab") as out:
                 out.write(places.tobytes())
     for path in folder.iterdir():
-        flush(path)
+        fsync_path(path)
     write_file(done, json.dumps(found).encode())
     return found
 
 
-def _again(high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def _repeated(high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     """Which of these pairs equal an earlier one, ascending."""
     if len(high) < 2:
         return np.zeros(0, dtype=np.int64)
@@ -147,8 +149,8 @@ def _again(high: npt.NDArray[np.uint64], low: npt.NDArray[np.uint64]) -> npt.NDA
     return np.sort(alike[1:][(high[alike[1:]] == high[alike[:-1]]) & (low[alike[1:]] == low[alike[:-1]])])
 
 
-def doubles(path: Path) -> npt.NDArray[np.uint32]:
-    """Which documents of a piece equal an earlier one, by their number in it, as find_doubles wrote them; sorted."""
+def read_duplicates(path: Path) -> npt.NDArray[np.uint32]:
+    """The numbers of a piece's documents that equal an earlier one, sorted, as find_duplicates wrote them."""
     return np.sort(np.fromfile(path, dtype="<u4")) if path.exists() else np.zeros(0, dtype=np.uint32)
 
 

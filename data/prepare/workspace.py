@@ -1,4 +1,5 @@
-"""The folder in which a dataset is built, and how work there ends early: what is finished stays for the next call."""
+"""The working folder in which a dataset is built, and how work there is interrupted: what is finished stays for the next
+call."""
 
 from __future__ import annotations
 
@@ -12,19 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mikoshi.data.errors import DataError, of_storage
+from mikoshi.data.errors import DataError, storage_error
 from mikoshi.data.io.atomic import LOCK, partial_path, write_file
-from mikoshi.data.io.progress import Progress, Show
+from mikoshi.data.io.progress import Progress, ProgressCallback
 
 _IDENTITY = "recipe.json"
 
 
 class Stopped(Exception):
-    """Stopped on request, by SIGINT or SIGTERM: what is finished is kept, and the same call goes on."""
+    """Stopped on request, by SIGINT or SIGTERM. What is finished is kept, and the same call continues."""
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """SIGINT and SIGTERM raise Stopped in the block, if this is the main thread."""
 
     def stop(number: int, _frame: object) -> None:
@@ -42,8 +43,8 @@ def stoppable() -> Iterator[None]:
 
 
 @contextmanager
-def told(folder: Path) -> Iterator[None]:
-    """What the disk refuses, in a line."""
+def write_errors_named(folder: Path) -> Iterator[None]:
+    """Turn an OSError in the block into a DataError or StorageError that names the dataset's folder."""
     try:
         yield
     except BlockingIOError:
@@ -52,20 +53,20 @@ def told(folder: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         kept = os.path.lexists(partial_path(folder))
-        left = "what is finished is kept, the same command goes on" if kept else "nothing was left behind"
-        raise of_storage(error, f"data.path: cannot write {folder}: {error.strerror or error}; {left}") from error
+        outcome = "what is finished is kept, the same command goes on" if kept else "nothing was left behind"
+        raise storage_error(error, f"data.path: cannot write {folder}: {error.strerror or error}; {outcome}") from error
 
 
 def finished_pieces(built: Path) -> int:
-    """How many pieces of the source a working folder holds finished, by either reading of it."""
+    """How many pieces of the source are finished in a working folder, in the pass that is further."""
     return max(sum(1 for _ in built.glob("records/[0-9]*.json")), sum(1 for _ in built.glob("hashes/[0-9]*")))
 
 
-def take_over(built: Path, plain: dict[str, Any], show: Show) -> None:
-    """Make the working folder ready: with what an earlier call finished there, if it was of the same recipe.
+def open_workspace(built: Path, plain: dict[str, Any], show: ProgressCallback) -> None:
+    """Prepare the working folder, keeping what an earlier call of the same recipe finished there.
 
-    Raises DataError if it holds finished work of another recipe. What cannot be gone on with is cleared, as is work of an
-    earlier version, which did not write down what the files held.
+    Raises DataError if it holds finished work of another recipe. Work that cannot be continued is removed, as is that of an
+    earlier version, which did not record the contents of files.
     """
     try:
         before = json.loads((built / _IDENTITY).read_bytes())
@@ -76,11 +77,11 @@ def take_over(built: Path, plain: dict[str, Any], show: Show) -> None:
         earlier = {name: value for name, value in plain.items() if name != "contents"}  # versions that knew none
         if pieces_there and isinstance(before, dict) and before != earlier:
             names = [name for name in plain if before.get(name) != plain[name]] + [n for n in before if n not in plain]
-            told = (
+            difference = (
                 f"{names[0]} was {before.get(names[0])!r}" if names[0] not in ("files", "contents") else "the files were others"
             )
             raise DataError(
-                f"data.path: {built} holds {pieces_there} finished pieces of a preparation with other settings ({told}): "
+                f"data.path: {built} holds {pieces_there} finished pieces of a preparation with other settings ({difference}): "
                 "remove it, or set them back to go on"
             )
         stale = [path for path in built.iterdir() if path.name != LOCK]

@@ -1,4 +1,4 @@
-"""The order of samples: which source, which epoch, which row, for any sample of a run.
+"""The order of samples: which source, which epoch and which row each sample of a run is.
 
-Entry points: `sampler.make_course`, `mixture`, `shuffle.permute`.
+Entry points: `sampler.make_sampler`, `mixture`, `shuffle.permute`.
 """

@@ -1,11 +1,11 @@
-"""Which source the sample at a position comes from: after any number of samples, every source has had its share to
-within one sample, whatever the weights and however they change. O(1) to enter at any position.
+"""Which source each sample is from: after any number of samples every source has its share to within one sample, whatever the
+weights and however they change. Any position is found in O(1).
 
-A source's share grows with its weight. Its i-th sample may be drawn once its share exceeds i and must have been by the
-time its share is i + 1; among those that may, the one that must soonest is drawn. That order meets every deadline
-(earliest deadline first is optimal for unit jobs; the windows are those of Baruah, Cohen, Plaxton and Varvel 1996,
-"Proportionate progress"), so no count is ever a whole sample away from its share. With weights that are whole numbers
-the order repeats, so one turn of it, kept as a table, serves for all of a stage.
+A source's share grows with its weight. Its i-th sample may be drawn once its share exceeds i, and must be drawn by the time its
+share is i + 1; of the sources that may, the one with the earliest deadline is drawn. That order meets every deadline (earliest
+deadline first is optimal for unit jobs; the windows are those of Baruah, Cohen, Plaxton and Varvel 1996, "Proportionate
+progress"), so that no count is a whole sample away from its share. With integer weights the order repeats, and one cycle of it,
+kept as a table, serves a whole stage.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ Ids = npt.NDArray[np.int64]
 
 
 def whole_weights(weights: dict[str, float]) -> dict[str, int]:
-    """The same proportions in whole numbers: exact where numbers up to FINEST can say it, else to the nearest 1/FINEST.
+    """The same proportions as integers: exact if integers up to FINEST can express them, else to the nearest 1/FINEST.
 
-    Raises DataError for a weight that is negative or too small to be told from none, or if all are zero.
+    Raises DataError if a weight is negative or too small to be distinguished from 0, or if all are 0.
     """
     for name, weight in weights.items():
         if not 0 <= weight < math.inf:
@@ -53,104 +53,115 @@ def whole_weights(weights: dict[str, float]) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """From sample `start` on, sources are drawn by these weights (whole numbers, one a source)."""
+class MixtureStage:
+    """From sample `start` on, sources are drawn by these integer weights, one a source."""
 
     start: int
     weights: tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class _Turn:
-    """A stretch of the order: the source of each sample, and how many of that source came before it in the stretch."""
+class _Cycle:
+    """A stretch of the order.
+
+    source: the source of each sample.
+    rank: how many samples of that source come before it in the stretch.
+    counts: samples of each source in the stretch.
+    """
 
     source: npt.NDArray[np.int16]
     rank: npt.NDArray[np.int32]
     counts: Ids
 
     @staticmethod
-    def of(source: list[int], sources: int) -> _Turn:
+    def of(source: list[int], sources: int) -> _Cycle:
+        """The stretch with these sources."""
         array = np.array(source, dtype=np.int16)
         rank = np.zeros(len(array), dtype=np.int32)
         for k in range(sources):
             here = array == k
             rank[here] = np.arange(here.sum())
-        return _Turn(array, rank, np.bincount(array, minlength=sources).astype(np.int64))
+        return _Cycle(array, rank, np.bincount(array, minlength=sources).astype(np.int64))
 
 
 @dataclass(frozen=True)
-class _Laid:
-    """A stage worked out: an opening, then one turn over and over, then a close of its own where another stage follows
-    (what must soon be drawn depends on what comes next). `before`: draws of every source before the stage."""
+class _StageOrder:
+    """The order of one stage: an opening, a cycle repeated `repeats` times, and a close if another stage follows (what is
+    urgent then depends on that stage).
+
+    before: samples drawn from every source before the stage.
+    """
 
     start: int
     before: Ids
-    opening: _Turn
-    turn: _Turn
-    turns: int
-    close: _Turn
+    opening: _Cycle
+    cycle: _Cycle
+    repeats: int
+    close: _Cycle
 
     def locate(self, at: Ids) -> tuple[Ids, Ids]:
+        """Source and draw of the samples at these places of the stage."""
         source, draw = np.empty_like(at), np.empty_like(at)
-        first, period = len(self.opening.source), max(1, len(self.turn.source))
-        last = first + period * self.turns
+        first, period = len(self.opening.source), max(1, len(self.cycle.source))
+        last = first + period * self.repeats
         parts = (
             (self.opening, at < first, 0, np.zeros_like(at), at),
-            (self.turn, (at >= first) & (at < last), 1, (at - first) // period, (at - first) % period),
-            (self.close, at >= last, 1, np.full_like(at, self.turns), at - last),
+            (self.cycle, (at >= first) & (at < last), 1, (at - first) // period, (at - first) % period),
+            (self.close, at >= last, 1, np.full_like(at, self.repeats), at - last),
         )
-        for part, here, opened, turns, inside in parts:
+        for part, here, opened, cycles, inside in parts:
             if here.any():
                 source[here] = part.source[inside[here]]
                 base = self.before + opened * self.opening.counts
-                draw[here] = base[source[here]] + turns[here] * self.turn.counts[source[here]] + part.rank[inside[here]]
+                draw[here] = base[source[here]] + cycles[here] * self.cycle.counts[source[here]] + part.rank[inside[here]]
         return source, draw
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """The order of sources: stages one after another, from sample 0 to `end`.
+    """The order of sources in consecutive stages, from sample 0 to `end`. Made by `make_mixture`.
 
-    Build with `mix`. `names` are the sources; `stages` start at 0 and have weights that are not all zero.
+    names: of the sources.
+    stages: the first starts at 0; no stage has only zero weights.
     """
 
     names: tuple[str, ...]
-    stages: tuple[Stage, ...]
+    stages: tuple[MixtureStage, ...]
     end: int = FOREVER
-    _laid: list[_Laid] = field(default_factory=list, compare=False, repr=False)
+    _orders: list[_StageOrder] = field(default_factory=list, compare=False, repr=False)
 
     @cached_property
     def _starts(self) -> Ids:
         return np.array([stage.start for stage in self.stages], dtype=np.int64)
 
     def locate(self, positions: Ids) -> tuple[Ids, Ids]:
-        """Source, and how many were drawn from it before, of the samples at these positions (each under `end`)."""
+        """For the samples at these positions (each under `end`): the source, and how many were drawn from it before."""
         if len(self.names) == 1:
             return np.zeros_like(positions), positions
         source, draw = np.empty_like(positions), np.empty_like(positions)
         which = np.searchsorted(self._starts, positions, side="right") - 1
         for number in np.unique(which):
             here = which == number
-            laid = self._lay(int(number))
-            source[here], draw[here] = laid.locate(positions[here] - laid.start)
+            order = self._stage_order(int(number))
+            source[here], draw[here] = order.locate(positions[here] - order.start)
         return source, draw
 
     def counts(self, position: int) -> Ids:
         """Samples drawn from each source before `position`."""
         if len(self.names) == 1 or not position:
             return np.array([position] + [0] * (len(self.names) - 1), dtype=np.int64)
-        laid = self._lay(int(np.searchsorted(self._starts, position - 1, side="right")) - 1)
-        first, period = len(laid.opening.source), max(1, len(laid.turn.source))
-        at = position - laid.start
-        turns, inside = divmod(min(max(0, at - first), period * laid.turns), period)
-        told = laid.before + turns * laid.turn.counts
-        rest = at - first - period * laid.turns
-        for part, length in ((laid.opening, min(at, first)), (laid.turn, inside), (laid.close, max(0, rest))):
-            told = told + np.bincount(part.source[:length], minlength=len(self.names))
-        return told
+        order = self._stage_order(int(np.searchsorted(self._starts, position - 1, side="right")) - 1)
+        first, period = len(order.opening.source), max(1, len(order.cycle.source))
+        at = position - order.start
+        cycles, inside = divmod(min(max(0, at - first), period * order.repeats), period)
+        drawn = order.before + cycles * order.cycle.counts
+        rest = at - first - period * order.repeats
+        for part, length in ((order.opening, min(at, first)), (order.cycle, inside), (order.close, max(0, rest))):
+            drawn = drawn + np.bincount(part.source[:length], minlength=len(self.names))
+        return drawn
 
     def shares(self, position: int) -> tuple[Fraction, ...]:
-        """What each source is due of the samples before `position`; all add up to it."""
+        """The exact share of each source in the samples before `position`; the shares add up to it."""
         due = [Fraction(0)] * len(self.names)
         for stage, stop in zip(self.stages, [*(s.start for s in self.stages), self.end][1:], strict=True):
             length = min(position, stop) - stage.start
@@ -159,16 +170,19 @@ class Mixture:
                 due = [d + Fraction(w * length, total) for d, w in zip(due, stage.weights, strict=True)]
         return tuple(due)
 
-    def _lay(self, number: int) -> _Laid:
-        while len(self._laid) <= number:
-            self._laid.append(_lay(self, len(self._laid)))
-        return self._laid[number]
+    def _stage_order(self, number: int) -> _StageOrder:
+        while len(self._orders) <= number:
+            self._orders.append(_order_stage(self, len(self._orders)))
+        return self._orders[number]
 
 
-def mix(names: Sequence[str], stages: Sequence[Stage], caps: Sequence[int | None]) -> Mixture:
-    """The mixture in which source k gives `caps[k]` samples at most (None: no end): where its share reaches that, its
-    weight is 0 from there on and the others' count alone. It ends where no source is left."""
-    due, out = [Fraction(0)] * len(names), list[Stage]()
+def make_mixture(names: Sequence[str], stages: Sequence[MixtureStage], caps: Sequence[int | None]) -> Mixture:
+    """The mixture in which source k gives at most `caps[k]` samples (None: no limit).
+
+    Once its share reaches the cap, a source's weight is 0 and the others' weights apply. The mixture ends when no source is
+    left.
+    """
+    due, out = [Fraction(0)] * len(names), list[MixtureStage]()
     spent = [cap == 0 for cap in caps]
     for stage, stop in zip(stages, [*(s.start for s in stages), FOREVER][1:], strict=True):
         at = stage.start
@@ -185,42 +199,45 @@ def mix(names: Sequence[str], stages: Sequence[Stage], caps: Sequence[int | None
             due = [d + Fraction(w * (until - at), total) for d, w in zip(due, weights, strict=True)]
             spent = [gone or ends.get(k, FOREVER) <= until for k, gone in enumerate(spent)]
             if until > at:
-                out.append(Stage(at, weights))
+                out.append(MixtureStage(at, weights))
             at = until
     return Mixture(tuple(names), tuple(out), FOREVER)
 
 
-def _lay(mixture: Mixture, number: int) -> _Laid:
+def _order_stage(mixture: Mixture, number: int) -> _StageOrder:
     stage, sources = mixture.stages[number], len(mixture.names)
     following = mixture.stages[number + 1].start if number + 1 < len(mixture.stages) else None
     length = None if following is None else following - stage.start
     counts = mixture.counts(stage.start)
     lag = [due - int(c) for due, c in zip(mixture.shares(stage.start), counts, strict=True)]
-    drawer = _Drawer(lag, stage.weights)
+    drawer = _DeadlineScheduler(lag, stage.weights)
     period = sum(stage.weights)
     # A draw looks no further ahead than the rarest source's next: only so near the end does what follows matter.
-    sight = math.ceil(period / min(w for w in stage.weights if w)) + 2
-    free = None if length is None else max(0, length - sight)
+    horizon = math.ceil(period / min(w for w in stage.weights if w)) + 2
+    free = None if length is None else max(0, length - horizon)
     opening: list[int] = []
     seen: dict[tuple[int, ...], int] = {}
     while drawer.state() not in seen and (free is None or len(opening) + period <= free):
         seen[drawer.state()] = len(opening)
         opening += drawer.draw(period)
-    since = seen.get(drawer.state())
-    turn = [] if since is None else opening[since:]
-    opening = opening if since is None else opening[:since]
-    turns = ((FOREVER if free is None else free) - len(opening)) // len(turn) if turn else 0
+    cycle_start = seen.get(drawer.state())
+    cycle = [] if cycle_start is None else opening[cycle_start:]
+    opening = opening if cycle_start is None else opening[:cycle_start]
+    repeats = ((FOREVER if free is None else free) - len(opening)) // len(cycle) if cycle else 0
     close: list[int] = []
     if length is not None:
-        done = len(opening) + turns * len(turn)
-        drawn = np.bincount(opening, minlength=sources) + turns * np.bincount(np.array(turn, int), minlength=sources)
-        close = _closing(mixture, number, done, [int(c) for c in counts + drawn], length - done)
+        done = len(opening) + repeats * len(cycle)
+        drawn = np.bincount(opening, minlength=sources) + repeats * np.bincount(np.array(cycle, int), minlength=sources)
+        close = _closing_draws(mixture, number, done, [int(c) for c in counts + drawn], length - done)
     before = np.asarray(counts, dtype=np.int64)
-    return _Laid(stage.start, before, _Turn.of(opening, sources), _Turn.of(turn, sources), turns, _Turn.of(close, sources))
+    return _StageOrder(
+        stage.start, before, _Cycle.of(opening, sources), _Cycle.of(cycle, sources), repeats, _Cycle.of(close, sources)
+    )
 
 
-class _Drawer:
-    """Draws sample after sample under weights that stay, from sources that are `lag` behind their shares."""
+class _DeadlineScheduler:
+    """Draws samples under constant weights by earliest deadline first, from sources that are `lag` samples behind their
+    shares."""
 
     def __init__(self, lag: Sequence[Fraction], weights: Sequence[int]) -> None:
         self.lag, self.weights, self.total = lag, weights, sum(weights)
@@ -228,9 +245,9 @@ class _Drawer:
         self.waiting: list[tuple[int, int]] = []
         self.ready: list[tuple[float, int]] = []
         for k in range(len(weights)):
-            self._next(k)
+            self._push_next(k)
 
-    def _next(self, k: int) -> None:
+    def _push_next(self, k: int) -> None:
         ahead, weight = self.drawn[k] - self.lag[k], self.weights[k]
         if weight:
             heapq.heappush(self.waiting, (math.floor(ahead * self.total / weight), k))
@@ -242,11 +259,12 @@ class _Drawer:
         return math.ceil((self.drawn[k] + 1 - self.lag[k]) * self.total / weight) if weight else math.inf
 
     def state(self) -> tuple[int, ...]:
-        """What the draws to come depend on, at the end of a turn: how far ahead each source is of its weight."""
-        turns = self.at // self.total
-        return tuple(d - turns * w for d, w in zip(self.drawn, self.weights, strict=True))
+        """What future draws depend on at the end of a cycle: how far each source is ahead of its weight."""
+        cycles = self.at // self.total
+        return tuple(d - cycles * w for d, w in zip(self.drawn, self.weights, strict=True))
 
     def draw(self, samples: int) -> list[int]:
+        """The sources of the next samples."""
         out = []
         for _ in range(samples):
             while self.waiting and self.waiting[0][0] <= self.at:
@@ -256,12 +274,12 @@ class _Drawer:
             out.append(k)
             self.at += 1
             self.drawn[k] += 1
-            self._next(k)
+            self._push_next(k)
         return out
 
 
-def _closing(mixture: Mixture, number: int, done: int, drawn: list[int], length: int) -> list[int]:
-    """The last `length` samples of a stage, drawn with the stages after it in sight."""
+def _closing_draws(mixture: Mixture, number: int, done: int, drawn: list[int], length: int) -> list[int]:
+    """The last `length` samples of a stage, whose deadlines depend on the stages that follow."""
     stage = mixture.stages[number]
     ahead = [*mixture.stages[number:]]
     stops = [*(s.start for s in ahead), mixture.end][1:]

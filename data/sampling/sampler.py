@@ -1,7 +1,7 @@
-"""The order of all samples of a run: sample g, for any g, as a source, a shard and a row in it.
+"""The order of all samples of a run: for any sample its source, shard and row.
 
-Sample g stands at position p of the order (g itself, but for what is skipped); the mixture says which source that is and
-how many were drawn from it before, and the source's own order which row that is. Nothing depends on who reads it.
+Sample g is at position p of the order (g itself, unless positions are skipped). The mixture gives the source at p and how many
+samples were drawn from it before, and the source's own order gives the row. Nothing depends on the ranks.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from mikoshi.data.dataset.split import Corpus
 from mikoshi.data.errors import DataError
-from mikoshi.data.sampling.curriculum import History
-from mikoshi.data.sampling.shuffle import Order
+from mikoshi.data.sampling.curriculum import MixtureHistory
+from mikoshi.data.sampling.shuffle import ShuffledOrder
 
 Ids = npt.NDArray[np.int64]
 
@@ -28,7 +28,7 @@ _BLOCK = 1 << 13
 
 @dataclass(frozen=True)
 class Skips:
-    """Positions of the order that are left out: [start, stop) each, ascending and apart. Build with `skips`."""
+    """Positions of the order that are left out: [start, stop) each, ascending and disjoint. Made by `make_skips`."""
 
     spans: tuple[tuple[int, int], ...] = ()
 
@@ -42,8 +42,8 @@ class Skips:
         return moved
 
 
-def skips(spans: Sequence[Sequence[int]]) -> Skips:
-    """Positions to leave out; spans that touch are joined. Raises DataError for one that holds nothing."""
+def make_skips(spans: Sequence[Sequence[int]]) -> Skips:
+    """The positions to leave out; adjacent spans are joined. Raises DataError for an empty span."""
     out: list[tuple[int, int]] = []
     for start, stop in sorted((a, b) for a, b in spans):
         if not 0 <= start < stop:
@@ -57,8 +57,8 @@ def skips(spans: Sequence[Sequence[int]]) -> Skips:
 
 @dataclass(frozen=True)
 class Samples:
-    """Where samples stand, a number of each for every sample: its position in the order, its source, how many of that
-    source came before it, and the shard and row it is read from."""
+    """For every sample its position in the order, its source, how many of that source came before it, and the shard and row
+    it is read from."""
 
     position: Ids
     source: Ids
@@ -67,17 +67,19 @@ class Samples:
     row: Ids
 
     def part(self, start: int, stop: int) -> Samples:
+        """Samples `start` to `stop`, as views."""
         cut = slice(start, stop)
         return Samples(self.position[cut], self.source[cut], self.draw[cut], self.shard[cut], self.row[cut])
 
     def take(self, index: Ids) -> Samples:
+        """The samples at these indices."""
         return Samples(self.position[index], self.source[index], self.draw[index], self.shard[index], self.row[index])
 
     def __len__(self) -> int:
         return len(self.position)
 
     def digest(self, before: str) -> str:
-        """The digest of all samples up to these, from that of all before them."""
+        """The digest of all samples up to these, from that of all samples before."""
         digest = hashlib.sha256(before.encode())
         for numbers in (self.position, self.source, self.draw, self.shard, self.row):
             digest.update(numbers.astype("<i8").tobytes())
@@ -85,13 +87,16 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Course:
-    """All samples of a run in order. `warmup`: from a position on, the length at which attention and positions begin
-    anew inside a row, ascending; before the first, rows are whole."""
+class Sampler:
+    """All samples of a run, in order.
+
+    warmup: pairs of a position and the length at which attention and positions restart inside of a row from there on,
+        ascending; before the first, rows are whole.
+    """
 
     corpora: tuple[Corpus, ...]
-    orders: tuple[Order, ...]
-    mixture: History
+    orders: tuple[ShuffledOrder, ...]
+    mixture: MixtureHistory
     skips: Skips = Skips()
     warmup: tuple[tuple[int, int], ...] = ()
     _blocks: OrderedDict[int, Samples] = field(default_factory=OrderedDict, compare=False, repr=False)
@@ -99,10 +104,11 @@ class Course:
 
     @property
     def context(self) -> int:
+        """Tokens of a row."""
         return self.corpora[0].context
 
     def samples(self, start: int, stop: int) -> Samples:
-        """Samples start..stop-1. Raises DataError where every source has given all that it may."""
+        """Samples start..stop-1. Raises DataError if the sources are exhausted before."""
         parts = []
         for number in range(start // _BLOCK, -(-stop // _BLOCK)):
             block, first = self._block(number), number * _BLOCK
@@ -119,11 +125,12 @@ class Course:
         return Samples(*joined)
 
     def digest(self, samples: Samples, before: str) -> str:
-        """The digest of all samples up to these, from that of all before them, whatever becomes of the mixture later."""
+        """The digest of all samples up to these, from that of all samples before. Later changes of the mixture do not alter
+        it."""
         return replace(samples, source=self.mixture.numbers[samples.source]).digest(before)
 
     def pieces(self, positions: Ids) -> list[int] | None:
-        """The warm-up's length for rows at these positions; None where there is no warm-up."""
+        """The warm-up's length for rows at these positions; None without a warm-up."""
         if not self.warmup:
             return None
         starts = [start for start, _ in self.warmup]
@@ -152,10 +159,14 @@ class Course:
         return Samples(positions, source, draw, shard, row)
 
 
-def make_course(
-    corpora: Sequence[Corpus], mixture: History, seed: int, window: int = 0, left_out: Skips = Skips(),
+def make_sampler(
+    corpora: Sequence[Corpus], mixture: MixtureHistory, seed: int, window: int = 0, left_out: Skips = Skips(),
     warmup: Sequence[tuple[int, int]] = (),
-) -> Course:  # fmt: skip
-    """`window`: shards whose samples are shuffled together, 0 for all."""
-    orders = tuple(Order(c.counts, window, f"{seed}:{c.name}" if c.name else str(seed)) for c in corpora)
-    return Course(tuple(corpora), orders, mixture, left_out, tuple(warmup))
+) -> Sampler:  # fmt: skip
+    """The sampler of a run.
+
+    window: shards whose samples are shuffled together, 0 for all.
+    left_out: positions to skip.
+    """
+    orders = tuple(ShuffledOrder(c.counts, window, f"{seed}:{c.name}" if c.name else str(seed)) for c in corpora)
+    return Sampler(tuple(corpora), orders, mixture, left_out, tuple(warmup))

@@ -1,7 +1,7 @@
-"""The order of samples: a permutation that is a function of its key, in O(1) time and memory per index.
+"""The order of samples: a permutation determined by its key, in O(1) time and memory per index.
 
-`permute` is the permutation itself; `Order` lays it over the shards of a corpus, epoch after epoch, over all of them at
-once or window by window, so that a corpus read from afar needs only a few shards at hand.
+`permute` is the permutation. `ShuffledOrder` applies it to the shards of a corpus, epoch after epoch, over all of them at once
+or window by window, so that a remote corpus needs only a few shards at a time.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ def _scatter(x: _U64, key: np.uint64) -> _U64:
 
 
 def permute(index: npt.NDArray[Any], n: int, key: str) -> Ids:
-    """Where each index (0 <= index < n) goes in the permutation of n that `key` names. Vectorised; keeps no state.
+    """Where each index goes in the permutation of n that `key` determines. Vectorised and stateless.
 
-    A Feistel network on the smallest power of two that holds n, walked until it lands under n (Black and Rogaway
-    2002, "Ciphers with arbitrary finite domains"): a bijection whatever the round function, two walks on average.
+    index: each in 0..n-1.
+
+    A Feistel network on the smallest power of two that holds n, applied until the result is under n (Black and Rogaway 2002,
+    "Ciphers with arbitrary finite domains"): a bijection whatever the round function, with two rounds on average.
     """
     if n <= 1:
         return np.zeros(len(index), dtype=np.int64)
@@ -63,8 +65,12 @@ def permute(index: npt.NDArray[Any], n: int, key: str) -> Ids:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """`shards` in this epoch's order and the number of samples before each, with the total at the end; `bounds`: the
-    numbers of samples before each window, with the total."""
+    """The layout of an epoch.
+
+    shards: in this epoch's order.
+    before: number of samples before each shard, and the total at the end.
+    bounds: number of samples before each window, and the total at the end.
+    """
 
     shards: Ids
     before: Ids
@@ -72,11 +78,13 @@ class _Epoch:
 
 
 @dataclass(frozen=True)
-class Order:
-    """Where the d-th sample drawn from a corpus stands, for any d. Every epoch has every sample once.
+class ShuffledOrder:
+    """Where the d-th sample drawn from a corpus is, for any d. Every epoch has every sample once.
 
-    `counts`: samples in each shard. `window`: shards whose samples are mixed with each other, 0 for all: the shards of
-    an epoch come in a shuffled order, as many at a time as a window holds. `key`: what the order is a function of.
+    counts: samples in each shard.
+    window: shards whose samples are mixed with each other, 0 for all. The shards of an epoch come in shuffled order, a window
+        at a time.
+    key: determines the order.
     """
 
     counts: Ids
@@ -86,10 +94,11 @@ class Order:
 
     @property
     def samples(self) -> int:
+        """Samples of an epoch."""
         return int(self.counts.sum())
 
     def at(self, draws: Ids) -> tuple[Ids, Ids]:
-        """Shard and sample inside it of each draw."""
+        """The shard of each draw, and the sample in it."""
         shards, inside = np.empty_like(draws), np.empty_like(draws)
         epochs, places = np.divmod(draws, self.samples)
         for epoch in np.unique(epochs):
@@ -98,22 +107,22 @@ class Order:
         return shards, inside
 
     def _of_epoch(self, epoch: int, places: Ids) -> tuple[Ids, Ids]:
-        laid = self._laid(epoch)
-        windows = np.searchsorted(laid.bounds, places, side="right") - 1
+        layout = self._epoch_layout(epoch)
+        windows = np.searchsorted(layout.bounds, places, side="right") - 1
         ordered = np.empty_like(places)
         for window in np.unique(windows):
             here = np.flatnonzero(windows == window)
-            first, stop = (int(b) for b in laid.bounds[window : window + 2])
+            first, stop = (int(b) for b in layout.bounds[window : window + 2])
             key = f"{self.key}:epoch:{epoch}" + (f":window:{window}" if self._windowed else "")
             ordered[here] = first + permute(places[here] - first, stop - first, key)
-        at = np.searchsorted(laid.before, ordered, side="right") - 1
-        return laid.shards[at], ordered - laid.before[at]
+        at = np.searchsorted(layout.before, ordered, side="right") - 1
+        return layout.shards[at], ordered - layout.before[at]
 
     @property
     def _windowed(self) -> bool:
         return 0 < self.window < len(self.counts)
 
-    def _laid(self, epoch: int) -> _Epoch:
+    def _epoch_layout(self, epoch: int) -> _Epoch:
         number = epoch if self._windowed else 0  # without windows every epoch has the shards in their own order
         if number not in self._epochs:
             shards = np.arange(len(self.counts), dtype=np.int64)

@@ -1,8 +1,9 @@
-"""A conversation becomes text by a chat template, cut so that only the assistant's answers are learned, each with its end.
+"""A conversation becomes text by a chat template, in parts of which only the assistant's answers, each with its end, are
+learned.
 
-What is learned is a function of the template and the conversation alone: what {% generation %} marks, as in transformers,
-or where nothing is marked, what the conversation up to an answer has more than the one before it with the header of an
-answer, as in TRL. See template.py for how templates are rendered, conversation.py for what is refused.
+What is learned depends on the template and the conversation alone. It is what {% generation %} marks, as in transformers;
+without such marks it is what the conversation up to an answer adds to the conversation before it with the header of an answer,
+as in TRL. template.py renders templates, conversation.py checks conversations.
 """
 
 from __future__ import annotations
@@ -13,22 +14,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from mikoshi.data.sources.conversation import ROLES, Conversation, checked, unwritten
+from mikoshi.data.sources.conversation import ROLES, Conversation, find_omitted, parse_conversation
 from mikoshi.data.sources.template import (
     CHATML,
     CLOSE,
     OPEN,
     ChatProblem,
     ChatTemplate,
-    load_chat,
-    parse_chat,
+    dump_chat_template,
+    load_chat_template,
+    parse_chat_template,
     render,
-    write_chat,
 )
 
 __all__ = [
-    "CHATML", "ROLES", "ChatProblem", "ChatTemplate", "Part", "chat_parts", "chat_prompt", "chat_samples", "end_of_turn",
-    "load_chat", "parse_chat", "write_chat",
+    "CHATML",
+    "ROLES",
+    "ChatProblem",
+    "ChatTemplate",
+    "Part",
+    "chat_parts",
+    "chat_prompt",
+    "chat_samples",
+    "dump_chat_template",
+    "end_of_turn",
+    "load_chat_template",
+    "parse_chat_template",
 ]  # fmt: skip
 
 _TAG = r"<[^<>\s]{1,64}>"  # how templates write special tokens, where the tokenizer has not told which there are
@@ -36,69 +47,74 @@ _TAG = r"<[^<>\s]{1,64}>"  # how templates write special tokens, where the token
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a document. `learned` False: read but never predicted, as a prompt is. `special`: written by a chat
-    template, so that the special tokens in it are real ones."""
+    """A part of a document.
+
+    learned: False for text that is read but never predicted, such as a prompt.
+    special: written by a chat template, so that special tokens in it are real ones.
+    """
 
     text: str
     learned: bool = True
     special: bool = False
 
 
-class _Rewritten(ChatProblem):
-    """The template writes a turn otherwise once more turns follow."""
+class _RewrittenTurn(ChatProblem):
+    """The template writes a turn differently once more turns follow."""
 
 
 def chat_samples(
     template: ChatTemplate, messages: object, specials: frozenset[str] = frozenset(), tools: object = None
 ) -> tuple[tuple[Part, ...], ...]:
-    """The texts that a conversation becomes, each in parts: the answers, each with what the template ends it with, learned;
-    all else read only. All parts are special: no message holds a special token of the template or of `specials` as its
-    text.
+    """The texts that a conversation becomes, each in parts: the answers with their ends are learned, all else is only read.
 
-    It is one text, but where the template writes an answer otherwise once more turns follow (without its reasoning, say):
-    then it is one text for each answer that is learned, which ends with it, as the model will see it in use. Raises
-    ChatProblem, also for what the template would leave out.
+    All parts are special, since no message may hold a special token of the template or of `specials`. Usually there is one
+    text. If the template writes an answer differently once more turns follow (without its reasoning, say), there is one text
+    for each learned answer, ending with it, as the model will see it in use.
+
+    Raises ChatProblem, also for content that the template would leave out.
     """
     known = template.specials | specials
-    talk = checked(messages, tools, known)
+    conversation = parse_conversation(messages, tools, known)
     try:
-        samples, left = _samples(template, talk, known)
+        samples, omitted = _samples(template, conversation, known)
     except ChatProblem as problem:
-        listed = next((n for n, m in enumerate(talk.messages, 1) if isinstance(m.get("content"), list)), 0)
+        listed = next((n for n, m in enumerate(conversation.messages, 1) if isinstance(m.get("content"), list)), 0)
         if listed and str(problem).startswith("chat template"):
-            told = f"no text: the content of message {listed} is a list, and the template {template.name!r} writes texts alone"
-            raise ChatProblem(told) from None
+            reason = (
+                f"no text: the content of message {listed} is a list, and the template {template.name!r} writes texts alone"
+            )
+            raise ChatProblem(reason) from None
         raise
     if not any(part.learned for parts in samples for part in parts):
         raise ChatProblem(f"no answer: the template {template.name!r} writes none of the assistant's messages")
-    _check_written(template, left)
+    _check_written(template, omitted)
     return samples
 
 
 def _samples(
-    template: ChatTemplate, talk: Conversation, specials: frozenset[str]
+    template: ChatTemplate, conversation: Conversation, specials: frozenset[str]
 ) -> tuple[tuple[tuple[Part, ...], ...], dict[int, str]]:
-    """The texts in parts, and what the template leaves out, by the number of the message."""
-    whole = render(template, talk.messages, talk.tools)
-    left, owners = unwritten(template, talk, whole)
+    """The texts in parts, and what the template leaves out, by message number."""
+    whole = render(template, conversation.messages, conversation.tools)
+    omitted, owners = find_omitted(template, conversation, whole)
     try:
-        whole_parts = _learned_parts(template, talk, whole, owners, specials)
-    except _Rewritten:
-        if talk.answers == [len(talk.messages) - 1]:
+        whole_parts = _learned_parts(template, conversation, whole, owners, specials)
+    except _RewrittenTurn:
+        if conversation.answers == [len(conversation.messages) - 1]:
             raise
-        samples, left = _one_by_one(template, talk, specials)
-        if "content" in left.values():  # not what an answer thought is left out later, but what was said
+        samples, omitted = _sample_per_answer(template, conversation, specials)
+        if "content" in omitted.values():  # not what an answer thought is left out later, but what was said
             raise
-        return samples, left
-    if len(talk.answers) > 1 and left.keys() & set(talk.answers[:-1]):
-        return _one_by_one(template, talk, specials)
-    return (whole_parts,), left
+        return samples, omitted
+    if len(conversation.answers) > 1 and omitted.keys() & set(conversation.answers[:-1]):
+        return _sample_per_answer(template, conversation, specials)
+    return (whole_parts,), omitted
 
 
 def chat_parts(
     template: ChatTemplate, messages: object, specials: frozenset[str] = frozenset(), tools: object = None
 ) -> tuple[Part, ...]:
-    """As chat_samples, of a conversation that becomes one text. Raises ChatProblem where it becomes several."""
+    """The parts of a conversation that becomes one text. Raises ChatProblem as chat_samples does, and if it becomes several."""
     samples = chat_samples(template, messages, specials, tools)
     if len(samples) > 1:
         raise ChatProblem(
@@ -107,8 +123,8 @@ def chat_parts(
     return samples[0]
 
 
-def _check_written(template: ChatTemplate, left: dict[int, str]) -> None:
-    for number, name in sorted(left.items()):
+def _check_written(template: ChatTemplate, omitted: dict[int, str]) -> None:
+    for number, name in sorted(omitted.items()):
         if name == "content (a list)":
             raise ChatProblem(
                 f"no text: the content of message {number + 1} is a list, and the template {template.name!r} does not write it"
@@ -118,7 +134,7 @@ def _check_written(template: ChatTemplate, left: dict[int, str]) -> None:
 
 
 def _parts(whole: str, cuts: list[tuple[int, int, bool]]) -> tuple[Part, ...]:
-    """The text in parts, cut where each of `cuts` starts and stops; its last entry says whether that is learned."""
+    """The text in parts, cut at each (start, stop, learned) of `cuts`."""
     parts, at = [], 0
     for start, stop, learned in cuts:
         parts += [Part(whole[at:start], False, True), Part(whole[start:stop], learned, True)]
@@ -128,18 +144,18 @@ def _parts(whole: str, cuts: list[tuple[int, int, bool]]) -> tuple[Part, ...]:
 
 
 def _learned_parts(
-    template: ChatTemplate, talk: Conversation, whole: str, owners: list[int], specials: frozenset[str]
+    template: ChatTemplate, conversation: Conversation, whole: str, owners: list[int], specials: frozenset[str]
 ) -> tuple[Part, ...]:
     if OPEN in whole:
-        return _marked(template, talk, whole, owners, specials)
-    return _parts(whole, list(_answers(template, talk, whole, specials)))
+        return _marked(template, conversation, whole, owners, specials)
+    return _parts(whole, list(_answers(template, conversation, whole, specials)))
 
 
 def _marked(
-    template: ChatTemplate, talk: Conversation, whole: str, owners: list[int], specials: frozenset[str]
+    template: ChatTemplate, conversation: Conversation, whole: str, owners: list[int], specials: frozenset[str]
 ) -> tuple[Part, ...]:
-    """By {% generation %}. Where its end marker follows an answer and is not marked with it, it is learned all the same:
-    what is never learned is never written, and generation would not end."""
+    """Parts by {% generation %}. An end marker right after an answer is learned even if it is not marked, or generation
+    would never end."""
     text, cuts, at = "", list[tuple[int, int]](), 0
     for found in re.finditer(f"{OPEN}([^{CLOSE}]*){CLOSE}", whole):
         text += whole[at : found.start()]
@@ -147,7 +163,7 @@ def _marked(
         text += found[1]
         at = found.end()
     text += whole[at:]
-    if len(owners) != len(cuts) or (not all(talk.learned[i] for i in talk.answers) and -1 in owners):
+    if len(owners) != len(cuts) or (not all(conversation.learned[i] for i in conversation.answers) and -1 in owners):
         raise ChatProblem(
             f"chat template: it cannot be told which answers the {{% generation %}} of {template.name!r} marks: its blocks "
             "come and go with what the messages say"
@@ -158,16 +174,17 @@ def _marked(
         last_of_turn = n + 1 == len(cuts) or owners[n + 1] != owners[n]
         if marker and last_of_turn and text.startswith(marker, stop):
             stop += len(marker)
-        out.append((start, stop, owners[n] < 0 or talk.learned[owners[n]]))
+        out.append((start, stop, owners[n] < 0 or conversation.learned[owners[n]]))
     return _parts(text, out)
 
 
 @lru_cache(maxsize=64)
 def _unmarked_end(template: ChatTemplate, specials: frozenset[str]) -> str:
-    """The special token that ends an answer after what {% generation %} marks of it, with white space before; "" for none."""
+    """The special token, with white space before it, that ends an answer outside of what {% generation %} marks; "" for
+    none."""
     try:
-        talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-        marked, _, rest = render(template, talk, None).rpartition(CLOSE)
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+        marked, _, rest = render(template, messages, None).rpartition(CLOSE)
     except ChatProblem:
         return ""
     if _ends_in_tag(marked, specials):
@@ -177,89 +194,93 @@ def _unmarked_end(template: ChatTemplate, specials: frozenset[str]) -> str:
 
 
 def _answers(
-    template: ChatTemplate, talk: Conversation, whole: str, specials: frozenset[str]
+    template: ChatTemplate, conversation: Conversation, whole: str, specials: frozenset[str]
 ) -> Iterator[tuple[int, int, bool]]:
-    """Where each answer starts and stops in `whole`, and whether it is learned."""
-    for i in talk.answers:
+    """For each answer its start and stop in `whole`, and whether it is learned."""
+    for i in conversation.answers:
         try:
-            yield (*_answer(template, talk, i, whole, specials), talk.learned[i])
-        except _Rewritten:
-            if talk.learned[i]:
+            yield (*_answer(template, conversation, i, whole, specials), conversation.learned[i])
+        except _RewrittenTurn:
+            if conversation.learned[i]:
                 raise
 
 
-def _answer(template: ChatTemplate, talk: Conversation, i: int, whole: str, specials: frozenset[str]) -> tuple[int, int]:
-    """Where the answer that is message `i` starts and stops in `whole`. Raises _Rewritten where that cannot be told."""
-    before = render(template, talk.messages[:i], talk.tools, True)
-    after = render(template, talk.messages[: i + 1], talk.tools)
-    start, by_marks = len(before), "mark answers by {% generation %} in the template"
+def _answer(
+    template: ChatTemplate, conversation: Conversation, i: int, whole: str, specials: frozenset[str]
+) -> tuple[int, int]:
+    """Start and stop in `whole` of the answer that is message `i`. Raises _RewrittenTurn if they cannot be determined."""
+    before = render(template, conversation.messages[:i], conversation.tools, True)
+    after = render(template, conversation.messages[: i + 1], conversation.tools)
+    start, remedy = len(before), "mark answers by {% generation %} in the template"
     if not after.startswith(before):
-        raise _Rewritten(
+        raise _RewrittenTurn(
             f"chat template: {template.name!r} asks for an answer by {before[-24:]!r}, and message {i + 1} is not written "
-            f"behind that, so that it cannot be told what of it is learned: {by_marks}"
+            f"behind that, so that it cannot be told what of it is learned: {remedy}"
         )
     if whole.startswith(before):
         if _prompt_always(template):
-            stop = _end_of_answer(template, talk, i, after, start, specials)
+            stop = _end_of_answer(template, conversation, i, after, start, specials)
             if whole.startswith(after[:stop]):
                 return start, stop
         elif whole.startswith(after):
             return start, len(after)
         # Else the end of the text has something of its own, as an end of text, in place of the next turn.
-        elif (stop := _outside(whole, _shared(whole, after), specials)) > start:
+        elif (stop := _before_special(whole, _common_prefix(whole, after), specials)) > start:
             return start, stop
-    raise _Rewritten(
+    raise _RewrittenTurn(
         f"chat template: under {template.name!r} the conversation up to message {i + 1} is not how the whole one begins, so "
-        f"that its answers cannot be told: {by_marks}"
+        f"that its answers cannot be told: {remedy}"
     )
 
 
 @lru_cache(maxsize=64)
 def _prompt_always(template: ChatTemplate) -> bool:
-    """Whether the template ends every text with the header of an answer, asked for or not."""
-    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    """Whether the template ends every text with the header of an answer, requested or not."""
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     try:
-        plain, asked = render(template, talk, None), render(template, talk, None, True)
-        longer = render(template, [*talk, {"role": "user", "content": "More"}], None)
+        plain, prompted = render(template, messages, None), render(template, messages, None, True)
+        longer = render(template, [*messages, {"role": "user", "content": "More"}], None)
     except ChatProblem:
         return False
-    return OPEN not in plain and plain == asked and not longer.startswith(plain)
+    return OPEN not in plain and plain == prompted and not longer.startswith(plain)
 
 
-def _end_of_answer(template: ChatTemplate, talk: Conversation, i: int, after: str, start: int, specials: frozenset[str]) -> int:
-    """Where the answer ends in `after`, which goes on with the header of another: after the first special token behind what
-    it says, and the white space that follows whatever comes."""
-    message = talk.messages[i]
+def _end_of_answer(
+    template: ChatTemplate, conversation: Conversation, i: int, after: str, start: int, specials: frozenset[str]
+) -> int:
+    """The end of the answer in `after`, which continues with the header of another: behind the first special token after its
+    text, and behind the white space that follows whatever comes next."""
+    message = conversation.messages[i]
     content = message.get("content")
-    said = content.strip() if isinstance(content, str) else ""
-    at = after.find(said, start) if said and not message.get("tool_calls") else -1
+    text = content.strip() if isinstance(content, str) else ""
+    at = after.find(text, start) if text and not message.get("tool_calls") else -1
     if at < 0:
         raise ChatProblem(
             f"chat template: {template.name!r} ends every text with the header of an answer, so that it cannot be told where "
             f"message {i + 1} ends: mark answers by {{% generation %}} in the template"
         )
-    at += len(said)
+    at += len(text)
     marker = re.compile(rf"\s*(?:{_tags(specials)})?\s*").match(after, at)
     assert marker is not None  # it may match nothing
-    longer = render(template, [*talk.messages[: i + 1], {"role": "user", "content": "More"}], talk.tools)
-    return max(at, min(marker.end(), _outside(after, _shared(longer, after), specials)))
+    longer = render(template, [*conversation.messages[: i + 1], {"role": "user", "content": "More"}], conversation.tools)
+    return max(at, min(marker.end(), _before_special(after, _common_prefix(longer, after), specials)))
 
 
-def _one_by_one(
-    template: ChatTemplate, talk: Conversation, specials: frozenset[str]
+def _sample_per_answer(
+    template: ChatTemplate, conversation: Conversation, specials: frozenset[str]
 ) -> tuple[tuple[tuple[Part, ...], ...], dict[int, str]]:
-    """A text for each answer that is learned, and what of the conversation stands in none of them."""
-    samples, left = [], dict[int, str]()
-    for i in (i for i in talk.answers if talk.learned[i]):
-        upto = replace(talk, messages=talk.messages[: i + 1], learned=(False,) * i + (True,))
+    """A text for each learned answer, and what of the conversation is in none of them."""
+    samples, omitted = [], dict[int, str]()
+    for i in (i for i in conversation.answers if conversation.learned[i]):
+        upto = replace(conversation, messages=conversation.messages[: i + 1], learned=(False,) * i + (True,))
         whole = render(template, upto.messages, upto.tools)
-        lost, owners = unwritten(template, upto, whole)
+        lost, owners = find_omitted(template, upto, whole)
         samples.append(_learned_parts(template, upto, whole, owners, specials))
         for number, name in lost.items():
             # What an earlier answer thought is learned in a text of its own; what it said is not to be lost from this one.
             if number == i or number not in upto.answers or not name.startswith(("reasoning", "thinking")):
-                left.setdefault(number, name)
-    return tuple(samples), left
+                omitted.setdefault(number, name)
+    return tuple(samples), omitted
 
 
 @lru_cache(maxsize=64)
@@ -268,13 +289,13 @@ def _tags(specials: frozenset[str]) -> str:
     return "|".join([*map(re.escape, sorted(specials - {""}, key=lambda s: (-len(s), s))), _TAG])
 
 
-def _shared(one: str, other: str) -> int:
-    """How many characters the two begin with alike."""
+def _common_prefix(one: str, other: str) -> int:
+    """The number of characters with which both texts begin."""
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _outside(text: str, at: int, specials: frozenset[str]) -> int:
-    """`at`, or where the special token begins that it lies within."""
+def _before_special(text: str, at: int, specials: frozenset[str]) -> int:
+    """`at`, or the start of the special token that it lies within."""
     for found in re.finditer(_tags(specials), text[max(0, at - 256) : at + 256]):
         start, stop = found.start() + max(0, at - 256), found.end() + max(0, at - 256)
         if start < at < stop:
@@ -287,14 +308,16 @@ def _ends_in_tag(text: str, specials: frozenset[str]) -> bool:
 
 
 def chat_prompt(template: ChatTemplate, text: str, specials: frozenset[str] = frozenset()) -> str:
-    """What a model is given that is to answer the user's `text`. Raises ChatProblem, also where `text` has a special token of
-    the template or of `specials` written out."""
+    """The prompt for a model that is to answer the user's `text`.
+
+    Raises ChatProblem, also if `text` spells out a special token of the template or of `specials`.
+    """
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "-"}]
-    return render(template, checked(messages, None, template.specials | specials).messages[:1], None, True)
+    return render(template, parse_conversation(messages, None, template.specials | specials).messages[:1], None, True)
 
 
 def end_of_turn(template: ChatTemplate, specials: frozenset[str]) -> str:
-    """The special token by which an answer ends, of those in `specials`; "" where the template has none."""
+    """The special token, of those in `specials`, that ends an answer; "" if the template has none."""
     try:
         parts = chat_parts(template, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
     except ChatProblem:

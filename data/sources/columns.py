@@ -1,4 +1,4 @@
-"""The rows of Parquet and Arrow files, of the columns that are looked at and no others."""
+"""The rows of Parquet and Arrow files. Only the columns that are needed are read."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from mikoshi.data.io.files import File, open_binary
 from mikoshi.data.io.unpack import Unreadable
-from mikoshi.data.sources.json_rows import Broken
-from mikoshi.data.sources.text import Document, Reading, Row
+from mikoshi.data.sources.json_rows import UnreadableValue
+from mikoshi.data.sources.text import Document, Row, RowReader
 
 _ROWS = 4096
 _BYTES = 64 << 20  # of a batch of rows, about
@@ -19,30 +19,30 @@ _END_MARKS = (b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0")
 
 
 @contextmanager
-def _told(kind: str) -> Iterator[None]:
-    """What Arrow says of a file's content comes out as Unreadable; what says that it could not be reached stays."""
+def _arrow_errors_named(kind: str) -> Iterator[None]:
+    """Turn Arrow's errors about a file's content into Unreadable. Errors of reaching the file pass through."""
     import pyarrow as pa
 
     try:
         yield
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:  # out of memory: by a broken length
-        if _of_the_disk(error):
+        if _is_disk_error(error):
             raise
         why = "".join(filter(str.isprintable, (str(error).splitlines() or [""])[0])) or type(error).__name__
         raise Unreadable(f"unreadable file: not a whole {kind} file: {why}") from None
 
 
-def _of_the_disk(error: Exception) -> bool:
-    """Whether the file could not be reached: what Arrow says of its content is a bare OSError without a number."""
+def _is_disk_error(error: Exception) -> bool:
+    """Whether the file could not be reached. Arrow reports bad content as a bare OSError without an error number."""
     return isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError)
 
 
 def row_group_bytes(file: File) -> list[int]:
-    """The share of the file's bytes that each of its row groups takes, together all; [] where it cannot be read."""
+    """For each row group its share of the file's bytes, adding up to all; [] if the metadata cannot be read."""
     import pyarrow.parquet as pq
 
     try:
-        with open_binary(file) as stream, _told("Parquet"):
+        with open_binary(file) as stream, _arrow_errors_named("Parquet"):
             metadata = pq.ParquetFile(stream).metadata
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     except Unreadable:
@@ -54,46 +54,49 @@ def row_group_bytes(file: File) -> list[int]:
     return [b - a for a, b in itertools.pairwise(ends)]
 
 
-def read_parquet(file: File, start: int, stop: int, reading: Reading) -> Iterator[Document]:
-    """The rows of row groups `start` to `stop` (-1: to the last). Of a group that breaks off the rows that are lost come as
-    one Document, counted, and the next group is read. What the whole file lacks is told with the first group."""
+def read_parquet(file: File, start: int, stop: int, reader: RowReader) -> Iterator[Document]:
+    """The documents of row groups `start` to `stop` (-1: to the last).
+
+    Rows lost in a broken row group come as one Document that counts them, and reading goes on with the next group. A problem of
+    the whole file is reported with the first group.
+    """
     import pyarrow.parquet as pq
 
     with open_binary(file) as stream:
-        with _told("Parquet"):
+        with _arrow_errors_named("Parquet"):
             table = pq.ParquetFile(stream, page_checksum_verification=True)
             schema = table.schema_arrow
             groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
             counts, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]
         row = sum(counts[:start])
-        if problem := _unlike(schema, reading):
+        if problem := _schema_problem(schema, reader):
             if start == 0:
-                yield Document(file.name, None, problem, count=_number(sum(counts)))
+                yield Document(file.name, None, problem, count=_clamped_count(sum(counts)))
             return
-        wanted = [name for name in schema.names if name in reading.columns]
+        wanted = [name for name in schema.names if name in reader.columns]
         for group in range(start, len(groups) if stop < 0 else stop):
             at, end = row, row + counts[group]
             size = max(1, min(_ROWS, _BYTES // max(1, sizes[group] // max(counts[group], 1))))
             broken = "unreadable file: not a whole Parquet file: a row group is short"
             try:
-                with _told("Parquet"):
+                with _arrow_errors_named("Parquet"):
                     batches = table.iter_batches(batch_size=size, row_groups=[group], columns=wanted, use_threads=False)
-                    for document in _rows(batches, at, file, reading):
+                    for document in _rows(batches, at, file, reader):
                         at += 1
                         yield document
             except Unreadable as problem:
                 broken = str(problem)
             if at < end:
                 lost = f"rows {at + 1} to {end} of {sum(counts)} are lost"
-                yield Document(file.name, None, f"{broken}; {lost}", count=_number(end - at), broken=True)
+                yield Document(file.name, None, f"{broken}; {lost}", count=_clamped_count(end - at), broken=True)
             row = end
 
 
-def read_arrow(file: File, reading: Reading) -> Iterator[Document]:
-    """The rows of a file or stream of Arrow's."""
+def read_arrow(file: File, reader: RowReader) -> Iterator[Document]:
+    """The documents of an Arrow file or stream."""
     import pyarrow as pa
 
-    with open_binary(file) as stream, _told("Arrow"):
+    with open_binary(file) as stream, _arrow_errors_named("Arrow"):
         seekable = stream.read(6) == b"ARROW1"
         stream.seek(0, 2)
         stream.seek(max(0, stream.tell() - 8))
@@ -104,22 +107,22 @@ def read_arrow(file: File, reading: Reading) -> Iterator[Document]:
             batches = (table.get_batch(i) for i in range(table.num_record_batches))
         else:
             table = batches = pa.ipc.open_stream(stream)
-        if problem := _unlike(table.schema, reading):
-            yield Document(file.name, None, problem, count=_number(sum(batch.num_rows for batch in batches)))
+        if problem := _schema_problem(table.schema, reader):
+            yield Document(file.name, None, problem, count=_clamped_count(sum(batch.num_rows for batch in batches)))
         else:
-            yield from _rows((part for batch in batches for part in _cut(batch, reading)), 0, file, reading)
+            yield from _rows((part for batch in batches for part in _cut(batch, reader)), 0, file, reader)
         if not whole:  # a stream that is cut between two batches reads like a whole one
             raise Unreadable("unreadable file: not a whole Arrow file: it ends without an end mark")
 
 
-def _number(rows: int) -> int:
+def _clamped_count(rows: int) -> int:
     return max(1, min(rows, _MOST))
 
 
-def _cut(batch: Any, reading: Reading) -> Iterator[Any]:
+def _cut(batch: Any, reader: RowReader) -> Iterator[Any]:
     import pyarrow as pa
 
-    chosen = batch.select([name for name in batch.schema.names if name in reading.columns])
+    chosen = batch.select([name for name in batch.schema.names if name in reader.columns])
     for column in chosen.columns:
         # Offsets come from the file as they are: unchecked, a broken one would be read far outside it. As bytes,
         # because what is not UTF-8 spoils a row only.
@@ -129,11 +132,11 @@ def _cut(batch: Any, reading: Reading) -> Iterator[Any]:
     return (chosen.slice(at, rows) for at in range(0, chosen.num_rows, rows))
 
 
-def _unlike(schema: Any, reading: Reading) -> str:
-    """What is wrong with the columns of a file, for all of its rows; "" where nothing is."""
-    if missing := reading.lacks(schema.names):
+def _schema_problem(schema: Any, reader: RowReader) -> str:
+    """What is wrong with a file's columns, for all of its rows; "" for nothing."""
+    if missing := reader.missing_columns(schema.names):
         return missing
-    for name in sorted(reading.columns & set(schema.names)):
+    for name in sorted(reader.columns & set(schema.names)):
         if (count := schema.names.count(name)) > 1:
             return f"twice there: the file has {count} columns called {name!r}"
         if twice := _field_twice(schema.field(name).type, name):
@@ -154,28 +157,29 @@ def _field_twice(kind: Any, path: str) -> str:
     return next((found for found in inside if found), "")
 
 
-def _rows(batches: Iterator[Any], row: int, file: File, reading: Reading) -> Iterator[Document]:
+def _rows(batches: Iterator[Any], row: int, file: File, reader: RowReader) -> Iterator[Document]:
+    """The documents of batches of rows; `row` is the number of rows before them."""
     for batch in batches:
         columns = {name: _values(column) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
-        if reading.only_text:
-            for value in columns[reading.spec.column]:
+        if reader.only_text:
+            for value in columns[reader.spec.column]:
                 row += 1
                 place = f"{file.name}:{row}"
-                yield Document(place, None, value.why) if isinstance(value, Broken) else reading.text(place, value)
+                yield Document(place, None, value.why) if isinstance(value, UnreadableValue) else reader.text(place, value)
             continue
         for values in zip(*columns.values(), strict=True):
             row += 1
-            yield row_of(f"{file.name}:{row}", dict(zip(columns, values, strict=True)), reading)
+            yield row_of(f"{file.name}:{row}", dict(zip(columns, values, strict=True)), reader)
 
 
-def row_of(name: str, row: Row, reading: Reading) -> Document:
-    """The document of a row, some of whose values may be Broken."""
-    broken = next((value for value in row.values() if isinstance(value, Broken)), None)
-    return Document(name, None, broken.why) if broken else reading.row(name, row)
+def row_of(name: str, row: Row, reader: RowReader) -> Document:
+    """The document of a row. Values may be UnreadableValue, which makes the document one without text."""
+    broken = next((value for value in row.values() if isinstance(value, UnreadableValue)), None)
+    return Document(name, None, broken.why) if broken else reader.row(name, row)
 
 
 def _values(column: Any) -> list[Any]:
-    """A column as Python's values; one that is not UTF-8 spoils itself and no other."""
+    """A column as Python values. A value that is not UTF-8 becomes UnreadableValue and leaves the others intact."""
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError:
@@ -184,5 +188,5 @@ def _values(column: Any) -> list[Any]:
             try:
                 values.append(scalar.as_py())
             except UnicodeDecodeError as error:
-                values.append(Broken(f"not UTF-8: byte {error.start} of the text cannot be read"))
+                values.append(UnreadableValue(f"not UTF-8: byte {error.start} of the text cannot be read"))
         return values

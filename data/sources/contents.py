@@ -1,8 +1,8 @@
-"""What the files of a source held when they were read: a digest of each, taken again only where a file may be another.
+"""Digests of a source's files, computed again only if a file may have changed.
 
-A file is taken for the same where its size, times and inode are those with which its digest was found. They do not count
-where it was changed within two seconds before: a clock that ticks slowly would hide a change that comes right after.
-Files of stores far away are known by the tags that their names carry (`Source.describe`).
+A file counts as unchanged if its size, times and inode are those with which it was digested. They are not trusted if the file
+changed less than two seconds before, since a coarse clock would hide a change right after. Remote files are identified by the
+tags in their names (`Source.describe`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mikoshi.data.errors import reading
+from mikoshi.data.errors import os_errors_named
 from mikoshi.data.io.cores import cores
-from mikoshi.data.io.files import File, blocks, open_binary, told
-from mikoshi.data.io.progress import Progress, Show, quiet
+from mikoshi.data.io.files import File, blocks, open_binary, source_errors_named
+from mikoshi.data.io.progress import Progress, ProgressCallback, no_progress
 
 SOURCES = "sources.json"
 
@@ -28,40 +28,43 @@ _SHOWN = 64 << 20  # bytes that take long enough to be shown
 _SEEN = 16  # places and times at which a file was found to be the same
 _WHOLE, _BLOCKS, _BLOCK = 64 << 20, 64, 1 << 20
 
-Look = tuple[int, int, int, int]
+StatSignature = tuple[int, int, int, int]
 """Size, time of the last change of the content and of anything in ns, and inode."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """By file: its SHA-256, and the looks with which it had that. `sampled`: of a file over 64 MiB, 64 stretches of a MiB all
-    over it are digested, not the whole."""
+    """For each file its SHA-256, and the stat signatures with which it had that digest.
+
+    sampled: for a file over 64 MiB, the digest covers 64 samples of a MiB, evenly spaced, rather than the whole.
+    """
 
     digests: Mapping[str, str] = field(default_factory=dict)
-    looks: Mapping[str, tuple[Look, ...]] = field(default_factory=dict)
+    signatures: Mapping[str, tuple[StatSignature, ...]] = field(default_factory=dict)
     sampled: bool = False
 
     @property
     def digest(self) -> str:
-        """Of all of it."""
+        """One digest of all files."""
         return hashlib.sha256(json.dumps(dict(self.digests), sort_keys=True).encode()).hexdigest()
 
-    def other_than(self, before: Contents) -> str:
-        """The name of a file that is not what it was; "" where there is none."""
+    def first_difference(self, before: Contents) -> str:
+        """The name of the first file that differs from `before`; "" if none does."""
         names = sorted({*self.digests, *before.digests})
         return next((name for name in names if self.digests.get(name) != before.digests.get(name)), "")
 
-    def plain(self) -> bytes:
-        files = {name: {"sha256": digest, "seen": self.looks.get(name, ())} for name, digest in self.digests.items()}
+    def to_json(self) -> bytes:
+        """The content of sources.json, which `read_contents` reads."""
+        files = {name: {"sha256": digest, "seen": self.signatures.get(name, ())} for name, digest in self.digests.items()}
         return json.dumps({"sampled": self.sampled, "files": files}).encode() + b"\n"
 
 
 def read_contents(path: Path) -> Contents | None:
-    """What was written down there; None where nothing readable was."""
-    with reading(path):
+    """The Contents stored at `path`; None if there are none or they are damaged."""
+    with os_errors_named(path):
         try:
             raw: dict[str, Any] = json.loads(path.read_bytes())
-            looks: dict[str, tuple[Look, ...]] = {
+            looks: dict[str, tuple[StatSignature, ...]] = {
                 name: tuple((size, content, change, inode) for size, content, change, inode in file["seen"])
                 for name, file in raw["files"].items()
             }
@@ -70,23 +73,25 @@ def read_contents(path: Path) -> Contents | None:
             return None
 
 
-def contents_of(files: tuple[File, ...], known: Contents | None, sampled: bool = False, show: Show = quiet) -> Contents:
-    """What the local ones of these files hold now; those that look as they did before are not read. Raises DataError or
+def contents_of(
+    files: tuple[File, ...], known: Contents | None, sampled: bool = False, show: ProgressCallback = no_progress
+) -> Contents:
+    """Digests of the local files among `files`. Files whose stat signature is known are not read again. Raises DataError or
     StorageError for what cannot be read."""
     before = known if known is not None and known.sampled == sampled else Contents()
     local = [file for file in files if not file.remote]
-    digests, looks, left = dict[str, str](), dict[str, tuple[Look, ...]](), list[File]()
+    digests, looks, left = dict[str, str](), dict[str, tuple[StatSignature, ...]](), list[File]()
     for file in local:
-        with told(file.name):
-            look = _look(file)
-        if look in before.looks.get(file.name, ()):
-            digests[file.name], looks[file.name] = before.digests[file.name], before.looks[file.name]
+        with source_errors_named(file.name):
+            look = _stat_signature(file)
+        if look in before.signatures.get(file.name, ()):
+            digests[file.name], looks[file.name] = before.digests[file.name], before.signatures[file.name]
         else:
             left.append(file)
     progress = Progress("reading what the source holds", sum(file.size for file in left))
     with ThreadPoolExecutor(cores()) as pool:
-        for file, (digest, own) in zip(left, pool.map(lambda file: _digested(file, sampled), left), strict=True):
-            seen = before.looks.get(file.name, ()) if before.digests.get(file.name) == digest else ()
+        for file, (digest, own) in zip(left, pool.map(lambda file: _digest_file(file, sampled), left), strict=True):
+            seen = before.signatures.get(file.name, ()) if before.digests.get(file.name) == digest else ()
             digests[file.name], looks[file.name] = digest, (*seen, *own)[-_SEEN:]
             progress.done_bytes += file.size
             if progress.total_bytes > _SHOWN:
@@ -94,18 +99,18 @@ def contents_of(files: tuple[File, ...], known: Contents | None, sampled: bool =
     return Contents(digests, looks, sampled)
 
 
-def _look(file: File) -> Look:
+def _stat_signature(file: File) -> StatSignature:
     found = Path(file.url).stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def _digested(file: File, sampled: bool) -> tuple[str, tuple[Look, ...]]:
-    with told(file.name):
-        look, now = _look(file), time.time_ns()
+def _digest_file(file: File, sampled: bool) -> tuple[str, tuple[StatSignature, ...]]:
+    with source_errors_named(file.name):
+        look, now = _stat_signature(file), time.time_ns()
         digest = hashlib.sha256()
         for block in _sample(file) if sampled and file.size > _WHOLE else blocks(file):
             digest.update(block)
-        kept = max(look[1:3]) < now - _FRESH and _look(file) == look
+        kept = max(look[1:3]) < now - _FRESH and _stat_signature(file) == look
         return digest.hexdigest(), (look,) if kept else ()
 
 

@@ -1,4 +1,4 @@
-"""A dataset of the Hugging Face Hub becomes a list of files at one commit; nothing that it holds is ever run."""
+"""A dataset of the Hugging Face Hub becomes a list of files at one commit. None of its code is run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mikoshi.data.errors import DataError, of_storage
-from mikoshi.data.io.files import File, list_files, told
+from mikoshi.data.errors import DataError, storage_error
+from mikoshi.data.io.files import File, list_files, source_errors_named
 from mikoshi.data.io.kinds import JSONL, TEXT, format_of
 
 _NAME = re.compile(r"hub:(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[^:@\s]+))?(:((?P<config>[^:/\s]+)/)?(?P<split>[^:/\s]+))?")
@@ -17,9 +17,11 @@ _ANYWHERE = "download its files elsewhere and give their folder as source"
 
 
 def hub_files(source: str) -> tuple[tuple[File, ...], str]:
-    """The files of "hub:org/name@revision:split" (default: main, "train"; "config/split" chooses a configuration), each
-    with the commit as its etag, and their format ("auto": by their suffixes). Raises DataError, also for a dataset that
-    would need its own code, and StorageError where the Hub does not answer."""
+    """The files of "hub:org/name@revision:split", each with the commit as its etag, and their format ("auto": by suffix).
+
+    The revision defaults to main and the split to "train"; "config/split" selects a configuration. Raises DataError, also for a
+    dataset that needs its own code, and StorageError if the Hub does not answer.
+    """
     match = _NAME.fullmatch(source)
     if match is None:
         raise DataError(f"data.source: {source!r} is not a Hub name: write hub:org/name@revision, then :split or :config/split")
@@ -39,13 +41,15 @@ def hub_files(source: str) -> tuple[tuple[File, ...], str]:
         raise DataError(f"data.source: {source!r}: {why}") from None
     except Exception as error:  # of whatever HTTP client it uses: they have no base in common
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise of_storage(error, f"data.source: {source!r}: the Hub cannot be reached ({why}); {_ANYWHERE}") from None
-    return resolve(name, commit, match["config"], match["split"] or "train", source)
+        raise storage_error(error, f"data.source: {source!r}: the Hub cannot be reached ({why}); {_ANYWHERE}") from None
+    return resolve_files(name, commit, match["config"], match["split"] or "train", source)
 
 
-def resolve(path: str, commit: str | None, config: str | None, split: str, source: str) -> tuple[tuple[File, ...], str]:
-    """The files of one split, and their format, as `datasets` finds them: by the dataset's card or the names of files.
-    `path`: a Hub dataset's name, or a local folder."""
+def resolve_files(path: str, commit: str | None, config: str | None, split: str, source: str) -> tuple[tuple[File, ...], str]:
+    """The files of one split, and their format, as `datasets` finds them: by the dataset card or the names of files.
+
+    path: name of a Hub dataset, or a local folder.
+    """
     import datasets
 
     try:
@@ -54,7 +58,7 @@ def resolve(path: str, commit: str | None, config: str | None, split: str, sourc
         if "script" in str(error):
             raise DataError(f"data.source: {source!r} needs code of its own, which is not run; {_ANYWHERE}") from None
         line = f"data.source: {source!r}: {(str(error).splitlines() or [type(error).__name__])[0]}"
-        raise (of_storage(error, line) if isinstance(error, OSError) else DataError(line)) from None
+        raise (storage_error(error, line) if isinstance(error, OSError) else DataError(line)) from None
     module = type(builder).__module__.rpartition(".")[2]
     if module not in _FORMATS:
         raise DataError(f"data.source: {source!r} holds {module} files; readable are {', '.join(_FORMATS)}; {_ANYWHERE}")
@@ -62,7 +66,7 @@ def resolve(path: str, commit: str | None, config: str | None, split: str, sourc
     if split not in splits:
         raise DataError(f"data.source: {source!r} has no split {split!r}; it has {', '.join(map(str, splits)) or 'none'}")
     files = []
-    with told(source):
+    with source_errors_named(source):
         inside = f"hf://datasets/{path}@{commit}/" if commit else f"{Path(path).resolve()}/"
         for url in splits[split]:
             if not (str(url) if commit else str(Path(url).resolve())).startswith(inside):

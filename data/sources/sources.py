@@ -1,8 +1,8 @@
-"""Where text comes from: reading all pieces of a source in order gives each document once, however it is cut.
+"""Sources of text: reading all pieces of a source in order gives each document once, however the source is cut.
 
-`datasets` finds what a Hub dataset consists of. Files are read by their own readers rather than through it, because
-its JSON reader gives up a whole block for one broken line (and takes strings that look like dates for dates), and none
-of its readers says at which row of which file a document stood.
+`datasets` only finds the files of a Hub dataset. They are read by our own readers, since its JSON reader gives up a whole block
+for one broken line (and parses strings that look like dates), and none of its readers tells in which row of which file a
+document was.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from mikoshi.data.errors import DataError
-from mikoshi.data.io.files import File, blocks, find_files, local_file, told
-from mikoshi.data.io.kinds import JSON, JSONL, PARQUET, Chosen, choose, format_of, refuse_format, refuse_unread
+from mikoshi.data.io.files import File, blocks, find_files, local_file, source_errors_named
+from mikoshi.data.io.kinds import JSON, JSONL, PARQUET, SelectedFiles, check_format, check_readable, format_of, select_files
 from mikoshi.data.io.unpack import Unreadable
-from mikoshi.data.sources.chat import ChatTemplate, Part, load_chat
+from mikoshi.data.sources.chat import ChatTemplate, Part, load_chat_template
 from mikoshi.data.sources.columns import row_group_bytes
 from mikoshi.data.sources.formats import Span, read_span
 from mikoshi.data.sources.hub import hub_files
 from mikoshi.data.sources.json_rows import has_lines
-from mikoshi.data.sources.text import Document, SourceSpec, reading
+from mikoshi.data.sources.text import Document, SourceSpec, row_reader
 
 __all__ = ["Document", "Part", "Piece", "Source", "SourceSpec", "Span", "documents", "open_source", "pieces"]
 
@@ -33,8 +33,10 @@ PYTHON_STDLIB = "python-stdlib"
 
 @dataclass(frozen=True)
 class Source:
-    """The files of a corpus, sorted by name, how to read them, and what is said of the choice of files. It can be pickled
-    for worker processes."""
+    """The files of a corpus, sorted by name, and how to read them. It can be pickled for worker processes.
+
+    report: which files were selected, as SelectedFiles.report has it.
+    """
 
     spec: SourceSpec
     files: tuple[File, ...]
@@ -44,23 +46,30 @@ class Source:
 
     @property
     def bytes(self) -> int:
+        """Stored bytes of all files."""
         return sum(file.size for file in self.files)
 
-    def describe(self, before: bool = False) -> list[tuple[str, int]]:
-        """Names and sizes of the files: what a prepared dataset remembers of its origin. Where the store gives one, a
-        name is followed by "#" and the tag of the file's version; a chat template counts as a file. `before`: as earlier
-        versions told it."""
-        told = [(f"{file.name}#{file.etag}" if file.etag else file.name, file.size) for file in self.files]
+    def describe(self, legacy: bool = False) -> list[tuple[str, int]]:
+        """Names and sizes of the files, which a prepared dataset records as its origin.
+
+        A name is followed by "#" and the store's tag of the version, if there is one; a chat template counts as a file.
+
+        legacy: as earlier versions recorded it.
+        """
+        described = [(f"{file.name}#{file.etag}" if file.etag else file.name, file.size) for file in self.files]
         if self.chat is not None:
             now = self.chat.fingerprint[:16], len(self.chat.text.encode())
-            digest, size = self.chat.before if before else now
-            told.append((f"{self.spec.chat}#{digest}", size))
-        return told
+            digest, size = self.chat.legacy_fingerprint if legacy else now
+            described.append((f"{self.spec.chat}#{digest}", size))
+        return described
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A unit of work, the same whatever the workers. `bytes`: its share of the source's; those of all pieces are all."""
+    """A unit of work, independent of the number of workers.
+
+    bytes: its share of the source's bytes; the shares add up to all.
+    """
 
     number: int
     spans: tuple[Span, ...]
@@ -68,25 +77,25 @@ class Piece:
 
 
 def open_source(spec: SourceSpec) -> Source:
-    """The source that `spec` names, its files listed. Raises DataError if there is nothing to read, or the spec says
-    what cannot be."""
-    refuse_format(spec.format)
+    """The source that `spec` describes, with its files listed. Raises DataError if there is nothing to read or the spec is
+    invalid."""
+    check_format(spec.format)
     for key, value in (("on_invalid", spec.on_invalid), ("on_broken", spec.on_broken)):
         if value not in ("error", "skip"):
             raise DataError(f"{key} = {value!r} is neither 'error' nor 'skip'")
-    chat = load_chat(spec.chat, spec.chat_date) if spec.chat else None
+    chat = load_chat_template(spec.chat, spec.chat_date) if spec.chat else None
     if chat is not None and spec.template:
         raise DataError("template and chat: a source has one or the other; the chat template says how messages become text")
-    reading(spec, chat)
+    row_reader(spec, chat)
     kind = spec.format
     if spec.source == PYTHON_STDLIB:
-        chosen = Chosen(_python_stdlib(), {})
+        chosen = SelectedFiles(_python_stdlib(), {})
     elif spec.source.startswith("hub:"):
         files, found = hub_files(spec.source)
-        kind, chosen = found if kind == "auto" else kind, Chosen(files, {})
+        kind, chosen = found if kind == "auto" else kind, SelectedFiles(files, {})
     else:
-        chosen = choose(*find_files(spec.source), kind)
-    refuse_unread(chosen.files, kind)
+        chosen = select_files(*find_files(spec.source), kind)
+    check_readable(chosen.files, kind)
     return Source(spec, chosen.files, kind, chat, chosen.report(kind))
 
 
@@ -98,22 +107,22 @@ def _python_stdlib() -> tuple[File, ...]:
 
 
 def pieces(source: Source, target: int) -> tuple[Piece, ...]:
-    """The source in pieces of about `target` bytes: small files together, plain JSON lines cut anywhere, a Parquet
-    between row groups; any other file stays whole."""
+    """The source in pieces of about `target` bytes: small files together, plain JSON lines cut at any line, Parquet between
+    row groups. Any other file stays whole."""
     cut: list[Piece] = []
     spans: list[Span] = []
-    held = 0
+    size_so_far = 0
     for span, size in _units(source, target):
-        if spans and held + size > target:
-            cut.append(Piece(len(cut), tuple(spans), held))
-            spans, held = [], 0
+        if spans and size_so_far + size > target:
+            cut.append(Piece(len(cut), tuple(spans), size_so_far))
+            spans, size_so_far = [], 0
         spans.append(span)
-        held += size
-    return (*cut, Piece(len(cut), tuple(spans), held))
+        size_so_far += size
+    return (*cut, Piece(len(cut), tuple(spans), size_so_far))
 
 
 def _units(source: Source, target: int) -> Iterator[tuple[Span, int]]:
-    """What is not cut further, with its bytes."""
+    """The smallest parts of the source, with their bytes."""
     for number, file in enumerate(source.files):
         kind = format_of(file, source.format)
         whole = [(Span(number, 0, -1), file.size)]
@@ -122,7 +131,7 @@ def _units(source: Source, target: int) -> Iterator[tuple[Span, int]]:
             ends = [file.size * i // count for i in range(count + 1)]
             yield from ((Span(number, a, b), b - a) for a, b in itertools.pairwise(ends))
         elif file.size > target and kind == PARQUET:
-            with told(file.name):
+            with source_errors_named(file.name):
                 sizes = row_group_bytes(file)
             yield from ((Span(number, i, i + 1), size) for i, size in enumerate(sizes)) if sizes else whole
         else:
@@ -130,7 +139,7 @@ def _units(source: Source, target: int) -> Iterator[tuple[Span, int]]:
 
 
 def _has_lines(file: File) -> bool:
-    with told(file.name):
+    with source_errors_named(file.name):
         try:
             return has_lines(file)
         except Unreadable:
@@ -138,24 +147,28 @@ def _has_lines(file: File) -> bool:
 
 
 def documents(source: Source, piece: Piece, specials: Iterable[str] = ()) -> Iterator[Document]:
-    """The documents of a piece in order. `specials`: the tokenizer's special tokens, which a conversation's messages may
-    not hold. What cannot be read raises DataError by name, or with on_invalid "skip" comes as a Document without text,
-    as one does that the source's filter drops."""
-    how = reading(source.spec, source.chat, frozenset(specials))
+    """The documents of a piece, in order.
+
+    specials: the tokenizer's special tokens, which the messages of a conversation may not contain.
+
+    Unreadable documents raise DataError with their name; with on_invalid "skip" they come as documents without text, as do
+    those that the source's filter drops.
+    """
+    reader = row_reader(source.spec, source.chat, frozenset(specials))
     for span in piece.spans:
         file = source.files[span.file]
-        with told(file.name):
-            for document in read_span(file, format_of(file, source.format), span, how):
+        with source_errors_named(file.name):
+            for document in read_span(file, format_of(file, source.format), span, reader):
                 if document.text is None and not document.dropped:
                     _refuse(document, file, source.spec)
                 yield from document.texts()
 
 
 def _refuse(document: Document, file: File, spec: SourceSpec) -> None:
-    """Raises DataError for what cannot be read, unless it is to be left out."""
+    """Raises DataError for an unreadable document, unless the source leaves such out."""
     if document.broken and spec.on_broken == "error":
-        way = 'mend or remove the file; data.on_broken = "skip" leaves out and counts what is lost'
-        raise DataError(f"{document.name}: {document.problem} ({way})")
+        remedy = 'mend or remove the file; data.on_broken = "skip" leaves out and counts what is lost'
+        raise DataError(f"{document.name}: {document.problem} ({remedy})")
     if not document.broken and spec.on_invalid == "error":
         name = _with_line(document.name, file)
         column = "data.text_column names it, " if document.problem.startswith("no column") else ""
@@ -163,7 +176,7 @@ def _refuse(document: Document, file: File, spec: SourceSpec) -> None:
 
 
 def _with_line(name: str, file: File) -> str:
-    """A line that is known by its first byte is told by its number as well, where counting costs no transfer."""
+    """The name with a line number in place of a byte offset, if counting needs no transfer."""
     head, _, byte = name.rpartition(":byte ")
     if not head or file.remote:
         return name

@@ -1,7 +1,7 @@
-"""Chat templates: found, compiled and rendered as Hugging Face transformers does, in jinja2's sandbox, with two differences.
+"""Chat templates: loaded, compiled and rendered as Hugging Face transformers does, in jinja2's sandbox, with two differences.
 
-A name that is nowhere defined is an error where it would be written, not an empty text. And the day is not today's but the
-one that is given with the template: the same data must give the same tokens tomorrow.
+Writing an undefined name is an error rather than an empty text. And the date is the one given with the template rather than
+today's, so that the same data always gives the same tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mikoshi.data.errors import DataError, of_storage
+from mikoshi.data.errors import DataError, storage_error
 
 if TYPE_CHECKING:
     import jinja2
@@ -43,9 +43,13 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A template and what it may name: `tokens` are pairs such as ("bos_token", "<s>"), `specials` the special tokens
-    that are known to stand in it, `unset` the tokens that its tokenizer says it has not, written as nothing. `date`: the day
-    that strftime_now tells of, as 2026-01-31; "": none."""
+    """A template and the values that it may use.
+
+    tokens: pairs such as ("bos_token", "<s>").
+    specials: special tokens known to appear in its output.
+    unset: names of tokens that its tokenizer does not have; they write nothing.
+    date: the date that strftime_now gives, as 2026-01-31; "" for none.
+    """
 
     name: str
     text: str
@@ -56,14 +60,14 @@ class ChatTemplate:
 
     @property
     def fingerprint(self) -> str:
-        """The same where a conversation becomes the same text, of which the same is learned."""
+        """Equal where conversations become the same texts with the same parts learned."""
         plain = [_RULES, self.text, self.tokens, sorted(self.specials), sorted(self.unset), self.date]
         return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
     @property
-    def before(self) -> tuple[str, int]:
-        """The beginning of its fingerprint, and its bytes, in earlier versions, by whose rules the ends of some turns were not
-        learned."""
+    def legacy_fingerprint(self) -> tuple[str, int]:
+        """The beginning of the fingerprint, and the bytes of the template, in earlier versions, whose rules did not learn
+        the ends of some turns."""
         if self.name == CHATML:
             return "f363ce0b4d3b6b7e", 339
         text = self.text.encode()
@@ -74,10 +78,14 @@ class ChatProblem(Exception):
     """What is wrong with one conversation, as "kind: detail"."""
 
 
-def load_chat(chat: str, date: str = "") -> ChatTemplate:
-    """The template called `chat`: "chatml", a tokenizer_config.json or chat_template.json with a `chat_template`, a folder
-    with one of these or a chat_template.jinja, or a file with the template alone. Special tokens come from the
-    tokenizer_config.json and special_tokens_map.json beside it. Raises DataError."""
+def load_chat_template(chat: str, date: str = "") -> ChatTemplate:
+    """Load a chat template. Raises DataError.
+
+    chat: "chatml", a tokenizer_config.json or chat_template.json with a `chat_template`, a folder with one of these or a
+        chat_template.jinja, or a file with the template alone. Special tokens come from tokenizer_config.json and
+        special_tokens_map.json beside it.
+    date: the date that the template may write, as 2026-01-31.
+    """
     if date:
         _day(date)
     if chat == CHATML:
@@ -93,8 +101,8 @@ def load_chat(chat: str, date: str = "") -> ChatTemplate:
         found = [json.loads(file.read_text(encoding="utf-8")) for file in beside if file.is_file() and file != path]
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
-        told = f"data.chat = {chat!r}: {path} cannot be read: {why}"
-        raise of_storage(error, told, 'give "chatml" or a file with a template') from None
+        reason = f"data.chat = {chat!r}: {path} cannot be read: {why}"
+        raise storage_error(error, reason, 'give "chatml" or a file with a template') from None
     if path.suffix == ".json":
         text = own.get("chat_template") if isinstance(own, dict) else None
         if isinstance(text, list):  # several templates under names of their own
@@ -107,23 +115,23 @@ def load_chat(chat: str, date: str = "") -> ChatTemplate:
     return template
 
 
-def parse_chat(content: str) -> ChatTemplate:
-    """The template that `write_chat` made a text of."""
+def parse_chat_template(content: str) -> ChatTemplate:
+    """The template in the JSON that `dump_chat_template` wrote."""
     plain = json.loads(content)
     tokens = tuple((str(key), str(token)) for key, token in plain["tokens"])
     specials, unset = frozenset(plain["specials"]), frozenset(plain["unset"])
     return ChatTemplate(plain["name"], plain["text"], tokens, specials, unset, plain["date"])
 
 
-def write_chat(template: ChatTemplate) -> str:
-    """The template as JSON, with all that it needs, so that it is known wherever its file has gone."""
+def dump_chat_template(template: ChatTemplate) -> str:
+    """The template as JSON, with everything it needs, so that its file is not needed any more."""
     plain = {name: getattr(template, name) for name in ("name", "text", "tokens", "date")}
     return json.dumps(plain | {"specials": sorted(template.specials), "unset": sorted(template.unset)}, indent=2) + "\n"
 
 
 def _tokens(configs: Sequence[dict[str, Any]]) -> tuple[tuple[tuple[str, str], ...], frozenset[str], frozenset[str]]:
-    """The special tokens of a tokenizer's files, what the first says before what others do: those with a name, all, and
-    the names that stand for none."""
+    """The special tokens of a tokenizer's files, the first file first: those with a name, all of them, and the names without
+    a token."""
 
     def content(token: object) -> str:
         token = token.get("content") if isinstance(token, dict) else token
@@ -197,8 +205,8 @@ def _compiled(template: ChatTemplate) -> jinja2.Template:
 
 
 def _undefined(unset: frozenset[str]) -> type[jinja2.Undefined]:
-    """What a name stands for that has no value: it may be asked for, as templates do, but not written; unless it is one of
-    `unset`, or the missing key of a value, which write nothing."""
+    """The class of undefined names: they may be tested, as templates do, but not written, except those in `unset` and
+    missing keys of a value, which write nothing."""
     import jinja2
     from jinja2.utils import missing
 
@@ -223,8 +231,12 @@ def _undefined(unset: frozenset[str]) -> type[jinja2.Undefined]:
 
 
 def render(template: ChatTemplate, messages: list[Message], tools: list[Any] | None, prompt: bool = False) -> str:
-    """The text of a conversation, with the header of the next answer if `prompt`. OPEN and CLOSE stand around what is marked
-    by {% generation %}. Raises ChatProblem where the template refuses it."""
+    """The text of a conversation, with OPEN and CLOSE around what {% generation %} marks.
+
+    prompt: end with the header of the next answer.
+
+    Raises ChatProblem if the template refuses the conversation.
+    """
     import jinja2
 
     given = [_named(message) for message in messages]
@@ -246,7 +258,7 @@ def _rendered(template: ChatTemplate, messages: list[Message], tools: list[Any] 
 
 
 def _named(message: Message) -> Message:
-    """The message with its reasoning under the names that templates know it by, as transformers gives it."""
+    """The message with its reasoning under all names that templates use, as transformers gives it."""
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

@@ -1,6 +1,6 @@
-"""A row becomes a document the same way whatever file it stood in, or says in one line why it cannot.
+"""A row becomes a document in the same way whatever file it is from, or has a one-line problem.
 
-A problem reads "kind: detail"; problems of one kind can be counted together by what stands before the first colon.
+A problem reads "kind: detail"; problems are counted by kind.
 """
 
 from __future__ import annotations
@@ -26,11 +26,17 @@ ALLOWED_IN_WHERE = "column names, constants, == != < <= > >=, in, not in, and, o
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """`name` says where it stands ("web/a.jsonl:17"). `text` is None where it could not be read or was left out, and
-    `problem` says why; `dropped` where that was the user's own filter, no error; `broken` where the file breaks off, so that
-    `count` documents, at least, are lost together. `parts` says which stretches of an instruction document are learned, and
-    together they are the text; without parts, the whole text is. `more`: the parts of further texts that a conversation
-    becomes, where it becomes several; `row`: of such a text, the first one of its row."""
+    """A document, or the reason why there is none.
+
+    name: where it is ("web/a.jsonl:17").
+    text: None if it could not be read or was left out.
+    problem: why there is no text.
+    dropped: the user's own filter left it out; no error.
+    broken: the file breaks off here, and at least `count` documents are lost.
+    parts: the parts of an instruction document, which together are the text; without parts, all of it is learned.
+    more: the parts of further texts, if a conversation becomes several.
+    row: of a further text, the first text of its row.
+    """
 
     name: str
     text: str | None
@@ -43,12 +49,12 @@ class Document:
     row: str = ""
 
     @property
-    def side(self) -> str:
-        """The text by which it is decided on which side of the held-out split it stands: all texts of a row on one."""
+    def split_key(self) -> str:
+        """The text that decides on which side of the held-out split the document is: all texts of a row are on one side."""
         return self.row or self.text or ""
 
     def texts(self) -> tuple[Document, ...]:
-        """The document of each text."""
+        """One document for each text."""
         further = (Document(self.name, _joined(parts), parts=parts, row=self.text or "") for parts in self.more)
         return (replace(self, more=()), *further) if self.more else (self,)
 
@@ -85,29 +91,34 @@ class SourceSpec:
     on_broken: str = "error"
 
     def identity(self) -> dict[str, Any]:
-        """What the documents that can be read depend on, as plain values."""
+        """What the readable documents depend on, as plain values."""
         without = ("on_invalid", "on_broken", "chat_date")  # a date is told by the template, which is one of the files
         return {name: value for name, value in asdict(self).items() if name not in without}
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How the rows of one source are read. `columns` are those that it looks at where a row has them."""
+class RowReader:
+    """Reads the rows of one source.
+
+    columns: those it needs, where a row has them.
+    keep: the row filter, None for none.
+    template_fields: pairs of the text before a column and the column.
+    """
 
     spec: SourceSpec
     columns: frozenset[str]
     keep: Callable[[Row], bool] | None
-    filled: tuple[tuple[str, str], ...]
+    template_fields: tuple[tuple[str, str], ...]
     chat: ChatTemplate | None
     specials: frozenset[str]
 
     @property
     def only_text(self) -> bool:
-        """Whether a document is a column's text and nothing else is asked of its row."""
-        return self.keep is None and not self.filled and self.chat is None
+        """Whether a document is a column's text, and nothing else of the row is needed."""
+        return self.keep is None and not self.template_fields and self.chat is None
 
-    def lacks(self, columns: Iterable[str]) -> str:
-        """What is wrong with a file that has these columns; "" where every row of it can be read."""
+    def missing_columns(self, columns: Iterable[str]) -> str:
+        """What is wrong with a file that has these columns; "" if every row of it can be read."""
         there = set(columns)
         missing = self.columns - there
         if self.chat is not None:
@@ -118,20 +129,20 @@ class Reading:
         return _no_column(min(missing), columns) if missing else ""
 
     def row(self, name: str, row: Row) -> Document:
-        """The document of a row, which may have more columns than are looked at."""
+        """The document of a row, which may have more columns than needed."""
         try:
             if self.keep is not None and not self.keep(row):
                 return Document(name, None, "where", dropped=True)
             if self.chat is not None:
                 first, *more = chat_samples(self.chat, _messages(row, self.spec), self.specials, row.get(TOOLS))
                 return Document(name, _joined(first), parts=first, more=tuple(more))
-            text = self._fill(row) if self.filled else _column(row, self.spec.column)
+            text = self._fill(row) if self.template_fields else _column(row, self.spec.column)
         except (_Problem, ChatProblem) as problem:
             return Document(name, None, str(problem))
         return self.text(name, text)
 
     def text(self, name: str, text: object) -> Document:
-        """The document of what stands in the text column."""
+        """The document of a value of the text column."""
         if not isinstance(text, str):
             return Document(name, None, f"no text: column {self.spec.column!r} holds {_kind(text)}")
         if not text.isascii():
@@ -143,7 +154,7 @@ class Reading:
 
     def _fill(self, row: Row) -> str:
         pieces = []
-        for literal, column in self.filled:
+        for literal, column in self.template_fields:
             pieces.append(literal)
             if column:
                 value = _column(row, column)
@@ -162,9 +173,11 @@ class _Problem(Exception):
 
 
 @lru_cache(maxsize=16)
-def reading(spec: SourceSpec, chat: ChatTemplate | None, specials: frozenset[str] = frozenset()) -> Reading:
-    """How rows are read by `spec`. `specials`: the tokenizer's special tokens, which no message may have written out.
-    Raises DataError for a filter or template that says what is not allowed."""
+def row_reader(spec: SourceSpec, chat: ChatTemplate | None, specials: frozenset[str] = frozenset()) -> RowReader:
+    """The reader of a source's rows. Raises DataError for an invalid filter or template.
+
+    specials: the tokenizer's special tokens, which no message may contain.
+    """
     keep, looked_at = _compile_where(spec.where) if spec.where else (None, set())
     filled = _parse_template(spec.template) if spec.template else ()
     if chat is not None:
@@ -173,7 +186,7 @@ def reading(spec: SourceSpec, chat: ChatTemplate | None, specials: frozenset[str
         looked_at |= {column for _, column in filled if column}
     else:
         looked_at |= {spec.column}
-    return Reading(spec, frozenset(looked_at), keep, filled, chat, specials)
+    return RowReader(spec, frozenset(looked_at), keep, filled, chat, specials)
 
 
 def _kind(value: object) -> str:
@@ -196,8 +209,8 @@ def _messages(row: Row, spec: SourceSpec) -> object:
     if row.get(spec.messages) is not None:
         return row[spec.messages]
     if spec.prompt in row and spec.response in row:
-        asked, answered = row[spec.prompt], row[spec.response]
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        prompt, response = row[spec.prompt], row[spec.response]
+        return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     missing = f"neither {spec.messages!r} nor {spec.prompt!r} and {spec.response!r} are there"
     raise _Problem(f"no column: {missing}; it has {', '.join(row)}")
 
@@ -237,8 +250,8 @@ _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 
 
 def _compile_where(text: str) -> tuple[Callable[[Row], bool], set[str]]:
-    """The filter as a function of a row, and the columns it looks at. The expression is walked, never executed as
-    Python: only what is named in ALLOWED_IN_WHERE has a meaning."""
+    """The filter as a function of a row, and the columns it needs. The expression is interpreted and never executed as
+    Python: only what ALLOWED_IN_WHERE names has a meaning."""
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         value = _value(tree)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import tiktoken
 from tokenizers import Tokenizer as Backend
 
-from mikoshi.data.tokenizer.merge_ranks import LETTER, PATTERNS, unwritten
+from mikoshi.data.tokenizer.merge_ranks import LETTER, PATTERNS, unicode_to_bytes
 
 Ids = npt.NDArray[np.uint32]
 
@@ -48,8 +48,11 @@ _PROBE = (
 
 
 @dataclass(frozen=True)
-class Ranked:
-    """tiktoken's merging. `table`: ids by rank, where they are not the same."""
+class TiktokenBackend:
+    """Merging by tiktoken.
+
+    table: ids by rank, if they differ.
+    """
 
     encoding: tiktoken.Encoding
     table: Ids | None
@@ -57,28 +60,34 @@ class Ranked:
     name = "tiktoken"
 
     def ids(self, text: str) -> Ids:
-        """Raises UnicodeEncodeError for half a surrogate pair."""
+        """The ids of a text. Raises UnicodeEncodeError for half a surrogate pair."""
         ranks: Ids = self.encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
         return ranks if self.table is None else self.table[ranks]
 
 
 @dataclass(frozen=True)
-class Bytes:
-    """A vocabulary without merges: the ids of the 256 bytes."""
+class BytesBackend:
+    """A vocabulary without merges.
+
+    table: ids of the 256 bytes.
+    """
 
     table: Ids
 
     name = "bytes"
 
     def ids(self, text: str) -> Ids:
-        """Raises UnicodeEncodeError for half a surrogate pair."""
+        """The ids of a text. Raises UnicodeEncodeError for half a surrogate pair."""
         return self.table[np.frombuffer(text.encode(), dtype=np.uint8)]
 
 
 def windows(text: str) -> Iterator[str]:
     """The text in stretches of at most WINDOW characters, cut where every pattern of PATTERNS cuts too, so that their ids
-    together are the text's. A stretch that offers no such place (one word, or white space, of WINDOW characters) is cut at
-    its end: merges do not go across that, and neither backend runs out of time, stack or memory on it."""
+    together are the text's.
+
+    A stretch without such a place (one word, or white space, of WINDOW characters) is cut at its end, so that neither backend
+    runs out of time, stack or memory; merges do not cross that cut.
+    """
     start = 0
     while len(text) - start > WINDOW:
         stop = start + WINDOW
@@ -93,7 +102,7 @@ def windows(text: str) -> Iterator[str]:
 
 
 def seams_known(parts: dict[str, Any]) -> bool:
-    """Whether `windows` cuts where this tokenizer.json (parsed) cuts: no normalizer, and a pattern of PATTERNS."""
+    """Whether `windows` cuts only where this tokenizer.json (parsed) cuts: no normalizer, and a pattern of PATTERNS."""
     return parts["normalizer"] is None and bool(_pattern(parts["pre_tokenizer"]))
 
 
@@ -116,8 +125,8 @@ def _pattern(before: dict[str, Any] | None) -> str | None:
     return regex if regex in PATTERNS.values() and how in (("Isolated", False), ("Removed", True)) else None
 
 
-def fast_path(backend: Backend) -> Ranked | Bytes | str:
-    """What gives the same ids faster, or in words why nothing does."""
+def fast_path(backend: Backend) -> TiktokenBackend | BytesBackend | str:
+    """A faster backend with the same ids, or the reason why there is none."""
     parts = json.loads(backend.to_str())
     model, pattern = parts["model"], _pattern(parts["pre_tokenizer"])
     if model["type"] != "BPE" or parts["normalizer"] is not None or pattern is None:
@@ -132,7 +141,7 @@ def fast_path(backend: Backend) -> Ranked | Bytes | str:
     if absent:
         return f"byte {absent[0]} has no token"
     if not model["merges"] and not model["ignore_merges"]:
-        return Bytes(np.array([vocab[letter] for letter in LETTER], dtype=np.uint32))
+        return BytesBackend(np.array([vocab[letter] for letter in LETTER], dtype=np.uint32))
     if pattern == "":
         return "texts are not split before merging"
     order = _order(parts, backend)
@@ -156,7 +165,7 @@ def _order(parts: dict[str, Any], backend: Backend) -> list[str] | str:
         if token != last and first.setdefault(token, place) != place:
             scattered.add(token)
         last = token
-    tokens = [token for token in vocab if unwritten(token) is not None]
+    tokens = [token for token in vocab if unicode_to_bytes(token) is not None]
     made: list[str] = []
     whole: list[str] = []
     for token, ids in zip(tokens, _merged(tokens, parts, backend), strict=True):
@@ -182,12 +191,12 @@ def _merged(tokens: list[str], parts: dict[str, Any], backend: Backend) -> list[
     return [encoding.ids for encoding in bare.encode_batch_fast(tokens, add_special_tokens=False)]
 
 
-def _ranked(order: list[str], vocab: dict[str, int], pattern: str) -> Ranked:
+def _ranked(order: list[str], vocab: dict[str, int], pattern: str) -> TiktokenBackend:
     ids = np.array([vocab[token] for token in order], dtype=np.uint32)
-    tokens = [token for token in map(unwritten, order) if token is not None]
+    tokens = [token for token in map(unicode_to_bytes, order) if token is not None]
     rising = bool((ids[1:] > ids[:-1]).all())  # then the ids are as good as ranks
     ranks = dict(zip(tokens, ids.tolist() if rising else range(len(tokens)), strict=True))
     # tiktoken looks for special tokens first and is quicker where there is one to look for; none is ever allowed.
     never = {"<|never|>": max(ranks.values()) + 1}
     encoding = tiktoken.Encoding("mikoshi", pat_str=_QUICKER.get(pattern, pattern), mergeable_ranks=ranks, special_tokens=never)
-    return Ranked(encoding, None if rising else ids)
+    return TiktokenBackend(encoding, None if rising else ids)

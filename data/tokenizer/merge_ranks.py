@@ -1,4 +1,4 @@
-"""Vocabularies that are not yet a tokenizer.json, made into one that gives the same ids: tiktoken's ranks, GPT-2's, bytes."""
+"""Vocabularies in other formats (tiktoken's ranks, GPT-2's files, bytes) become a tokenizer.json that gives the same ids."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mikoshi.data.errors import DataError, of_storage
+from mikoshi.data.errors import DataError, storage_error
 
 SEPARATOR = "<|endoftext|>"
 """The token that ends every document."""
@@ -63,7 +63,8 @@ LETTER = _alphabet()
 """LETTER[b]: how byte b is written in a byte-level vocabulary."""
 
 
-def written(token: bytes) -> str:
+def bytes_to_unicode(token: bytes) -> str:
+    """A token's bytes as a byte-level vocabulary writes them (GPT-2's bytes_to_unicode)."""
     return "".join(LETTER[b] for b in token)
 
 
@@ -71,8 +72,8 @@ _NONE = 0x10FFFF  # no letter of any byte
 _TO_BYTE = {**dict.fromkeys(range(256), _NONE), **{ord(letter): byte for byte, letter in enumerate(LETTER)}}
 
 
-def unwritten(token: str) -> bytes | None:
-    """The bytes that a byte-level token stands for; None if it holds a character that is none of the 256."""
+def unicode_to_bytes(token: str) -> bytes | None:
+    """The bytes of a byte-level token; None if it has a character that stands for no byte."""
     try:
         return token.translate(_TO_BYTE).encode("latin-1")
     except UnicodeEncodeError:
@@ -111,8 +112,8 @@ def byte_level(
     }, ensure_ascii=False)  # fmt: skip
 
 
-def named(name: str) -> str:
-    """The tokenizer.json of one of NAMES, from files of installed packages and tiktoken's cache, never from the network.
+def load_named(name: str) -> str:
+    """The tokenizer.json of one of NAMES, from installed packages and tiktoken's cache, never from the network.
 
     Raises DataError that says how to get what is missing.
     """
@@ -156,7 +157,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
-        raise of_storage(error, f"data.tokenizer: cannot read {path}: {error.strerror}") from None
+        raise storage_error(error, f"data.tokenizer: cannot read {path}: {error.strerror}") from None
     ranks: dict[bytes, int] = {}
     taken: set[int] = set()
     for number, line in enumerate(lines, 1):
@@ -187,8 +188,8 @@ def from_ranks(ranks: Mapping[bytes, int], pattern: str, specials: Mapping[str, 
             f"data.tokenizer: special token {clash[0]!r} has the id of another token: give a file of this vocabulary"
         )
     merges, all_merge = merges_of(ranks)
-    vocab = {written(token): rank for token, rank in sorted(ranks.items(), key=lambda pair: pair[1])}
-    pairs = [(written(left), written(right)) for left, right in merges]
+    vocab = {bytes_to_unicode(token): rank for token, rank in sorted(ranks.items(), key=lambda pair: pair[1])}
+    pairs = [(bytes_to_unicode(left), bytes_to_unicode(right)) for left, right in merges]
     return byte_level(vocab, pairs, "gpt2" if pattern == PATTERNS["gpt2"] else pattern, specials, not all_merge)
 
 

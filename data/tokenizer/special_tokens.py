@@ -1,8 +1,8 @@
-"""Which tokens begin and end a document, and at which a model stops: as the tokenizer's files say, never by a guess.
+"""Which tokens begin and end a document, and at which a model stops, as the tokenizer's files say. Nothing is guessed.
 
-The files are those that Hugging Face models keep beside their tokenizer.json. What ends a document is, in this order: what
-the user names, `eos_token` of tokenizer_config.json, of special_tokens_map.json, `eos_token_id` of generation_config.json, of
-config.json, and where none of them is there, the one special token that is known by its name to be one.
+The files are those that Hugging Face models have beside tokenizer.json. The token that ends a document is, in this order: the
+one the user names, `eos_token` of tokenizer_config.json, of special_tokens_map.json, `eos_token_id` of generation_config.json,
+of config.json, and without any of these the one special token whose name is known to end documents.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from mikoshi.data.errors import DataError, of_storage
+from mikoshi.data.errors import DataError, storage_error
 from mikoshi.data.tokenizer.merge_ranks import SEPARATOR
 
 AUTO, NONE = "auto", "none"
@@ -24,13 +24,17 @@ _CONFIG, _MAP, _GENERATION, _MODEL = (
 )  # fmt: skip
 _ENDS = (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>", "<｜end▁of▁sentence｜>")
 _END_OF_TURN = "<|im_end|>"
-_BEFORE = (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>", _END_OF_TURN)
+_LEGACY_ENDS = (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>", _END_OF_TURN)
 
 
 @dataclass(frozen=True)
-class Marks:
-    """separator: the id that ends a document. bos: the one that begins it; None: it begins with its text. stops: the ids
-    after which a model has no more to say, the separator among them."""
+class BoundaryTokens:
+    """Ids at the boundaries of documents.
+
+    separator: ends a document.
+    bos: begins a document; None if it begins with its text.
+    stops: ids after which generation stops, including the separator.
+    """
 
     separator: int
     bos: int | None
@@ -38,14 +42,14 @@ class Marks:
 
 
 @dataclass(frozen=True)
-class Files:
-    """What stands beside a tokenizer.json, by the file's name; each an object."""
+class TokenizerFiles:
+    """The JSON files beside a tokenizer.json, by name."""
 
     where: Path
     found: Mapping[str, Mapping[str, Any]]
 
     def token(self, key: str) -> tuple[str, str]:
-        """The token called `key` ("eos_token"), and the file that says so; "" where none does."""
+        """The token called `key` ("eos_token") and the file that names it; two "" if none does."""
         for name in (_CONFIG, _MAP):
             value = self.found.get(name, {}).get(key)
             value = value.get("content") if isinstance(value, dict) else value  # an AddedToken, written out
@@ -54,7 +58,7 @@ class Files:
         return "", ""
 
     def ids(self, key: str) -> list[tuple[int, str]]:
-        """The ids called `key` ("eos_token_id") and the files that say so, the first first."""
+        """The ids called `key` ("eos_token_id") and the files that name them, in order."""
         out = []
         for name in (_GENERATION, _MODEL):
             content = self.found.get(name, {})
@@ -67,8 +71,8 @@ class Files:
         return out
 
 
-def read_files(folder: Path) -> Files:
-    """Raises DataError for a file that is there and cannot be read."""
+def read_tokenizer_files(folder: Path) -> TokenizerFiles:
+    """Read the files beside a tokenizer.json. Raises DataError for a file that cannot be read."""
     found = {}
     for name in (_CONFIG, _MAP, _GENERATION, _MODEL):
         path = folder / name
@@ -77,55 +81,62 @@ def read_files(folder: Path) -> Files:
                 continue
             content = json.loads(path.read_bytes())
         except OSError as error:
-            raise of_storage(error, f"data.tokenizer: cannot read {path}: {error.strerror}") from None
+            raise storage_error(error, f"data.tokenizer: cannot read {path}: {error.strerror}") from None
         except (ValueError, RecursionError) as error:
-            told = f"data.tokenizer: {path}, beside the tokenizer, is not JSON ({error}): mend it or move it"
-            raise DataError(told) from None
+            reason = f"data.tokenizer: {path}, beside the tokenizer, is not JSON ({error}): mend it or move it"
+            raise DataError(reason) from None
         if not isinstance(content, dict):
             raise DataError(f"data.tokenizer: {path}, beside the tokenizer, holds no object: mend it or move it")
         found[name] = content
-    return Files(folder, found)
+    return TokenizerFiles(folder, found)
 
 
-def find_marks(backend: Backend, origin: str, files: Files | None, separator: str = "", bos: str = AUTO) -> Marks:
-    """The marks of a tokenizer called `origin`. `separator`, `bos`: the tokens' names, where the user gives them.
+def find_boundaries(
+    backend: Backend, origin: str, files: TokenizerFiles | None, separator: str = "", bos: str = AUTO
+) -> BoundaryTokens:
+    """The boundary tokens of a tokenizer called `origin`.
 
-    Raises DataError where nothing says what ends a document, where what says it names no token of this tokenizer, and where
-    several tokens fit.
+    separator, bos: names of tokens, if the user gives them.
+
+    Raises DataError if nothing says what ends a document, if the token named does not exist, or if several tokens fit.
     """
-    files = files or Files(Path(), {})
+    files = files or TokenizerFiles(Path(), {})
     known = set(backend.get_vocab().values())
     end = _separator(backend, origin, files, separator, known)
     token, _ = files.token("eos_token")
     stops = {end, *(number for number, _ in files.ids("eos_token_id"))}
     if token and (number := backend.token_to_id(token)) is not None:
         stops.add(number)
-    return Marks(end, _bos(backend, origin, files, bos, known), frozenset(stops & known))
+    return BoundaryTokens(end, _bos(backend, origin, files, bos, known), frozenset(stops & known))
 
 
-def separator_before(backend: Backend) -> int | None:
-    """What ended documents before it was asked of the files: data that is made so has the fingerprint that it had."""
-    return next((i for i in map(backend.token_to_id, _BEFORE) if i is not None), None)
+def legacy_separator(backend: Backend) -> int | None:
+    """The separator of earlier versions, which did not read the files. Data made with it keeps its fingerprint."""
+    return next((i for i in map(backend.token_to_id, _LEGACY_ENDS) if i is not None), None)
 
 
-def marks_before(backend: Backend) -> Marks | None:
-    """The marks of what was saved with nothing beside it."""
-    end = separator_before(backend)
-    return None if end is None else Marks(end, None, frozenset({end}))
+def legacy_boundaries(backend: Backend) -> BoundaryTokens | None:
+    """The boundary tokens of a saved tokenizer without files beside it."""
+    end = legacy_separator(backend)
+    return None if end is None else BoundaryTokens(end, None, frozenset({end}))
 
 
-def written(backend: Backend, marks: Marks) -> dict[str, bytes]:
-    """The files that say so beside a tokenizer.json; none where it alone does. Models of Hugging Face have the same."""
-    if marks == marks_before(backend):
+def boundary_files(backend: Backend, boundaries: BoundaryTokens) -> dict[str, bytes]:
+    """The files that record the boundaries beside a tokenizer.json, in Hugging Face's format; none if tokenizer.json alone
+    is enough."""
+    if boundaries == legacy_boundaries(backend):
         return {}
-    begin = {"bos_token": None if marks.bos is None else backend.id_to_token(marks.bos), "add_bos_token": marks.bos is not None}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": backend.id_to_token(marks.separator), **begin}
-    stops = [marks.separator, *sorted(marks.stops - {marks.separator})]
+    begin = {
+        "bos_token": None if boundaries.bos is None else backend.id_to_token(boundaries.bos),
+        "add_bos_token": boundaries.bos is not None,
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": backend.id_to_token(boundaries.separator), **begin}
+    stops = [boundaries.separator, *sorted(boundaries.stops - {boundaries.separator})]
     plain = {_CONFIG: config, _GENERATION: {"eos_token_id": stops}}
     return {name: (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode() for name, content in plain.items()}
 
 
-def _separator(backend: Backend, origin: str, files: Files, named: str, known: set[int]) -> int:
+def _separator(backend: Backend, origin: str, files: TokenizerFiles, named: str, known: set[int]) -> int:
     if named:
         return _named(backend, origin, "data.separator", named)
     token, name = files.token("eos_token")
@@ -152,20 +163,20 @@ def _separator(backend: Backend, origin: str, files: Files, named: str, known: s
 
 
 def _no_end(backend: Backend) -> str:
-    plain = [token for token in _BEFORE if backend.token_to_id(token) is not None]
+    plain = [token for token in _LEGACY_ENDS if backend.token_to_id(token) is not None]
     some = sorted(_specials(backend))
     shown = f" (it has {', '.join(some[:8])}{', ...' if len(some) > 8 else ''})" if some else ""
     not_special = f"; {plain[0]!r} is ordinary text in it" if plain else ""
     return f"no special token that is known to end documents{shown}{not_special}"
 
 
-def _bos(backend: Backend, origin: str, files: Files, named: str, known: set[int]) -> int | None:
+def _bos(backend: Backend, origin: str, files: TokenizerFiles, named: str, known: set[int]) -> int | None:
     if named != AUTO:
         return None if named == NONE else _named(backend, origin, "data.bos", named)
-    asked = files.found.get(_CONFIG, {}).get("add_bos_token")
-    if asked is False:
+    add_bos = files.found.get(_CONFIG, {}).get("add_bos_token")
+    if add_bos is False:
         return None
-    if asked is True:
+    if add_bos is True:
         token, name = files.token("bos_token")
         if token:
             return _named(backend, origin, f"bos_token of {files.where / name}", token, "data.bos")
@@ -176,11 +187,11 @@ def _bos(backend: Backend, origin: str, files: Files, named: str, known: set[int
                 f'name it in data.bos, or set data.bos = "{NONE}"'
             )
         return ids[0]
-    return _put_before(backend, origin)
+    return _post_processor_bos(backend, origin)
 
 
-def _put_before(backend: Backend, origin: str) -> int | None:
-    """What the tokenizer's post-processor writes before a text."""
+def _post_processor_bos(backend: Backend, origin: str) -> int | None:
+    """The token that the tokenizer's post-processor writes before a text."""
     plain = backend.encode("a", add_special_tokens=False).ids
     whole = backend.encode("a", add_special_tokens=True).ids
     starts = [at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain]
@@ -194,12 +205,12 @@ def _put_before(backend: Backend, origin: str) -> int | None:
     return before[0] if before else None
 
 
-def _named(backend: Backend, origin: str, by: str, token: str, way: str = "") -> int:
+def _named(backend: Backend, origin: str, by: str, token: str, key: str = "") -> int:
     number = backend.token_to_id(token)
     if number is None:
         some = ", ".join(sorted(_specials(backend))[:12])
         has = f"its special tokens are {some}" if some else "it has no special tokens"
-        raise DataError(f"{by} = {token!r}: no token of {origin}: {f'name one in {way}' if way else 'give one that is'}; {has}")
+        raise DataError(f"{by} = {token!r}: no token of {origin}: {f'name one in {key}' if key else 'give one that is'}; {has}")
     return number
 
 

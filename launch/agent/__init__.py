@@ -1,4 +1,4 @@
-"""One node: it forks ranks, watches them, and leaves none behind.
+"""Runs on every node: forks ranks, watches them and leaves none behind.
 
-Entry points: `node` (the process), `worker_group.Ranks`, `fork_server`, `hang_detector`.
+Entry points: `node` (the process), `worker_group.WorkerGroup`, `fork_server`, `hang_detector`.
 """

@@ -1,4 +1,4 @@
-"""What a rank found out, as a JSON file that its node agent names: whole, or not there."""
+"""Passes a rank's answer to its node agent as a JSON file, which is complete or absent."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mikoshi.data.io.json import dumps
 VARIABLE = "MIKOSHI_ANSWER"
 
 
-def leave(answer: Mapping[str, Any]) -> None:
-    """Leave this rank's answer for its node agent; without one nobody has asked, and nothing is written."""
+def write_answer(answer: Mapping[str, Any]) -> None:
+    """Write this rank's answer for its node agent. Does nothing if no agent has asked for one."""
     if path := os.environ.get(VARIABLE):
         write_file(Path(path), dumps(answer).encode(), durable=False)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What a rank has left there; empty where it left nothing, or something else than an object."""
+def read_answer(path: Path) -> dict[str, Any]:
+    """Read a rank's answer; empty if there is none, or if it is not an object."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):

@@ -1,8 +1,9 @@
-"""The process that ranks are forked from: it dies of the death of the process that made it, and of no signal to stop.
+"""The process that ranks are forked from: it dies with its parent, and no signal to stop ends it.
 
-Imported first of all in a forkserver, and nowhere else: importing it is what makes a process so. A scheduler sends its signals
-to every process of a job; the ranks answer them, while in here they are blocked, by inheritance (see agent.fork_server). As
-that is not to ignore them, one that reaches a rank which is just being forked waits until that rank can take it.
+A forkserver imports this module first; nothing else may, since importing it changes the process. A scheduler sends its
+signals to every process of a job. The ranks handle them, and here they are blocked, by inheritance (see agent.fork_server).
+Since a blocked signal is not an ignored one, a signal to a rank that is just being forked waits until the rank can handle
+it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,6 @@ from mikoshi.parallel.process.parent_death import die_with_parent
 
 PID = os.getpid()
 
-os.setsid()  # a terminal's Ctrl-C goes to the supervisor, which passes it on
-# Ranks inherit the pipe by which a forkserver learns that its maker is gone: as long as they run, it would not learn it.
+os.setsid()  # Ctrl-C in a terminal goes to the supervisor alone, which forwards it
+# Ranks inherit the pipe that tells a forkserver of its parent's death, so that it would not notice while they run.
 die_with_parent()

@@ -1,4 +1,4 @@
-"""What a leader may have ranks do, by name: nothing that comes over a wire is looked up as code."""
+"""The tasks that a head may run in ranks, by name. No name from the wire is looked up as code."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from mikoshi.trainer.errors import LaunchError
 
 
-def work_of(name: str, arguments: dict[str, Any]) -> tuple[Callable[..., int], tuple[Any, ...]]:
-    """The function and its arguments. Raises LaunchError for a name that is not known here."""
+def resolve_task(name: str, arguments: dict[str, Any]) -> tuple[Callable[..., int], tuple[Any, ...]]:
+    """Return a task's function and arguments. Raises LaunchError for an unknown name."""
     if name == "train":
         from mikoshi.trainer.config.run import RunConfig
         from mikoshi.trainer.train.rank import train_supervised

@@ -1,7 +1,8 @@
-"""One attempt of a run's ranks on this node: all of them start, and none is left when it is over.
+"""Runs the ranks of one attempt on this node: all of them start, and none is left at the end.
 
-Not torchrun's LocalElasticAgent, which waits for a function's return value that a rank which is killed or ends by os._exit
-never gives, tells one of several failed ranks, whichever, gives the others 30 s, and reads a pickled file for an error.
+torchrun's LocalElasticAgent does not serve here. It waits for a return value that a rank which is killed, or ends by
+os._exit, never sends. It reports any one of several failed ranks, gives the others 30 s, and unpickles a file to read an
+error.
 """
 
 from __future__ import annotations
@@ -16,178 +17,190 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from mikoshi.launch.agent.fork_server import Files, message, start
-from mikoshi.launch.agent.hang_detector import Hang, Watch, dump_stacks, is_stopped, keep_stacks
-from mikoshi.launch.agent.outcome import MILD, Ended, Silent
-from mikoshi.launch.agent.rendezvous import Place
-from mikoshi.launch.agent.requests import Requests
+from mikoshi.launch.agent.fork_server import RankFiles, error_message, start_rank
+from mikoshi.launch.agent.hang_detector import Hang, HangDetector, dump_stacks, is_stopped, keep_stacks
+from mikoshi.launch.agent.outcome import BENIGN_CODES, HungRank, RanksOutcome
+from mikoshi.launch.agent.rendezvous import Placement
+from mikoshi.launch.agent.stop_requests import StopRequests
 from mikoshi.launch.host.network import RESOLVER
 from mikoshi.parallel.process.heartbeat import Page
 from mikoshi.trainer.config.data import RecoverySection
 from mikoshi.trainer.exit_codes import LOST_PEER, PREEMPTED, USER_ERROR
 from mikoshi.trainer.record.run_folder import RunFolder
-from mikoshi.trainer.signals import ASKING
+from mikoshi.trainer.signals import STOP_SIGNALS
 
-_ENDED = tuple(-number for number in ASKING)
-NURSERY_GONE = 255
-"""Of a rank whose exit code its forkserver cannot tell any more."""
+_ENDED_BY_SIGNAL = tuple(-number for number in STOP_SIGNALS)
+FORK_SERVER_GONE = 255
+"""Exit code of a rank whose fork server died, so that its own is unknown."""
 
-_LOOK = 0.05
-_SETTLE = 2.0
-_UNKILLABLE = 30.0
+_POLL_INTERVAL = 0.05
+_SETTLE_TIME = 2.0
+_KILL_TIMEOUT = 30.0
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """What an attempt's ranks are to do. folder: of the run; without one, silence is no fault. watched: whether it is judged
-    here who hangs. env: on top of this process's own. logs: of a global rank, the file for what it prints; None: as here.
-    bind: keep each to cores of its own, which are those beside its GPU.
+class WorkerGroupSpec:
+    """What an attempt's ranks run.
+
+    folder: the run folder; without one, hangs are not detected
+    private: folder for the ranks' own files
+    detect_hangs: whether hangs are detected here, not by the head
+    env: environment variables on top of this process's own
+    logs: maps a global rank to its log file; None: the output of this process
+    bind: pin each rank to cores of its own; "gpus": those beside its GPU
     """
 
     number: int
-    place: Place
-    work: Callable[..., int]
+    placement: Placement
+    function: Callable[..., int]
     arguments: tuple[Any, ...]
     policy: RecoverySection
     folder: RunFolder | None
     private: Path
-    watched: bool = True
+    detect_hangs: bool = True
     env: Mapping[str, str] = field(default_factory=dict)
     logs: Callable[[int], Path] | None = None
     bind: Literal["", "cores", "gpus"] = ""
 
-    def files(self, rank: int) -> Files:
-        return Files.of(self.private, self.number, rank)
+    def files(self, rank: int) -> RankFiles:
+        """The files through which a rank reports."""
+        return RankFiles.of(self.private, self.number, rank)
 
 
-class Ranks:
-    """The ranks of an attempt, by global rank."""
+class WorkerGroup:
+    """The ranks of one attempt on this node, by global rank.
 
-    def __init__(self, attempt: Attempt, requests: Requests) -> None:
-        self.attempt, self.requests = attempt, requests
+    stop_event: once set, the ranks are ended
+    """
+
+    def __init__(self, spec: WorkerGroupSpec, requests: StopRequests) -> None:
+        self.spec, self.requests = spec, requests
         self.processes: dict[int, ForkServerProcess] = {}
-        self.watch = Watch(attempt.policy.silence, attempt.policy.patience)
+        self.detector = HangDetector(spec.policy.silence, spec.policy.patience)
         self.codes: dict[int, int] = {}
-        self.end = threading.Event()
+        self.stop_event = threading.Event()
         self.stacks = ""
         self._hang: Hang | None = None
         self._overdue: list[int] = []
-        self._sent: dict[int, int] = {}
-        self._first_lost: float | None = None
+        self._forwarded: dict[int, int] = {}
+        self._stranded_since: float | None = None
         self._abandons = False
 
-    def run(self) -> Ended:
-        """Start them, see them through and tell how they ended. `end`, once set, ends them before that."""
+    def run(self) -> RanksOutcome:
+        """Start the ranks, wait for them and return how they ended."""
         try:
-            if not self.end.is_set():
+            if not self.stop_event.is_set():
                 self._start()
             running = self._running()
-            while running and not self._over(running):
-                self._pass_on(running)
-                time.sleep(_LOOK)
+            while running and not self._must_end(running):
+                self._forward_signals(running)
+                time.sleep(_POLL_INTERVAL)
                 running = self._running()
         finally:
             self._shutdown()
-        return self._ended()
+        return self._outcome()
 
     def _start(self) -> None:
-        self.watch.began = time.monotonic()
-        place = self.attempt.place
-        for local in range(place.ranks):
-            rank = place.first + local
-            env = {**os.environ, **self.attempt.env, **self._told(rank, local)}
-            env.setdefault("GLOO_SOCKET_IFNAME", place.interface)
-            env.setdefault("NCCL_SOCKET_IFNAME", place.interface)
+        self.detector.began = time.monotonic()
+        placement = self.spec.placement
+        for local in range(placement.ranks):
+            rank = placement.first_rank + local
+            env = {**os.environ, **self.spec.env, **self._environment(rank, local)}
+            env.setdefault("GLOO_SOCKET_IFNAME", placement.interface)
+            env.setdefault("NCCL_SOCKET_IFNAME", placement.interface)
             env.setdefault(*RESOLVER)
-            log = self.attempt.logs(rank) if self.attempt.logs else None
-            bound = place.ranks if self.attempt.bind else 0
+            log = self.spec.logs(rank) if self.spec.logs else None
+            bound = placement.ranks if self.spec.bind else 0
             try:
-                self.processes[rank] = start(
+                self.processes[rank] = start_rank(
                     rank,
                     env,
-                    self.attempt.files(rank),
-                    self.attempt.work,
-                    self.attempt.arguments,
+                    self.spec.files(rank),
+                    self.spec.function,
+                    self.spec.arguments,
                     log,
                     bound,
-                    self.attempt.bind == "gpus",
+                    self.spec.bind == "gpus",
                 )
-            except (OSError, EOFError):  # what it was to be forked from has just died
-                self.codes[rank] = NURSERY_GONE
+            except (OSError, EOFError):  # the fork server has just died
+                self.codes[rank] = FORK_SERVER_GONE
 
-    def _told(self, rank: int, local: int) -> dict[str, str]:
-        """What torchrun tells a rank, and who its supervisor is."""
-        place, files = self.attempt.place, self.attempt.files(rank)
+    def _environment(self, rank: int, local: int) -> dict[str, str]:
+        """The environment variables that torchrun sets for a rank, and its supervisor's process id."""
+        placement, files = self.spec.placement, self.spec.files(rank)
         return {
-            "RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(place.world), "LOCAL_WORLD_SIZE": str(place.ranks),
-            "GROUP_RANK": str(place.node), "GROUP_WORLD_SIZE": str(place.nodes), "MASTER_ADDR": place.host,
-            "MASTER_PORT": str(place.port), "TORCHELASTIC_RUN_ID": place.run_id, "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": str(self.attempt.number), "TORCHELASTIC_ERROR_FILE": str(files.error),
+            "RANK": str(rank), "LOCAL_RANK": str(local), "WORLD_SIZE": str(placement.world_size),
+            "LOCAL_WORLD_SIZE": str(placement.ranks),
+            "GROUP_RANK": str(placement.node), "GROUP_WORLD_SIZE": str(placement.nodes), "MASTER_ADDR": placement.host,
+            "MASTER_PORT": str(placement.port), "TORCHELASTIC_RUN_ID": placement.run_id, "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(self.spec.number), "TORCHELASTIC_ERROR_FILE": str(files.error),
             "MIKOSHI_SUPERVISOR": str(os.getpid()), "MIKOSHI_ANSWER": str(files.answer),
         }  # fmt: skip
 
     def _running(self) -> dict[int, ForkServerProcess]:
-        """The ranks that have not ended; notes how the others did."""
+        """The ranks that have not ended. Records the exit codes of the others."""
         for rank, process in self.processes.items():
             if rank not in self.codes and process.exitcode is not None:
                 self.codes[rank] = process.exitcode
         return {rank: process for rank, process in self.processes.items() if rank not in self.codes}
 
-    def _over(self, running: dict[int, ForkServerProcess]) -> bool:
-        """Whether those that still run are to be ended now."""
+    def _must_end(self, running: dict[int, ForkServerProcess]) -> bool:
+        """Whether the ranks that still run must be ended now."""
         now = time.monotonic()
-        if self.requests.at_once or now > self.requests.deadline:
+        if self.requests.immediate or now > self.requests.deadline:
             self._overdue = sorted(running)
             return True
-        if self.end.is_set():
+        if self.stop_event.is_set():
             return True
-        self._abandons = any(self._leaves_others(rank, code) for rank, code in self.codes.items())
-        if self._abandons and self._first_lost is None:
-            self._first_lost = now
-        if any(code not in MILD for code in self.codes.values()):
+        self._abandons = any(self._strands_others(rank, code) for rank, code in self.codes.items())
+        if self._abandons and self._stranded_since is None:
+            self._stranded_since = now
+        if any(code not in BENIGN_CODES for code in self.codes.values()):
             return True
-        if self._first_lost is not None and now - self._first_lost > _SETTLE:
+        if self._stranded_since is not None and now - self._stranded_since > _SETTLE_TIME:
             return True
-        if self.attempt.watched and self.attempt.folder is not None:
-            self._hang = self.watch.look({rank: (self._pid(rank), self.attempt.files(rank).page) for rank in running})
+        if self.spec.detect_hangs and self.spec.folder is not None:
+            self._hang = self.detector.check({rank: (self._pid(rank), self.spec.files(rank).page) for rank in running})
         if self._hang is not None:
             self.keep_stacks(f"rank {self._hang.rank} held up the others")
         return self._hang is not None
 
     def keep_stacks(self, header: str) -> None:
-        """Have every rank write its stacks into the run's folder."""
-        assert self.attempt.folder is not None
-        files = {rank: self.attempt.files(rank).stacks for rank in self.processes if rank not in self.codes}
+        """Have every rank write its stacks, and copy them into the run folder."""
+        assert self.spec.folder is not None
+        files = {rank: self.spec.files(rank).stacks for rank in self.processes if rank not in self.codes}
         dump_stacks({rank: self._pid(rank) for rank in files}, files)
-        kept = keep_stacks(self.attempt.folder, files, self.attempt.number, f"{time.strftime('%F %T')}: {header}")
+        kept = keep_stacks(self.spec.folder, files, self.spec.number, f"{time.strftime('%F %T')}: {header}")
         self.stacks = str(kept)
 
     def pages(self) -> dict[int, tuple[Page, bool]]:
-        """What every rank that runs said last, and whether its process is stopped."""
-        found = {rank: self.watch.read(rank, self.attempt.files(rank).page) for rank in self._alive()}
+        """The last heartbeat of every running rank, and whether its process is stopped."""
+        found = {rank: self.detector.read(rank, self.spec.files(rank).page) for rank in self._alive()}
         now = time.monotonic()
-        unborn = Page(0, 0, 0, self.watch.began, self.attempt.policy.patience, "start")
-        told = {rank: page or unborn for rank, page in found.items()}
-        return {rank: (page, now - page.time > 1.0 and is_stopped(self._pid(rank))) for rank, page in told.items()}
+        not_started = Page(0, 0, 0, self.detector.began, self.spec.policy.patience, "start")
+        latest = {rank: page or not_started for rank, page in found.items()}
+        return {rank: (page, now - page.time > 1.0 and is_stopped(self._pid(rank))) for rank, page in latest.items()}
 
     def _alive(self) -> list[int]:
         return [rank for rank in list(self.processes) if rank not in self.codes]
 
-    def _leaves_others(self, rank: int, code: int) -> bool:
-        """Whether its peers will wait for a rank in vain, though what is wrong is told by one of them, or by no one."""
-        if code == PREEMPTED or code in _ENDED:  # past its steps it has done its part, and the others may still save
-            page = self.watch.read(rank, self.attempt.files(rank).page)
+    def _strands_others(self, rank: int, code: int) -> bool:
+        """Whether the peers of a rank that ended so will wait for it in vain."""
+        if (
+            code == PREEMPTED or code in _ENDED_BY_SIGNAL
+        ):  # a rank past its steps is not needed any more, and the others may still save
+            page = self.detector.read(rank, self.spec.files(rank).page)
             early = page is None or page.phase in ("start", "load")
-            return early or (code in _ENDED and not self.requests.asked)
+            return early or (code in _ENDED_BY_SIGNAL and not self.requests.signals)
         return code in (USER_ERROR, LOST_PEER)
 
-    def _pass_on(self, running: dict[int, ForkServerProcess]) -> None:
-        """Every signal goes to every rank, also to those that started later."""
+    def _forward_signals(self, running: dict[int, ForkServerProcess]) -> None:
+        """Send every signal to every rank, also to ranks that started after it."""
         for rank in running:
-            for number in self.requests.asked[self._sent.get(rank, 0) :]:
+            for number in self.requests.signals[self._forwarded.get(rank, 0) :]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(self._pid(rank), number)
-            self._sent[rank] = len(self.requests.asked)
+            self._forwarded[rank] = len(self.requests.signals)
 
     def _pid(self, rank: int) -> int:
         pid = self.processes[rank].pid
@@ -195,30 +208,30 @@ class Ranks:
         return pid
 
     def _shutdown(self) -> None:
-        """Kill those that still run: all that they have saved is on disk, and what they wait for will not come."""
+        """Kill the ranks that still run. What they have saved is on disk."""
         for process in self.processes.values():
             if process.exitcode is None:
                 process.kill()
-        deadline = time.monotonic() + _UNKILLABLE
+        deadline = time.monotonic() + _KILL_TIMEOUT
         for rank, process in self.processes.items():
             process.join(max(0.0, deadline - time.monotonic()))
             if process.exitcode is None:
                 raise RuntimeError(f"rank {rank} (process {process.pid}) cannot be killed: it is stuck in the kernel")
 
-    def _ended(self) -> Ended:
-        ranks = range(self.attempt.place.first, self.attempt.place.first + self.attempt.place.ranks)
-        files = {rank: self.attempt.files(rank) for rank in ranks}
-        pages = {rank: self.watch.read(rank, files[rank].page) for rank in ranks}
+    def _outcome(self) -> RanksOutcome:
+        ranks = range(self.spec.placement.first_rank, self.spec.placement.first_rank + self.spec.placement.ranks)
+        files = {rank: self.spec.files(rank) for rank in ranks}
+        pages = {rank: self.detector.read(rank, files[rank].page) for rank in ranks}
         hang = self._hang
         if hang is not None:
             pages[hang.rank] = hang.page
-        abandons = any(code not in MILD or self._leaves_others(rank, code) for rank, code in self.codes.items())
-        return Ended(
+        abandons = any(code not in BENIGN_CODES or self._strands_others(rank, code) for rank, code in self.codes.items())
+        return RanksOutcome(
             ranks=len(ranks), codes=dict(self.codes), overdue=self._overdue, stacks=self.stacks,
             abandons=abandons or self._abandons or len(self.codes) < len(ranks),
-            said={rank: text for rank in ranks if (text := message(files[rank]))},
+            said={rank: text for rank in ranks if (text := error_message(files[rank]))},
             said_at={rank: file.error.stat().st_mtime for rank, file in files.items() if file.error.exists()},
             at={rank: (page.step, page.phase) for rank, page in pages.items() if page},
-            silent=Silent(rank=hang.rank, seconds=hang.seconds, stopped=hang.stopped) if hang else None,
+            silent=HungRank(rank=hang.rank, seconds=hang.seconds, stopped=hang.stopped) if hang else None,
             answers={rank: file.answer.read_text() for rank, file in files.items() if file.answer.exists()},
         )  # fmt: skip

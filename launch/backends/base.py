@@ -1,4 +1,4 @@
-"""What a kind of cluster must be able to do. One package each: local, ssh, slurm, kubernetes."""
+"""The two protocols that every kind of cluster implements. Packages: local, ssh, slurm, kubernetes."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from mikoshi.launch.runs.record import Attempt, Request, Result, Submitted
+from mikoshi.launch.runs.record import Attempt, Request, Result, SubmittedRun
 
 
 @dataclass(frozen=True)
 class JobState:
-    """What the scheduler says of a job. why: in its own words, such as Resources, PartitionTimeLimit, OOMKilled."""
+    """The scheduler's state of a job.
+
+    why: the scheduler's own reason, such as Resources, PartitionTimeLimit, OOMKilled
+    nodes: nodes that the job runs on
+    """
 
     state: Literal["queued", "running", "ended", "unknown"]
     why: str = ""
@@ -19,42 +23,46 @@ class JobState:
 
 
 class Backend(Protocol):
-    """Of the machine from which a run is submitted. All raise LaunchError: one line, with what to do."""
+    """Used on the machine from which runs are submitted. All methods raise LaunchError: one line, with what to do."""
 
-    def check(self, run: Submitted, request: Request) -> None:
-        """Refuse what the cluster could never run: not reachable, no such partition, more nodes than it has."""
+    def check(self, run: SubmittedRun, request: Request) -> None:
+        """Refuse what the cluster can never run: unreachable, no such partition, too few nodes."""
         ...
 
-    def preview(self, run: Submitted, request: Request) -> str:
-        """What submit() would hand over, exactly, as text."""
+    def preview(self, run: SubmittedRun, request: Request) -> str:
+        """Return exactly what submit() would submit, as text."""
         ...
 
-    def submit(self, run: Submitted, attempt: Attempt) -> dict[str, str]:
-        """Have the cluster start controller.head for this attempt; what is needed to find it again. After an error nothing is
-        left queued."""
+    def submit(self, run: SubmittedRun, attempt: Attempt) -> dict[str, str]:
+        """Have the cluster start controller.head for this attempt, and return what is needed to find the job.
+
+        After an error no job is left queued.
+        """
         ...
 
-    def look(self, jobs: Sequence[dict[str, str]]) -> list[JobState]:
-        """How these jobs stand, with one question to the scheduler for all of them."""
+    def query(self, jobs: Sequence[dict[str, str]]) -> list[JobState]:
+        """Return the states of these jobs, with one query to the scheduler for all of them."""
         ...
 
     def cancel(self, attempt: Attempt, now: bool) -> None:
-        """Ask the attempt to save and end, or end it at once."""
+        """Ask the attempt to save and end, or end it at once if `now` is set."""
         ...
 
 
 class Site(Protocol):
-    """Of the process that leads an attempt (controller.head), inside the cluster."""
+    """Used by the head process (controller.head), inside the cluster."""
 
     def nodes(self) -> list[str]:
-        """Names of the nodes that this attempt may use, in rank order; beyond request.nodes they are spares."""
+        """Names of the nodes that this attempt may use, in rank order. Those beyond request.nodes are spares."""
         ...
 
     def command(self, node: str) -> list[str]:
-        """What to start, with pipes to its standard input and output, to have agent.node run on that node."""
+        """The command that runs agent.node on a node, with pipes to its standard input and output."""
         ...
 
-    def after(self, run: Submitted, attempt: Attempt, result: Result) -> Result:
-        """What this kind of cluster does by itself when an attempt has ended: queue it again, without its bad nodes. The
-        result with `next` set accordingly."""
+    def after(self, run: SubmittedRun, attempt: Attempt, result: Result) -> Result:
+        """Do what this kind of cluster does when an attempt has ended, such as requeue it without its bad nodes.
+
+        Returns the result with `next` set accordingly.
+        """
         ...

@@ -1,14 +1,14 @@
-"""The backend and the site of a cluster's kind. Each is imported when it is needed."""
+"""Opens the backend and the site for a cluster's kind. Each is imported when it is needed."""
 
 from __future__ import annotations
 
 from mikoshi.launch.backends.base import Backend, Site
 from mikoshi.launch.config.cluster import Cluster
-from mikoshi.launch.runs.record import Attempt, Submitted
+from mikoshi.launch.runs.record import Attempt, SubmittedRun
 
 
 def open_backend(cluster: Cluster) -> Backend:
-    """The backend of a cluster's kind."""
+    """Return the backend for a cluster's kind."""
     if cluster.kind == "slurm":
         from mikoshi.launch.backends.slurm.slurm import SlurmBackend
 
@@ -22,8 +22,8 @@ def open_backend(cluster: Cluster) -> Backend:
     return LocalBackend(cluster)
 
 
-def open_site(cluster: Cluster, run: Submitted, attempt: Attempt) -> Site:
-    """The site of a cluster's kind, for controller.head."""
+def open_site(cluster: Cluster, run: SubmittedRun, attempt: Attempt) -> Site:
+    """Return the site for a cluster's kind, for controller.head."""
     if cluster.kind == "slurm":
         from mikoshi.launch.backends.slurm.site import SlurmSite
 

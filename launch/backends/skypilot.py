@@ -1,4 +1,4 @@
-"""A run as a SkyPilot task: the config travels inside, exactly, and torchrun starts the ranks on the nodes that it gets."""
+"""Exports a run as a SkyPilot task. The config is inside the task, and torchrun starts the ranks."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from mikoshi.launch.config.cluster import KubernetesCluster, SlurmCluster
 from mikoshi.launch.config.private_env import refuse_secrets
-from mikoshi.launch.runs.record import Request, Submitted
+from mikoshi.launch.runs.record import Request, SubmittedRun
 from mikoshi.trainer.config.run import to_toml
 
 _PORT = 29500
 
 
-def skypilot(run: Submitted, request: Request, number: int = 1) -> dict[str, Any]:
-    """The task. Which GPU is not known to every kind of cluster: `sky launch --gpus H100:8` says it then."""
+def skypilot(run: SubmittedRun, request: Request, number: int = 1) -> dict[str, Any]:
+    """Return the task. If the cluster does not name its GPUs, `sky launch --gpus H100:8` does."""
     refuse_secrets(run.spec.cluster)
     cluster, name = run.spec.cluster, run.spec.config.run.name
     python = shlex.quote(cluster.python) if isinstance(cluster, KubernetesCluster) and cluster.python else "python"

@@ -1,4 +1,4 @@
-"""A run that suffers a plan of faults, and the verdict on each.
+"""Trains while planned faults strike, and judges the outcome of each.
 
 Entry points: `run`, `verdict`.
 """

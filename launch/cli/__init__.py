@@ -1,4 +1,4 @@
-"""The `mikoshi` command, one file a group of verbs, each thin over the modules beneath.
+"""The `mikoshi` command: one file for each group of verbs, each a thin layer over the modules beneath.
 
 Entry points: `main.command`.
 """

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share, so that one word means one thing everywhere."""
+"""Arguments and options that several verbs share, so that each means the same everywhere."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="print it as JSON")]
 
 
 def local_gpus(device: str) -> int:
-    """The ranks that this machine's GPUs make, for an engine.device: at least one."""
+    """Number of ranks for an engine.device on this machine: one for each GPU, at least one."""
     if device == "cpu":
         return 1
     import torch

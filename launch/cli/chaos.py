@@ -20,8 +20,8 @@ from mikoshi.trainer.train.rank import refuse_several
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mikoshi.launch.chaos.run import Outcome, Progress, Show
-    from mikoshi.trainer.chaos.plan import Plan, Setting
+    from mikoshi.launch.chaos.run import ChaosOutcome, ChaosProgress, Show
+    from mikoshi.trainer.chaos.plan import FaultPlan, FaultSetting
     from mikoshi.trainer.config.run import RunConfig
 
 EXAMPLES = (
@@ -63,20 +63,20 @@ def chaos(
     refuse_several("chaos")
     from rich.console import Console
 
-    from mikoshi.launch.chaos.run import comparable, setting_of, suffer
-    from mikoshi.trainer.chaos.plan import write_plan as as_toml
+    from mikoshi.launch.chaos.run import comparable, run_with_faults, setting_of
+    from mikoshi.trainer.chaos.plan import write_fault_plan
 
     console = Console(highlight=False, soft_wrap=True, stderr=as_json)
-    asked = _plan(run, setting_of(run, ranks), plan, faults, seed, kinds, console)
+    requested = _plan(run, setting_of(run, ranks), plan, faults, seed, kinds, console)
     if write_plan is not None:
-        _write(write_plan, as_toml(asked))
-        typer.echo(f"{write_plan}: {len(asked.faults)} faults; use it with --plan {write_plan}")
+        _write(write_plan, write_fault_plan(requested))
+        typer.echo(f"{write_plan}: {len(requested.faults)} faults; use it with --plan {write_plan}")
         return
-    if compare and not comparable(run, asked):
+    if compare and not comparable(run, requested):
         console.print("weights are not compared: with guard.retry = false a step with a NaN is left out for good")
         compare = False
-    with _shown(console, len(asked.faults)) as show:
-        outcome = suffer(run, ranks, asked, compare, show)
+    with _progress_line(console, len(requested.faults)) as show:
+        outcome = run_with_faults(run, ranks, requested, compare, show)
     if as_json:
         typer.echo(dumps(_as_json(outcome), indent=2))
     else:
@@ -86,10 +86,10 @@ def chaos(
 
 
 def _plan(
-    run: RunConfig, setting: Setting, plan: Path | None, faults: int, seed: int, kinds: str, console: Console
-) -> Plan:  # fmt: skip
-    """The plan that is asked for. Raises ConfigError."""
-    from mikoshi.trainer.chaos.plan import KINDS, make_plan, read_plan
+    run: RunConfig, setting: FaultSetting, plan: Path | None, faults: int, seed: int, kinds: str, console: Console
+) -> FaultPlan:  # fmt: skip
+    """Return the requested plan. Raises ConfigError."""
+    from mikoshi.trainer.chaos.plan import KINDS, make_fault_plan, read_fault_plan
     from mikoshi.trainer.errors import ConfigError
 
     if run.checkpoint.folder:
@@ -97,11 +97,11 @@ def _plan(
     if plan is not None:
         if kinds:
             raise ConfigError("--kinds and --plan: the plan has its kinds: leave one out")
-        asked = read_plan(plan, setting.ranks)
-        for kind in dict.fromkeys(fault.kind for fault in asked.faults):
+        requested = read_fault_plan(plan, setting.ranks)
+        for kind in dict.fromkeys(fault.kind for fault in requested.faults):
             if why := setting.refusal(kind):
                 raise ConfigError(f'--plan {plan}: "{kind}": {why}')
-        return asked
+        return requested
     wanted = [kind.strip() for kind in kinds.split(",")] if kinds else list(KINDS)
     if unknown := [kind for kind in wanted if kind not in KINDS]:
         raise ConfigError(f"--kinds {kinds}: {unknown[0]!r} is none of {', '.join(KINDS)}")
@@ -110,7 +110,7 @@ def _plan(
         if kinds:
             raise ConfigError(f'--kinds {kinds}: "{kind}": {why}')
         console.print(f'no fault "{kind}": {why}', markup=False)
-    return make_plan(seed, faults, [kind for kind in wanted if kind not in refused], setting)
+    return make_fault_plan(seed, faults, [kind for kind in wanted if kind not in refused], setting)
 
 
 def _write(path: Path, text: str) -> None:
@@ -124,32 +124,32 @@ def _write(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _shown(console: Console, faults: int) -> Iterator[Show]:
-    """A live line in a terminal, a line a fault elsewhere."""
+def _progress_line(console: Console, faults: int) -> Iterator[Show]:
+    """Show a live line in a terminal, or else a line for each fault."""
     from rich import progress as rich
 
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(bar_width=24), rich.MofNCompleteColumn(),
-               rich.TextColumn("{task.fields[told]}"), rich.TimeElapsedColumn())  # fmt: skip
+               rich.TextColumn("{task.fields[status]}"), rich.TimeElapsedColumn())  # fmt: skip
     with rich.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         tasks: dict[str, rich.TaskID] = {}
-        said = 0
+        printed = 0
 
-        def show(progress: Progress) -> None:
-            nonlocal said
+        def show(progress: ChaosProgress) -> None:
+            nonlocal printed
             if progress.name not in tasks:
-                tasks[progress.name] = bar.add_task(progress.name, total=progress.steps, told="")
+                tasks[progress.name] = bar.add_task(progress.name, total=progress.steps, status="")
             struck = progress.struck
-            told = f"fault {len(struck)}/{faults}: {struck[-1].told}" if struck else ""
-            bar.update(tasks[progress.name], completed=progress.step, told=told)
+            text = f"fault {len(struck)}/{faults}: {struck[-1].description}" if struck else ""
+            bar.update(tasks[progress.name], completed=progress.step, status=text)
             if not console.is_terminal:
-                for number in range(said, len(struck)):
-                    print(f"fault {number + 1}/{faults}: {struck[number].told}", file=sys.stderr, flush=True)
-                said = max(said, len(struck))
+                for number in range(printed, len(struck)):
+                    print(f"fault {number + 1}/{faults}: {struck[number].description}", file=sys.stderr, flush=True)
+                printed = max(printed, len(struck))
 
         yield show
 
 
-def _print(outcome: Outcome, console: Console) -> None:
+def _print(outcome: ChaosOutcome, console: Console) -> None:
     from rich import box
     from rich.table import Table
 
@@ -180,7 +180,7 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.1f} s"
 
 
-def _as_json(outcome: Outcome) -> dict[str, Any]:
+def _as_json(outcome: ChaosOutcome) -> dict[str, Any]:
     return {
         "good": outcome.good,
         "code": outcome.code,

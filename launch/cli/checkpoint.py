@@ -1,4 +1,4 @@
-"""The verbs that look at a run's checkpoints and thin them out: what is there, whether it is whole, what may go."""
+"""The verbs that list, verify and prune a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mikoshi.trainer.checkpoint.storage.base import Store
-    from mikoshi.trainer.checkpoint.survey import Entry, Seen
+    from mikoshi.trainer.checkpoint.survey import Entry, Progress
     from mikoshi.trainer.config.run import RunConfig
     from mikoshi.trainer.record.run_folder import RunFolder
 
@@ -39,16 +39,16 @@ def list_(run: Run, as_json: AsJson = False) -> None:
 
     Names and sizes are compared with the manifest, which is quick; `verify` reads every byte.
     """
-    from mikoshi.trainer.checkpoint.of_run import keep_of
+    from mikoshi.trainer.checkpoint.of_run import retention_of
     from mikoshi.trainer.checkpoint.survey import survey
 
-    with _opened(run) as (store, config, _):
-        found, others = survey(store, keep_of(config)), store.others()
+    with _open_checkpoints(run) as (store, config, _):
+        found, others = survey(store, retention_of(config)), store.leftovers()
         if as_json:
-            told = {"place": store.place, "checkpoints": [asdict(entry) for entry in found], "others": others}
-            typer.echo(dumps(told))
+            listing = {"place": store.address, "checkpoints": [asdict(entry) for entry in found], "others": others}
+            typer.echo(dumps(listing))
         else:
-            _print_list(_console(), store.place, found, others)
+            _print_list(_console(), store.address, found, others)
 
 
 def _print_list(console: Console, place: str, found: list[Entry], others: list[str]) -> None:
@@ -97,17 +97,17 @@ def verify(
     from mikoshi.trainer.checkpoint.survey import bytes_of, faults
     from mikoshi.trainer.errors import CheckpointError
 
-    with _opened(run) as (store, _, _):
+    with _open_checkpoints(run) as (store, _, _):
         steps, console, damaged = store.steps(), _console(), list[str]()
         if not steps:
-            raise CheckpointError(f"{store.place}: there is no checkpoint yet: train first, or wait for one")
+            raise CheckpointError(f"{store.address}: there is no checkpoint yet: train first, or wait for one")
         if step is not None and step not in steps:
-            raise CheckpointError(f"--step {step}: {store.place} has the steps {', '.join(map(str, steps[:20]))}")
+            raise CheckpointError(f"--step {step}: {store.address} has the steps {', '.join(map(str, steps[:20]))}")
         for one in steps if step is None else [step]:
             total = bytes_of(store, one)
-            with suppress(FileNotFoundError):  # removed by its run meanwhile
-                with _shown(console, f"step {one}", total) as seen:
-                    found = faults(store, one, digests=not sizes, seen=seen)
+            with suppress(FileNotFoundError):  # its run has just removed it
+                with _progress_bar(console, f"step {one}", total) as seen:
+                    found = faults(store, one, digests=not sizes, progress=seen)
                 how = "by sizes" if sizes else f"{_size(total)} read"
                 console.print(f"{store.describe(one)}: {f'{len(found)} damaged' if found else 'whole'}, {how}", markup=False)
                 damaged += found
@@ -134,28 +134,30 @@ def prune(
     Not while the run trains, which removes them itself.
     """
     go_on_unread()
-    from mikoshi.trainer.checkpoint.of_run import keep_of
-    from mikoshi.trainer.checkpoint.survey import bytes_of, surplus
+    from mikoshi.trainer.checkpoint.of_run import retention_of
+    from mikoshi.trainer.checkpoint.survey import bytes_of, verified_removable
 
-    with _opened(run) as (store, config, folder), nullcontext() if dry_run else folder.lock(patience=0):
-        console, asked = _console(), keep_of(config)
-        keep = replace(asked, last=asked.last if last is None else last, every=asked.every if every is None else every)
+    with _open_checkpoints(run) as (store, config, folder), nullcontext() if dry_run else folder.lock(patience=0):
+        console, configured = _console(), retention_of(config)
+        keep = replace(
+            configured, last=configured.last if last is None else last, every=configured.every if every is None else every
+        )
         total = max((bytes_of(store, step) for step in store.steps()[:1]), default=0)
-        with _shown(console, "verifying the newest", total) as seen:
-            gone, valid = surplus(store, keep, seen)
+        with _progress_bar(console, "verifying the newest", total) as seen:
+            gone, valid = verified_removable(store, keep, seen)
         for step in gone:
             if not dry_run:
-                with suppress(FileNotFoundError):  # its run was quicker
+                with suppress(FileNotFoundError):  # its run has just removed it
                     store.remove(step)
             console.print(f"{'would remove' if dry_run else 'removed'} {store.describe(step)}", markup=False)
         left = len(store.steps()) - dry_run * len(gone)
-        told = f"{len(gone)} {'to remove' if dry_run else 'removed'}, {left} {'to keep' if dry_run else 'kept'}"
-        console.print(f"{told}{'' if valid is None else f'; the newest valid one is of step {valid}'}", markup=False)
+        text = f"{len(gone)} {'to remove' if dry_run else 'removed'}, {left} {'to keep' if dry_run else 'kept'}"
+        console.print(f"{text}{'' if valid is None else f'; the newest valid one is of step {valid}'}", markup=False)
 
 
 @contextmanager
-def _opened(run: Path) -> Iterator[tuple[Store, RunConfig, RunFolder]]:
-    """The store of a run's checkpoints, wherever the run folder has been moved to, its config and its folder."""
+def _open_checkpoints(run: Path) -> Iterator[tuple[Store, RunConfig, RunFolder]]:
+    """The store of a run's checkpoints, even if the run folder was moved, with the run's config and folder."""
     from mikoshi.trainer.checkpoint.storage.open import open_store
     from mikoshi.trainer.config.run import load_config
     from mikoshi.trainer.errors import CheckpointError
@@ -167,14 +169,14 @@ def _opened(run: Path) -> Iterator[tuple[Store, RunConfig, RunFolder]]:
         try:
             yield open_store(config.checkpoint.folder or folder.checkpoints, Path(scratch)), config, folder
         except OSError as error:
-            if error.errno is None:  # a store that does not answer, with its address and the cause
+            if error.errno is None:  # a store that does not answer; the message has its address and the cause
                 raise CheckpointError(str(error)) from None
             raise
 
 
 @contextmanager
-def _shown(console: Console, what: str, total: int) -> Iterator[Seen]:
-    """A progress bar with rate and time left; nothing where it is no terminal."""
+def _progress_bar(console: Console, what: str, total: int) -> Iterator[Progress]:
+    """Show a progress bar with rate and time left; nothing outside of a terminal."""
     from rich import progress as rich
 
     columns = (

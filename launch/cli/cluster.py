@@ -1,4 +1,4 @@
-"""The verbs that bring a run to a cluster, stop it there and go on with it: thin over launch, imported when a verb needs it."""
+"""The verbs that submit runs to a cluster, cancel and resume them: a thin layer over launch, imported on demand."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import typer
 
 from mikoshi.data.io.json import dumps
 from mikoshi.launch.cli.arguments import AsJson, Config, NamedRun, Overrides
-from mikoshi.launch.cli.watch import follow_run, quietly, tell_notes
+from mikoshi.launch.cli.watch import exit_on_interrupt, follow_run, print_notes
 from mikoshi.trainer.streams import go_on_unread
 
 if TYPE_CHECKING:
     from mikoshi.launch.backends.base import Backend
     from mikoshi.launch.config.cluster import Cluster
-    from mikoshi.launch.operate.submit import Plan
+    from mikoshi.launch.operate.submit import SubmitPlan
 
 On = Annotated[str, typer.Option("--on", help="a cluster file, or the name of one in configs/clusters", show_default=False)]
 Nodes = Annotated[int | None, typer.Option(min=1, help="nodes (default: as the cluster file has it)", show_default=False)]
@@ -85,7 +85,7 @@ def submit(
     from mikoshi.launch.backends.open import open_backend
 
     backend = open_backend(cluster)
-    tell_notes({plan.unseen for plan in plans if plan.unseen})
+    print_notes({plan.unseen for plan in plans if plan.unseen})
     if dry_run:
         _preview(plans, cluster, backend)
         return
@@ -94,7 +94,7 @@ def submit(
     made = submit_all(plans, backend)
     _print_submitted(plans, [attempt.job for _, attempt in made])
     if follow:
-        quietly(lambda: follow_run(plans[0].folder))
+        exit_on_interrupt(lambda: follow_run(plans[0].folder))
 
 
 def _cluster(on: str, settings: list[str] | None) -> Cluster:
@@ -103,15 +103,15 @@ def _cluster(on: str, settings: list[str] | None) -> Cluster:
     return load_cluster(on, tuple(text.removeprefix("cluster.") for text in settings or []))
 
 
-def _preview(plans: list[Plan], cluster: Cluster, backend: Backend) -> None:
-    """What would be submitted, also where it would be refused, which is told after it. Raises LaunchError."""
+def _preview(plans: list[SubmitPlan], cluster: Cluster, backend: Backend) -> None:
+    """Print what would be submitted, even if it would be refused; that is reported after it. Raises LaunchError."""
     from mikoshi.launch.operate.submit import check
     from mikoshi.trainer.errors import LaunchError
 
     refused: LaunchError | None = None
     for plan in plans:
         try:
-            if refused is None:  # a cluster that does not answer is asked once
+            if refused is None:  # query a cluster that does not answer only once
                 check(plan, backend)
         except LaunchError as error:
             refused = error
@@ -124,14 +124,14 @@ def _preview(plans: list[Plan], cluster: Cluster, backend: Backend) -> None:
         raise refused
 
 
-def _print_plan(plan: Plan, cluster: Cluster) -> None:
-    from mikoshi.launch.config.paths import named
+def _print_plan(plan: SubmitPlan, cluster: Cluster) -> None:
+    from mikoshi.launch.config.paths import printable
     from mikoshi.launch.config.settings import check_order
 
     request = plan.request
     fewer = f"; goes on with {', '.join(map(str, plan.fewer))}" if plan.fewer else ""
     lines = [
-        ("run", named(plan.folder)),
+        ("run", printable(plan.folder)),
         ("cluster", cluster.kind),
         ("nodes", f"{request.nodes}{fewer}"),
         ("layout", plan.layout),
@@ -146,22 +146,22 @@ def _print_plan(plan: Plan, cluster: Cluster) -> None:
         typer.echo(f"{'note':<10}{warning}")
 
 
-def _print_submitted(plans: list[Plan], jobs: list[dict[str, str]]) -> None:
-    from mikoshi.launch.config.paths import named, shown, typed
+def _print_submitted(plans: list[SubmitPlan], jobs: list[dict[str, str]]) -> None:
+    from mikoshi.launch.config.paths import printable, relative, shell_quoted
     from mikoshi.launch.operate.board import job_name
 
     first, job = plans[0], job_name(jobs[0])
-    path = typed(shown(first.folder))
+    path = shell_quoted(relative(first.folder))
     if len(plans) == 1:
         size = f"{first.request.nodes} node(s), {first.layout}"
-        typer.echo(f"submitted: {named(shown(first.folder))} ({size}){f', {job}' if job else ''}")
-        for words in (f"mikoshi status {path}", f"mikoshi logs {path} -f", f"mikoshi cancel {path}"):
-            typer.echo(f"  {words}")
+        typer.echo(f"submitted: {printable(relative(first.folder))} ({size}){f', {job}' if job else ''}")
+        for command in (f"mikoshi status {path}", f"mikoshi logs {path} -f", f"mikoshi cancel {path}"):
+            typer.echo(f"  {command}")
         return
     for plan, one in zip(plans, jobs, strict=True):
         swept = " ".join(f"{key}={value}" for key, value in plan.swept.items())
-        typer.echo(f"submitted: {named(shown(plan.folder))} {swept} {job_name(one)}".rstrip())
-    parent = typed(shown(first.folder.parent))
+        typer.echo(f"submitted: {printable(relative(plan.folder))} {swept} {job_name(one)}".rstrip())
+    parent = shell_quoted(relative(first.folder.parent))
     typer.echo(f"  mikoshi runs --folder {parent}\n  mikoshi logs {path} -f\n  mikoshi cancel {path}")
 
 
@@ -172,52 +172,52 @@ def cancel(
 ) -> None:
     """End a run: it finishes its step, saves and stops; `mikoshi resume` goes on with it."""
     from mikoshi.launch.backends.open import open_backend
-    from mikoshi.launch.config.paths import named, typed
+    from mikoshi.launch.config.paths import printable, shell_quoted
     from mikoshi.launch.operate.board import folder_of, newest_save
-    from mikoshi.launch.operate.control import ask_to_stop, standing, wait_for_end
+    from mikoshi.launch.operate.control import request_stop, run_status, wait_for_end
     from mikoshi.launch.operate.status import FINAL
     from mikoshi.launch.runs.record import open_submitted
     from mikoshi.trainer.errors import LaunchError
 
     path = folder_of(run)
-    told, asked = named(path), "asked to end at once" if now else "asked to save and end"
+    name, action = printable(path), "asked to end at once" if now else "asked to save and end"
     try:
-        seen = standing(path)
+        seen = run_status(path)
     except LaunchError as error:
         submitted = open_submitted(path)
         if not submitted.attempts:
             raise
-        ask_to_stop(submitted, open_backend(submitted.spec.cluster), now)  # for that, no record but its job is needed
-        typer.echo(f"{told}: {asked}; not waited for: {error}")
+        request_stop(submitted, open_backend(submitted.spec.cluster), now)  # this needs no record but the job
+        typer.echo(f"{name}: {action}; not waited for: {error}")
         return
     if seen.state in FINAL:
-        typer.echo(f"{told}: it has ended already: {seen.state}{f': {seen.why}' if seen.why else ''}")
+        typer.echo(f"{name}: it has ended already: {seen.state}{f': {seen.why}' if seen.why else ''}")
         return
     backend = open_backend(seen.run.spec.cluster)
-    ask_to_stop(seen.run, backend, now)
+    request_stop(seen.run, backend, now)
     if not wait:
-        typer.echo(f"{told}: {asked}; `mikoshi status {typed(path)}` tells when it has")
+        typer.echo(f"{name}: {action}; `mikoshi status {shell_quoted(path)}` tells when it has")
         return
-    said = ""
+    shown = ""
 
     def show(state: str, why: str) -> None:
-        nonlocal said
-        if state not in (said, *FINAL):
-            said = state
-            print(f"{told}: {state}{f': {why}' if why else ''} ...", file=sys.stderr, flush=True)
+        nonlocal shown
+        if state not in (shown, *FINAL):
+            shown = state
+            print(f"{name}: {state}{f': {why}' if why else ''} ...", file=sys.stderr, flush=True)
 
     try:
         end = wait_for_end(seen.run, backend, now, show)
     except KeyboardInterrupt:
-        typer.echo(f"{told}: asked to end; not waited for")
+        typer.echo(f"{name}: asked to end; not waited for")
         raise typer.Exit(130) from None
     saved = newest_save(end.run.folder)
     step = "no step is saved" if saved is None else f"step {saved} is saved"
     if end.run.attempts[-1].job.get("apart"):
         step = "what it saved is in the run folder on the cluster's disk"
-    typer.echo(f"{told}: {end.state}{f': {end.why}' if end.why else ''}; {step}")
+    typer.echo(f"{name}: {end.state}{f': {end.why}' if end.why else ''}; {step}")
     if end.state != "done":
-        typer.echo(f"  mikoshi resume {typed(path)}")
+        typer.echo(f"  mikoshi resume {shell_quoted(path)}")
 
 
 def resume(
@@ -237,26 +237,26 @@ def resume(
     The global batch stays, and the next sample is the next one. Nodes that were found bad are avoided.
     """
     from mikoshi.launch.backends.open import open_backend
-    from mikoshi.launch.config.paths import named, typed
+    from mikoshi.launch.config.paths import printable, shell_quoted
     from mikoshi.launch.operate.board import folder_of, job_name
     from mikoshi.launch.operate.control import resume as go_on
-    from mikoshi.launch.operate.control import standing
+    from mikoshi.launch.operate.control import run_status
 
     path = folder_of(run)
-    seen = standing(path)
+    seen = run_status(path)
     if seen.state == "done":
-        typer.echo(f"{named(path)}: it is done already: `mikoshi report {typed(path)}`")
+        typer.echo(f"{printable(path)}: it is done already: `mikoshi report {shell_quoted(path)}`")
         return
     attempt, layout = go_on(seen, open_backend(seen.run.spec.cluster), nodes, min_nodes, exclude or [], include or [])
     request, job = attempt.request, job_name(attempt.job)
     avoided = f", avoiding {' '.join(request.avoided)}" if request.avoided else ""
     size = f"{request.nodes} node(s), {layout}{avoided}"
-    typer.echo(f"resumed: {named(path)}, attempt {attempt.number} ({size}){f', {job}' if job else ''}")
-    again = typed(path)
-    for words in (f"mikoshi status {again}", f"mikoshi logs {again} -f", f"mikoshi cancel {again}"):
-        typer.echo(f"  {words}")
+    typer.echo(f"resumed: {printable(path)}, attempt {attempt.number} ({size}){f', {job}' if job else ''}")
+    again = shell_quoted(path)
+    for command in (f"mikoshi status {again}", f"mikoshi logs {again} -f", f"mikoshi cancel {again}"):
+        typer.echo(f"  {command}")
     if follow:
-        quietly(lambda: follow_run(path))
+        exit_on_interrupt(lambda: follow_run(path))
 
 
 def export(
@@ -281,7 +281,7 @@ def export(
         raise LaunchError(f"--as slurm: {on} is a cluster of kind {cluster.kind}: give one of kind slurm")
     plan = make_plan(load_config(config, overrides or []), cluster, nodes)
     if plan.unseen:
-        tell_notes([plan.unseen])
+        print_notes([plan.unseen])
     if kind == "slurm":
         typer.echo(open_backend(cluster).preview(plan.run, plan.request))
         return
@@ -309,7 +309,7 @@ def doctor(
     go_on_unread()
     from rich.console import Console
 
-    from mikoshi.launch.controller.gathering import gathered
+    from mikoshi.launch.controller.allocation import allocate_nodes
     from mikoshi.launch.doctor.doctor import Inputs, examine
     from mikoshi.launch.doctor.text import show_report
     from mikoshi.trainer.config.run import load_config
@@ -319,7 +319,7 @@ def doctor(
     degrees = None if run is None else load_config(run).parallel
     console = Console(highlight=False, soft_wrap=True, stderr=as_json)
     try:
-        with console.status("bringing up nodes") as spinner, gathered(cluster, nodes or cluster.nodes, workdir) as found:
+        with console.status("bringing up nodes") as spinner, allocate_nodes(cluster, nodes or cluster.nodes, workdir) as found:
             report = examine(found, cluster, Inputs(workdir, degrees), spinner.update)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None

@@ -29,9 +29,9 @@ EXAMPLES = (
     "`mikoshi compare run.toml --engines native,native` for the noise of the machine, "
     "`mikoshi compare runs/compare-quickstart` for the table and the page once more"
 )
-_WIDE = 500
-"""Columns of what is no terminal, whose lines are as long as they come."""
-_INTERRUPTED = 130  # as shells have it for Ctrl-C
+_WIDTH = 500
+"""Columns for output that is not a terminal, where lines are not wrapped."""
+_INTERRUPTED = 130  # the shell's exit code for Ctrl-C
 
 
 def compare(
@@ -57,35 +57,35 @@ def compare(
 ) -> None:  # fmt: skip
     """Train the same first steps with every engine in every layout, in turn, and compare speed, memory, losses.
 
-    Contestants are short runs of their own, with neither evaluation nor checkpoint. One that cannot be is a row that says why.
-    Exit code 1 if one failed, 2 if none could run, which leaves no folder; Ctrl-C ends all ranks and keeps what has been
-    measured. Of a comparison's folder the table and the page are made once more, and nothing but --json can be given.
+    Contestants are short runs of their own, with neither evaluation nor checkpoint. One that cannot run becomes a row with
+    the reason. Exit code 1 if one failed, 2 if none could run, which leaves no folder; Ctrl-C ends all ranks and keeps what
+    has been measured. Given a comparison's folder, it makes the table and the page again; only --json is allowed then.
     """
     go_on_unread()
     from rich.console import Console
 
     if (config / "plan.json").is_file():
-        _nothing_more(context, config)
-        _tell(config, as_json)
+        _refuse_settings(context, config)
+        _write_results(config, as_json)
         return
     refuse_several("compare")
     folder = _plan(config, overrides or [], engines, layouts or [], ranks, steps, rounds, out, as_json)
-    from mikoshi.launch.controller.rounds import take_turns
+    from mikoshi.launch.controller.rounds import run_rounds
 
     interrupted = False
     try:
-        with _shown(Console(highlight=False, soft_wrap=True, stderr=True)) as show:
-            take_turns(folder, show)
+        with _progress_line(Console(highlight=False, soft_wrap=True, stderr=True)) as show:
+            run_rounds(folder, show)
     except KeyboardInterrupt:
         interrupted = True
-    found = _tell(folder, as_json)
+    found = _write_results(folder, as_json)
     if interrupted:
         raise typer.Exit(_INTERRUPTED)
-    raise typer.Exit(_code(found, folder))
+    raise typer.Exit(_exit_code(found, folder))
 
 
-def _nothing_more(context: typer.Context, folder: Path) -> None:
-    """Refuse what would change a comparison that is there. Raises ConfigError."""
+def _refuse_settings(context: typer.Context, folder: Path) -> None:
+    """Refuse settings for a comparison that exists. Raises ConfigError."""
     from mikoshi.trainer.errors import ConfigError
 
     given = [name for name in sorted(context.params) if name not in ("config", "as_json") and _is_given(context, name)]
@@ -101,7 +101,7 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _code(found: Comparison, folder: Path) -> int:
+def _exit_code(found: Comparison, folder: Path) -> int:
     if any(row.failed for row in found.rows):
         typer.echo(f"error: a contestant failed: see {folder / 'output.txt'}", err=True)
         return FAULT
@@ -115,36 +115,36 @@ def _plan(
     config: Path, overrides: list[str], engines: str | None, layouts: list[str], ranks: int | None, steps: int, rounds: int,
     out: Path | None, as_json: bool,
 ) -> Path:  # fmt: skip
-    """Write what is to be run into its folder; where nobody can run, tell why and exit. Raises what preflight does."""
+    """Write the plan into its folder. If no contestant can run, print why and exit. Raises what preflight does."""
     from mikoshi.trainer.config.run import load_config
     from mikoshi.trainer.errors import ConfigError
 
     run = load_config(config, overrides)
-    asked = [override for override in overrides if override.startswith("engine.kind=")]
-    if engines is not None and asked:
-        raise ConfigError(f"{asked[0]} and --engines {engines}: give one of them")
+    kinds = [override for override in overrides if override.startswith("engine.kind=")]
+    if engines is not None and kinds:
+        raise ConfigError(f"{kinds[0]} and --engines {engines}: give one of them")
     import torch
 
     from mikoshi.launch.controller.rounds import machine, versions
-    from mikoshi.trainer.compare.comparison import Plan, make_plan, refusals, write_plan
+    from mikoshi.trainer.compare.comparison import ComparisonPlan, make_comparison, refused_comparison, write_comparison_plan
 
     count = ranks or (1 if run.engine.device == "cpu" else max(1, torch.cuda.device_count()))
     folder = out or run.run.folder / f"compare-{run.run.name}"
-    contestants, configs = make_plan(
+    contestants, configs = make_comparison(
         config, overrides, run.engine.kind if engines is None else engines, layouts, count, steps, folder
     )
     command = shlex.join(["mikoshi", *sys.argv[1:]])
-    plan = Plan(str(config), command, count, steps, rounds, contestants, machine(), versions())
-    if not plan.turns:
-        _print(refusals(plan), as_json)
+    plan = ComparisonPlan(str(config), command, count, steps, rounds, contestants, machine(), versions())
+    if not plan.schedule:
+        _print(refused_comparison(plan), as_json)
         typer.echo("error: no contestant can run, for the reasons above; no folder was made", err=True)
         raise typer.Exit(USER_ERROR)
-    write_plan(plan, configs, folder)
+    write_comparison_plan(plan, configs, folder)
     return folder
 
 
-def _tell(folder: Path, as_json: bool) -> Comparison:
-    """Print what has been measured, and write it beside the runs."""
+def _write_results(folder: Path, as_json: bool) -> Comparison:
+    """Print the measurements, and write them beside the runs."""
     from mikoshi.data.io.atomic import write_file
     from mikoshi.trainer.compare.comparison import read_comparison
     from mikoshi.trainer.compare.page import write_page
@@ -172,31 +172,31 @@ def _print(found: Comparison, as_json: bool) -> None:
         typer.echo(dumps(found.as_json(), indent=2))
     else:
         terminal = Console()
-        fit = terminal.width if terminal.is_terminal else _WIDE
-        print_comparison(found, Console(highlight=False, soft_wrap=True, width=_WIDE), fit)
+        fit = terminal.width if terminal.is_terminal else _WIDTH
+        print_comparison(found, Console(highlight=False, soft_wrap=True, width=_WIDTH), fit)
 
 
 @contextmanager
-def _shown(console: Console) -> Iterator[Show]:
-    """A live line in a terminal, a line a run elsewhere."""
+def _progress_line(console: Console) -> Iterator[Show]:
+    """Show a live line in a terminal, or else a line for each run."""
     from rich import progress as rich
 
-    from mikoshi.launch.controller.rounds import Progress
+    from mikoshi.launch.controller.rounds import ComparisonProgress
     from mikoshi.trainer.record.durations import clock
 
     columns = (rich.TextColumn("{task.description}"), rich.BarColumn(bar_width=24), rich.MofNCompleteColumn(),
-               rich.TextColumn("{task.fields[told]}"))  # fmt: skip
+               rich.TextColumn("{task.fields[status]}"))  # fmt: skip
     with rich.Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("runs", total=None, told="")
-        said = 0
+        task = bar.add_task("runs", total=None, status="")
+        printed = 0
 
-        def show(progress: Progress) -> None:
-            nonlocal said
+        def show(progress: ComparisonProgress) -> None:
+            nonlocal printed
             left = "" if progress.left is None else f", {clock(progress.left)} left"
             now = f"round {progress.turn}, {progress.name}: step {progress.step}{left}"
-            bar.update(task, completed=progress.done, total=progress.runs, told=now if progress.done < progress.runs else "")
-            if not console.is_terminal and progress.last is not None and progress.done > said:
-                said, last = progress.done, progress.last
+            bar.update(task, completed=progress.done, total=progress.runs, status=now if progress.done < progress.runs else "")
+            if not console.is_terminal and progress.last is not None and progress.done > printed:
+                printed, last = progress.done, progress.last
                 how = last["why"] or f"{last['ended'] - last['began']:.1f} s"
                 console.print(
                     f"run {progress.done} of {progress.runs}: round {last['round']}, {last['name']}: {how}"

@@ -1,4 +1,4 @@
-"""The verb that prints what a run's config comes to."""
+"""The verb that prints a run's resolved config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verbs that make and look at data: thin over the modules beneath, which are imported when a verb needs them."""
+"""The verbs that make data and look at it: a thin layer over the modules beneath, imported on demand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mikoshi.data.dataset.shards import DatasetInfo
-    from mikoshi.data.io.progress import Show
+    from mikoshi.data.io.progress import ProgressCallback
     from mikoshi.data.prepare.prepare import Progress, Recipe
     from mikoshi.trainer.config.run import RunConfig
 
@@ -28,7 +28,7 @@ PREPARE_EXAMPLES = (
     "`mikoshi prepare run.toml 'data.source=\"s3://bucket/web/*.jsonl.zst\"' data.filters.deduplicate=true --workers 32`"
 )
 
-Looked = Annotated[Path, typer.Argument(help="a run folder, or a run's TOML file", show_default=False)]
+RunOrConfig = Annotated[Path, typer.Argument(help="a run folder, or a run's TOML file", show_default=False)]
 Width = Annotated[
     int | None, typer.Option(min=20, help="columns to wrap lines at (default: lines are left as they are)", show_default=False)
 ]
@@ -54,7 +54,7 @@ def prepare(
     from mikoshi.data.prepare.prepare import prepare as prepare_one
     from mikoshi.trainer.config.run import load_config
     from mikoshi.trainer.errors import ConfigError
-    from mikoshi.trainer.feed.feed import places, recipes
+    from mikoshi.trainer.feed.feed import dataset_locations, recipes
 
     run = load_config(config, overrides or [])
     if is_remote(run.data.path) or is_megatron(run.data.path):
@@ -62,28 +62,28 @@ def prepare(
             f"data.path = {run.data.path!r}: data is prepared in a folder of this machine: give one, and copy it there "
             "afterwards"
         )
-    asked = recipes(run.data)
-    if not asked:
+    to_prepare = recipes(run.data)
+    if not to_prepare:
         raise ConfigError("data.mixture: every source has a path, so there is nothing to prepare")
     console = Console(highlight=False, soft_wrap=True)
     try:
-        with shown(console) as show:
+        with progress_bars(console) as show:
             if run.data.mixture:
-                made = prepare_all(asked, Path(run.data.path), show, workers=workers)
+                made = prepare_all(to_prepare, Path(run.data.path), show, workers=workers)
             else:
-                made = {"": prepare_one(asked[""], Path(run.data.path), show, workers=workers)}
+                made = {"": prepare_one(to_prepare[""], Path(run.data.path), show, workers=workers)}
     except Stopped as stopped:
         typer.echo(str(stopped), err=True)
         raise typer.Exit(PREEMPTED) from None
     for name, (info, new) in made.items():
-        _print_prepared(console, places(run.data)[name], info, new)
-        console.print(f"  {_marks(asked[name], Path(places(run.data)[name]), info)}", markup=False)
+        _print_prepared(console, dataset_locations(run.data)[name], info, new)
+        console.print(f"  {_document_marks(to_prepare[name], Path(dataset_locations(run.data)[name]), info)}", markup=False)
     _print_rows(console, run, made)
 
 
 def _print_rows(console: Console, run: RunConfig, made: Collection[str]) -> None:
-    """What the run makes of its data. Raises DataError where that is no row, or where nothing of it is predicted."""
-    from mikoshi.data.dataset.predicted import check_predicts, share_of_nothing
+    """Print the rows that a run makes of its data. Raises DataError if there are none, or if no token is predicted."""
+    from mikoshi.data.dataset.predicted import check_predicts, unpredicted_share
     from mikoshi.data.dataset.shards import HELD_OUT, TRAIN
     from mikoshi.data.dataset.split import open_corpus
     from mikoshi.trainer.feed.feed import datasets
@@ -93,15 +93,15 @@ def _print_rows(console: Console, run: RunConfig, made: Collection[str]) -> None
         head = f"  {name + ': ' if name else ''}"
         for split, what in ((TRAIN, "training"), (HELD_OUT, "held-out")):
             if not fit and all(shard.tokens <= context for shard in dataset.shards(split)):
-                continue  # training on it will say so
+                continue  # training reports that
             corpus = open_corpus(dataset, split, context, run.data.packing, name)
             if corpus.plan is not None and split == TRAIN:
                 used = f"{corpus.plan.used:.2%} of their places used"
                 console.print(f"{head}{corpus.samples:,} rows of {context} tokens, {used}", markup=False)
-            if share := share_of_nothing(corpus, run.data.document_mask):
+            if share := unpredicted_share(corpus, run.data.document_mask):
                 none = ": it has no held-out loss" if share == 1.0 and split == HELD_OUT else ""
-                told = f"{share:.1%} of the {corpus.samples:,} {what} rows of {context} tokens predict no token{none}"
-                console.print(f"{head}{told}", markup=False)
+                text = f"{share:.1%} of the {corpus.samples:,} {what} rows of {context} tokens predict no token{none}"
+                console.print(f"{head}{text}", markup=False)
             if split == TRAIN:
                 check_predicts(corpus, run.data.document_mask)
 
@@ -122,38 +122,38 @@ def _print_prepared(console: Console, place: str, info: DatasetInfo, new: bool) 
     if report.get("contents") == "unknown":
         console.print("  made before contents were written down: its source is compared by names and sizes alone", markup=False)
     if "chat" in report.get("earlier", ()):
-        told = "made by earlier rules, by which the end of a turn may not be learned, and goes on so"
-        console.print(f"  {told}: prepare to another data.path for today's", markup=False)
+        text = "made by earlier rules, by which the end of a turn may not be learned, and goes on so"
+        console.print(f"  {text}: prepare to another data.path for today's", markup=False)
     for line in files_read(report.get("files", {})):
         console.print(f"  {line}", markup=False)
     for problem in report["skipped_names"]:
         console.print(f"  skipped {problem}", markup=False)
 
 
-def _marks(recipe: Recipe, folder: Path, info: DatasetInfo) -> str:
-    """How the documents begin and end, and where that is not what the tokenizer's files say today."""
+def _document_marks(recipe: Recipe, folder: Path, info: DatasetInfo) -> str:
+    """How documents begin and end, and whether the tokenizer's files say otherwise today."""
     from mikoshi.data.dataset.shards import TOKENIZER
-    from mikoshi.data.tokenizer.special_tokens import Marks
+    from mikoshi.data.tokenizer.special_tokens import BoundaryTokens
     from mikoshi.data.tokenizer.tokenizer import parse_tokenizer
 
-    made = parse_tokenizer((folder / TOKENIZER).read_bytes(), str(folder / TOKENIZER), info.marks)
+    made = parse_tokenizer((folder / TOKENIZER).read_bytes(), str(folder / TOKENIZER), info.boundaries)
 
-    def told(marks: Marks) -> str:
+    def describe(marks: BoundaryTokens) -> str:
         name = made.backend.id_to_token
         begin = "with no token of their own" if marks.bos is None else f"with {name(marks.bos)!r}"
         return f"begin {begin} and end with {name(marks.separator)!r}"
 
     now = made if recipe.tokenizer is None else recipe.load_tokenizer()
     if (now.bos, now.separator) == (made.bos, made.separator):
-        return f"documents {told(made.marks)}"
+        return f"documents {describe(made.boundaries)}"
     return (
-        f"documents {told(made.marks)}, as they were prepared, and go on so; by the tokenizer's files they would "
-        f"{told(now.marks)}: prepare to another data.path for that"
+        f"documents {describe(made.boundaries)}, as they were prepared, and go on so; by the tokenizer's files they would "
+        f"{describe(now.boundaries)}: prepare to another data.path for that"
     )
 
 
 def files_read(files: dict[str, Any]) -> Iterator[str]:
-    """What is said of the files of a source: those read by format, and those left out by reason."""
+    """Lines about the files of a source: files read by format, and files left out by reason."""
     if read := files.get("read"):
         yield "files read: " + ", ".join(f"{count:,} {kind}" for kind, count in read.items())
     for reason, count in files.get("left_out", {}).items():
@@ -162,8 +162,8 @@ def files_read(files: dict[str, Any]) -> Iterator[str]:
 
 
 @contextmanager
-def shown(console: Console) -> Iterator[Show]:
-    """A progress bar a phase, with rate and time left; nothing where it is no terminal."""
+def progress_bars(console: Console) -> Iterator[ProgressCallback]:
+    """ProgressCallback a progress bar for each phase, with rate and time left; nothing outside of a terminal."""
     from rich import progress as rich
 
     columns = (
@@ -188,7 +188,7 @@ def shown(console: Console) -> Iterator[Show]:
     "`mikoshi data inspect runs/chat --step 0 --rows 2 > batch.txt`"
 )
 def inspect(
-    run: Looked,
+    run: RunOrConfig,
     overrides: Overrides = None,
     step: Annotated[int, typer.Option(help="counted from 0: what the log calls step 1 is --step 0")] = 0,
     rows: Annotated[
@@ -202,10 +202,10 @@ def inspect(
 
     Of a run folder, past batches are those that the run consumed, however its mixture was changed on the way.
     """
-    from mikoshi.trainer.inspect.batches import open_view, print_batch, rows_at
+    from mikoshi.trainer.inspect.batches import batch_rows, open_view, print_batch
 
     view = open_view(run, overrides or [])
-    found = rows_at(view, step, row or 0, rows or (4 if row is None else 1))
+    found = batch_rows(view, step, row or 0, rows or (4 if row is None else 1))
     if as_json:
         consumed = None if view.done is None else step < view.done
         typer.echo(dumps({"step": step, "consumed": consumed, "rows": [asdict(r) for r in found]}))
@@ -216,7 +216,7 @@ def inspect(
 @data_app.command(
     epilog="Examples: `mikoshi data stats configs/runs/quickstart.toml`, `mikoshi data stats runs/quickstart --json`"
 )
-def stats(run: Looked, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def stats(run: RunOrConfig, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Count documents, tokens, rows and epochs of every source, its share of the run, lengths and packing."""
     from rich.console import Console
 
@@ -235,7 +235,7 @@ def stats(run: Looked, overrides: Overrides = None, as_json: AsJson = False) -> 
     epilog="Examples: `mikoshi data sample run.toml -n 3`, `mikoshi data sample run.toml --source web --held-out --seed 7`"
 )
 def sample(
-    run: Looked,
+    run: RunOrConfig,
     overrides: Overrides = None,
     source: Annotated[str | None, typer.Option(help="a source of the mixture (default: each)", show_default=False)] = None,
     number: Annotated[int, typer.Option("-n", "--number", min=1, help="documents of each source")] = 1,
@@ -245,36 +245,36 @@ def sample(
     width: Width = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show documents drawn at random from the prepared data, decoded, and where each stands."""
+    """Show documents drawn at random from the prepared data, decoded, with their positions."""
     from mikoshi.trainer.inspect.batches import open_view
-    from mikoshi.trainer.inspect.sample import draw, print_drawn
+    from mikoshi.trainer.inspect.sample import print_documents, sample_documents
 
     view = open_view(run, overrides or [])
-    found = draw(view, source, number, seed, held_out, tokens)
+    found = sample_documents(view, source, number, seed, held_out, tokens)
     if as_json:
         decode = view.feed.tokenizer.decode
         typer.echo(dumps([asdict(one) | {"text": decode(one.beginning.tokens)} for one in found]))
     else:
-        print_drawn(found, view.feed.tokenizer, _console(width))
+        print_documents(found, view.feed.tokenizer, _console(width))
 
 
 @data_app.command(epilog="Example: `mikoshi data verify configs/runs/quickstart.toml`")
-def verify(run: Looked, overrides: Overrides = None) -> None:
+def verify(run: RunOrConfig, overrides: Overrides = None) -> None:
     """Read all of the prepared data and compare every digest; exit 2 and name every file that is not what it was."""
     go_on_unread()
     from rich.console import Console
 
     from mikoshi.data.errors import DataError
     from mikoshi.trainer.config.run import load_config
-    from mikoshi.trainer.inspect.verify import verify as check
+    from mikoshi.trainer.inspect.verify import verify_datasets
 
     config, console, damaged = load_config(run, overrides or []), Console(highlight=False, soft_wrap=True), list[str]()
-    with shown(console) as show:
-        for verdict in check(config, show):
-            told = f"{len(verdict.damaged)} damaged" if verdict.damaged else "whole"
+    with progress_bars(console) as show:
+        for verdict in verify_datasets(config, show):
+            text = f"{len(verdict.damaged)} damaged" if verdict.damaged else "whole"
             name = f"{verdict.source}: " if verdict.source else ""
             size = f"{verdict.files} files read, {verdict.bytes / 1e6:,.1f} MB"
-            console.print(f"{name}{verdict.place}: {size}: {told}", markup=False)
+            console.print(f"{name}{verdict.place}: {size}: {text}", markup=False)
             damaged += verdict.damaged
     if damaged:
         raise DataError("\n".join(damaged))
@@ -300,15 +300,15 @@ def train(
     from rich.console import Console
 
     from mikoshi.data.io.atomic import write_file
-    from mikoshi.data.prepare.prepare import Recipe, train_on
+    from mikoshi.data.prepare.prepare import Recipe, train_shared_tokenizer
     from mikoshi.data.sources.text import SourceSpec
     from mikoshi.trainer.errors import ConfigError
 
     if out.exists():
         raise ConfigError(f"--out {out}: exists already: remove it or give another path")
     console = Console(highlight=False, soft_wrap=True)
-    with shown(console) as show:
-        made = train_on({"": Recipe(SourceSpec(source, column=column, on_invalid="skip"), vocab=vocab)}, show)
+    with progress_bars(console) as show:
+        made = train_shared_tokenizer({"": Recipe(SourceSpec(source, column=column, on_invalid="skip"), vocab=vocab)}, show)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_file(out, made.backend.to_str().encode())
@@ -322,7 +322,7 @@ def train(
     epilog="Example: `mikoshi data to-megatron configs/runs/quickstart.toml build/quickstart-train --split train`",
 )
 def to_megatron(
-    run: Looked,
+    run: RunOrConfig,
     prefix: Annotated[Path, typer.Argument(help="PREFIX.bin and PREFIX.idx are written", show_default=False)],
     overrides: Overrides = None,
     source: Annotated[str, typer.Option(help="a source of the mixture", show_default=False)] = "",
@@ -330,7 +330,7 @@ def to_megatron(
 ) -> None:
     """Write prepared documents as a Megatron corpus, which Megatron-LM and `data.path` read as it is."""
     from mikoshi.data.dataset.megatron import write_megatron
-    from mikoshi.data.dataset.shards import token_bytes
+    from mikoshi.data.dataset.shards import bytes_per_token
     from mikoshi.trainer.config.run import load_config
     from mikoshi.trainer.errors import ConfigError
     from mikoshi.trainer.feed.feed import datasets
@@ -340,7 +340,7 @@ def to_megatron(
         raise ConfigError(f"--source {source!r}: the sources are {', '.join(found)}")
     dataset = found[source]
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    made = write_megatron(prefix, map(dataset.shard, dataset.shards(split)), token_bytes(dataset.info.vocab))
+    made = write_megatron(prefix, map(dataset.shard, dataset.shards(split)), bytes_per_token(dataset.info.vocab))
     typer.echo(f"{made.prefix}.bin and .idx: {made.documents:,} documents, {made.tokens:,} tokens; SHA-256 {made.digest}")
 
 
@@ -350,8 +350,8 @@ def in_order(
     target: Annotated[Path, typer.Argument(help="TARGET.bin and TARGET.idx are written", show_default=False)],
 ) -> None:
     """Write a Megatron corpus anew in the order of its .idx, as one that only its index was shuffled in must be to be read."""
-    from mikoshi.data.dataset.megatron import rewrite
+    from mikoshi.data.dataset.megatron import rewrite_in_order
 
     target.parent.mkdir(parents=True, exist_ok=True)
-    made = rewrite(prefix, target)
+    made = rewrite_in_order(prefix, target)
     typer.echo(f"{made.prefix}.bin and .idx: {made.documents:,} documents, {made.tokens:,} tokens; SHA-256 {made.digest}")

@@ -1,4 +1,4 @@
-"""The `mikoshi` command: its verbs in the order of a user's day. Nothing heavy is imported before a verb needs it."""
+"""The `mikoshi` command, with its verbs in the order of a user's day. No verb imports what another one needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer.core
 from mikoshi.launch.cli import chaos, checkpoint, cluster, compare, config, data, megatron, plan, train, watch, weights
 from mikoshi.trainer.exit_codes import DONE
 from mikoshi.trainer.streams import open_streams
-from mikoshi.trainer.train.rank import end_now, outage, say, told
+from mikoshi.trainer.train.rank import exit_now, is_outage, report_error, user_message
 
 
 class InOrder(typer.core.TyperGroup):
@@ -51,7 +51,7 @@ VERBS: dict[str, list[tuple[Callable[..., Any], str]]] = {
     ],
     "Look after": [(config.config, config.CONFIG_EXAMPLES), (chaos.chaos, chaos.EXAMPLES)],
 }  # fmt: skip
-"""By panel of the help: each verb and its examples."""
+"""Each verb with its examples, by panel of the help."""
 
 for panel, verbs in VERBS.items():
     for verb, examples in verbs:
@@ -65,7 +65,7 @@ for name, verb, examples in megatron.VERBS:
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 fault, 2 the user's mistake, 75 stopped on request and saved."""
+    """Run the command. Exit codes: 0 done, 1 fault, 2 the user's mistake, 75 stopped on request and saved."""
     open_streams()
     try:
         try:
@@ -73,14 +73,16 @@ def main() -> None:
         finally:
             sys.stdout.flush()
     except Exception as error:
-        if told(error) is None and not outage(error):
+        if user_message(error) is None and not is_outage(error):
             raise
-        sys.exit(say(error, rank=0))
+        sys.exit(report_error(error, rank=0))
 
 
 def command() -> NoReturn:
-    """The program: main(). One that was a rank itself is gone after it, whatever threads and destructors of libraries want:
-    gloo's joins a thread that waits for the interpreter, which waits for it."""
+    """Run main() and exit. A process that was a rank exits at once, without waiting for threads and destructors.
+
+    gloo's destructor joins a thread that waits for the interpreter lock, which the destructor holds.
+    """
     try:
         main()
         code: object = DONE
@@ -88,7 +90,7 @@ def command() -> NoReturn:
         code = end.code
     world = sys.modules.get("mikoshi.parallel.process.process_group")
     if world is not None and world.has_joined() and isinstance(code, int):
-        end_now(code)
+        exit_now(code)
     sys.exit(code)  # type: ignore[arg-type]
 
 

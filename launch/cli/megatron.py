@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mikoshi.launch.cli.arguments import Config, Overrides
-from mikoshi.launch.cli.weights import tell_begun, tell_passed
+from mikoshi.launch.cli.weights import print_imported, print_skipped
 
 IMPORT_EXAMPLES = "Example: `mikoshi checkpoint import-megatron megatron/checkpoints run.toml`, then `mikoshi train run.toml`"
 EXPORT_EXAMPLES = (
@@ -37,7 +37,7 @@ def import_megatron(
     if weights.padding:
         typer.echo(f"the first {run.model.vocab} rows of the vocabulary: {weights.padding} rows of padding are left out")
     place = begin_run(run, weights, source=str(weights.source))
-    tell_begun(place, weights.source, config, overrides, check_model(weights.source, run.model), run)
+    print_imported(place, weights.source, config, overrides, check_model(weights.source, run.model), run)
 
 
 def export_megatron(
@@ -55,7 +55,7 @@ def export_megatron(
     from mikoshi.trainer.interop.megatron.export import export_megatron as write
 
     found = open_committed(source)
-    tell_passed(found)
+    print_skipped(found)
     typer.echo(f"{write(found, folder, vocab)}: the weights of {found.saved}")
 
 

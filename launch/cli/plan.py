@@ -1,4 +1,4 @@
-"""The verbs that foresee a run before a GPU is taken: its layout, its memory, its micro-batch."""
+"""The verbs that predict a run before a GPU is used: its layout, its memory, its micro-batch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layout(
     node: Annotated[int, typer.Option(min=1, help="GPUs of a node")] = 8,
     svg: Annotated[Path | None, typer.Option(help="also draw it, into this file", show_default=False)] = None,
 ) -> None:
-    """Show what every rank would carry, before a GPU or the data is touched: layers, heads, experts, tokens, rows, bubble."""
+    """Show what every rank would hold, before a GPU or the data is used: layers, heads, experts, tokens, rows, bubble."""
     from rich.console import Console
 
     from mikoshi.trainer.config.run import load_config
@@ -116,12 +116,12 @@ def fit_batch(
 
     run = load_config(config, overrides or [])
     refuse_several("fit-batch")
-    from mikoshi.launch.controller.trials import attempts
+    from mikoshi.launch.controller.trials import trial_runner
     from mikoshi.parallel.process.process_group import check_device
     from mikoshi.trainer.engines.layout import layout_of
     from mikoshi.trainer.engines.limits import refuse
     from mikoshi.trainer.errors import ConfigError, LaunchError
-    from mikoshi.trainer.estimate.micro_batch import Attempt, find
+    from mikoshi.trainer.estimate.micro_batch import MicroBatchAttempt, find_micro_batch
     from mikoshi.trainer.train.preflight import foresee
 
     count = ranks or local_gpus(run.engine.device)
@@ -129,9 +129,9 @@ def fit_batch(
     check_device(run.engine.device)
     refuse(run, layout_of(run, count), _cuda(run.engine.device))
 
-    tried = list[Attempt]()
+    tried = list[MicroBatchAttempt]()
 
-    def tell(attempt: Attempt) -> None:
+    def tell(attempt: MicroBatchAttempt) -> None:
         tried.append(attempt)
         how = f"fits, {attempt.peak / 2**30:.2f} GiB at the peak" if attempt.fits else f"does not fit: {attempt.why}"
         print(f"train.micro_batch={attempt.micro_batch}: {how} ({attempt.seconds:.1f} s)", file=sys.stderr, flush=True)
@@ -141,8 +141,8 @@ def fit_batch(
 
     limit = None if memory is None else int(memory * 2**30)
     try:
-        with attempts(count, limit) as carry:
-            found, _ = find(run, count, limit, carry, tell)
+        with trial_runner(count, limit) as run_trial:
+            found, _ = find_micro_batch(run, count, limit, run_trial, tell)
     except (ConfigError, LaunchError) as error:
         if as_json:
             show(None, error=str(error).partition("\n")[0])

@@ -1,4 +1,4 @@
-"""The verbs that train a run, let its model write, and report what became of it."""
+"""The verbs that train a run, generate text with its model, and report on it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mikoshi.launch.cli.arguments import Config, Overrides, Run, local_gpus
-from mikoshi.trainer.signals import stopping_is_no_crash
+from mikoshi.trainer.signals import exit_on_stop_signal
 from mikoshi.trainer.streams import go_on_unread
-from mikoshi.trainer.train.rank import generate_rank, place_here, train_rank, train_supervised
+from mikoshi.trainer.train.rank import generate_rank, launched_world, train_rank, train_supervised
 
 if TYPE_CHECKING:
     from mikoshi.trainer.record.run_folder import RunFolder
@@ -43,7 +43,7 @@ def train(
     Ctrl-C finish the step, save, and exit with code 75: the same command goes on from there.
     """
     go_on_unread()
-    with stopping_is_no_crash():
+    with exit_on_stop_signal():
         raise typer.Exit(_train(config, overrides or [], ranks))
 
 
@@ -51,26 +51,26 @@ def _train(config: Path, overrides: list[str], ranks: int | None) -> int:
     from mikoshi.trainer.config.run import load_config
 
     run = load_config(config, overrides)
-    place = place_here(ranks)
+    place = launched_world(ranks)
     from mikoshi.parallel.process.process_group import World
     from mikoshi.trainer.errors import ConfigError
-    from mikoshi.trainer.interop.accelerate.start import lone_of_several
+    from mikoshi.trainer.interop.accelerate.start import lone_process_reason
     from mikoshi.trainer.train.preflight import preflight
 
     if place is not None:
         if place.size == 1 and ranks is None and (gpus := local_gpus(run.engine.device)) > 1:
             print(f"note: {place.source}: one rank, which uses one of the {gpus} GPUs here", file=sys.stderr)
         return train_rank(run, place)
-    if why := lone_of_several(os.environ):
+    if why := lone_process_reason(os.environ):
         raise ConfigError(why)
     count = ranks or local_gpus(run.engine.device)
-    if count == 1 and not run.recovery.restarts:  # nothing to be started again: no second process is needed
+    if count == 1 and not run.recovery.restarts:  # without restarts no second process is needed
         preflight(run, 1)
         return train_rank(run, World())
-    from mikoshi.launch.controller.supervisor import Job, supervise, warm
+    from mikoshi.launch.controller.supervisor import Job, running_fork_server, supervise
     from mikoshi.trainer.record.run_folder import RunFolder
 
-    with warm(count):  # the ranks' imports, while this process looks at the data
+    with running_fork_server(count):  # it imports while this process checks the data
         preflight(run, count)
         return supervise(Job(count, train_supervised, (run,), RunFolder(run.run.path), run.recovery))
 
@@ -105,11 +105,11 @@ def generate(
     from mikoshi.trainer.record.run_folder import open_run
 
     try:
-        prompt = os.fsencode(prompt).decode("utf-8")  # whatever the locale made of the bytes
+        prompt = os.fsencode(prompt).decode("utf-8")  # undo what the locale made of the bytes
     except UnicodeError:
         raise ConfigError("--prompt is not UTF-8 text") from None
     folder, sampling = open_run(run), Sampling(temperature, top_k, top_p, seed)
-    place = place_here(ranks)
+    place = launched_world(ranks)
     from mikoshi.parallel.process.process_group import World, pick_device
 
     ranks, degrees = ranks or 1, {"tp": tp, "pp": pp}
@@ -125,10 +125,10 @@ def generate(
         )
     from mikoshi.trainer.generation.generate import generate as write
     from mikoshi.trainer.generation.generate import known_ids, load_model
-    from mikoshi.trainer.generation.prompt import start_of
+    from mikoshi.trainer.generation.prompt import encode_prompt
 
     model, tokenizer, _, _ = load_model(folder, pick_device(device, World()))
-    (start, stops), known = start_of(folder, tokenizer, prompt, chat, special), known_ids(tokenizer)
+    (start, stops), known = encode_prompt(folder, tokenizer, prompt, chat, special), known_ids(tokenizer)
     typer.echo(prompt + "\n" * chat, nl=False)
     for piece in text_stream(tokenizer, start, write(model, start, tokens, sampling, stops, known)):
         typer.echo(piece, nl=False)
@@ -136,11 +136,11 @@ def generate(
 
 
 def _check_generation(folder: RunFolder, ranks: int, degrees: dict[str, int]) -> None:
-    """Refuse a layout that cannot be before any rank starts. Raises ConfigError or LayoutError."""
+    """Refuse an invalid layout before any rank starts. Raises ConfigError or LayoutError."""
     from mikoshi.trainer.config.run import load_config
     from mikoshi.trainer.engines.layout import layout_of
     from mikoshi.trainer.errors import ConfigError
-    from mikoshi.trainer.generation.generate import spread
+    from mikoshi.trainer.generation.generate import forward_config
 
     need, given = math.prod(degrees.values()), [name for name, degree in degrees.items() if degree > 1]
     if ranks % need:
@@ -148,7 +148,7 @@ def _check_generation(folder: RunFolder, ranks: int, degrees: dict[str, int]) ->
             f"{' '.join(f'--{name} {degrees[name]}' for name in given)}: --ranks must be a multiple of {need}, not {ranks}: "
             f"use --ranks {-(-ranks // need) * need}, or leave out {' and '.join(f'--{name}' for name in given)}"
         )
-    layout_of(spread(load_config(folder.path), degrees, ranks), ranks)
+    layout_of(forward_config(load_config(folder.path), degrees, ranks), ranks)
 
 
 def report(

@@ -1,4 +1,4 @@
-"""The verbs that take weights in and out as safetensors."""
+"""The verbs that export and import weights as safetensors."""
 
 from __future__ import annotations
 
@@ -37,25 +37,30 @@ def export_weights(
 
     largest = parse_size(max_shard_size)
     committed = open_committed(source)
-    tell_passed(committed)
+    print_skipped(committed)
     made = export(committed, folder, largest)
     typer.echo(f"{folder}: {made.files} file{'s' * (made.files != 1)}, {made.bytes / 1e6:,.1f} MB, of step {made.step}")
     if made.largest > largest:
         typer.echo(f"the largest has {made.largest / 1e6:,.1f} MB: a tensor is never cut", err=True)
 
 
-def tell_passed(committed: Committed) -> None:
-    """That newer checkpoints of the run are damaged, before an older one is taken for them."""
-    for why in committed.passed:
+def print_skipped(committed: Committed) -> None:
+    """Warn that newer checkpoints of the run are damaged and an older one is used."""
+    for why in committed.rejected:
         typer.echo(f"not taken: {why}", err=True)
 
 
-def tell_begun(place: str, source: object, config: Path, overrides: list[str] | None, checked: bool, run: RunConfig) -> None:
-    """What was made of imported weights, what nobody has compared, and the command that goes on."""
-    from mikoshi.trainer.interop.model_file import untold
+def print_imported(
+    place: str, source: object, config: Path, overrides: list[str] | None, checked: bool, run: RunConfig
+) -> None:
+    """Print where imported weights went, what was not checked, and the command that trains on.
+
+    checked: whether the model's settings were compared with those of the weights
+    """
+    from mikoshi.trainer.interop.model_file import unverifiable_settings
 
     if not checked:
-        typer.echo(untold(run.model), err=True)
+        typer.echo(unverifiable_settings(run.model), err=True)
     again = shlex.join(["mikoshi", "train", str(config), *(overrides or [])])
     typer.echo(f"{place}: step 0, with the weights of {source}; go on with `{again}`")
 
@@ -79,4 +84,4 @@ def import_weights(
 
     with open_weights(folder, run.model) as weights:
         place = begin_run(run, weights, source=str(folder))
-    tell_begun(place, folder, config, overrides, check_model(folder, run.model), run)
+    print_imported(place, folder, config, overrides, check_model(folder, run.model), run)

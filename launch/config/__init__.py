@@ -1,4 +1,4 @@
-"""The schema of a cluster file, the variables that ranks get, and names that are safe to hand on.
+"""The schema of a cluster file, the variables that ranks get, and checked names.
 
 Entry points: `cluster`, `settings`.
 """

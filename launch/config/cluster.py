@@ -1,4 +1,4 @@
-"""The schema of a cluster file: what a cluster is, once, for every run that goes there."""
+"""The schema of a cluster file, which describes a cluster once for all runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import Field, TypeAdapter, field_validator
 
 from mikoshi.launch.config.hostfile import read_hostfile
 from mikoshi.launch.config.names import Host, Interface, Line, Plain, Variable, Word, same_host
-from mikoshi.launch.host.gpus import gpus_here
+from mikoshi.launch.host.gpus import count_visible_gpus
 from mikoshi.trainer.config.data import Count, Natural, Section
 from mikoshi.trainer.config.toml import override, read, validate
 from mikoshi.trainer.errors import ConfigError, LaunchError
@@ -20,7 +20,7 @@ SHIPPED = next(
     (place for place in (Path(__file__).resolve().parents[2] / OWN, Path(sysconfig.get_path("data"), "share/mikoshi/clusters"))
      if place.is_dir()), OWN,
 )  # fmt: skip
-"""In a checkout, or where an installation without one has put them."""
+"""The shipped cluster files: in the checkout, or where an installation has put them."""
 
 
 class NetworkSection(Section):
@@ -41,7 +41,7 @@ class PatienceSection(Section):
 
 
 class Base(Section):
-    """What clusters of every kind have."""
+    """Settings of every kind of cluster."""
 
     nodes: Count = Field(1, description="nodes of a run that does not say how many")
     gpus_per_node: Natural = Field(0, description="GPUs of a node; 0: it has none, or, on this machine, those that are there")
@@ -61,15 +61,19 @@ class Base(Section):
 
     @property
     def ranks(self) -> int:
-        """Ranks a node."""
+        """Ranks per node."""
         return self.ranks_per_node or self.gpus_per_node or 1
 
 
 class LocalCluster(Base):
+    """This machine."""
+
     kind: Literal["local"]
 
 
 class SshCluster(Base):
+    """Hosts that are reached by ssh."""
+
     kind: Literal["ssh"]
     hosts: list[Host] = Field(
         [], description="host names, in the order that ranks are laid out in; more than `nodes` are spares"
@@ -98,7 +102,7 @@ _ALONE = (
     "--contiguous", "--exclusive", "--get-user-env", "--hold", "--ignore-pbs", "--nice", "--overcommit", "--oversubscribe",
     "--propagate", "--reboot", "--spread-job", "--use-min-nodes",
 )  # fmt: skip
-"""Options of sbatch that need no value: to any other, the next word would be one."""
+"""Options of sbatch without a value. For any other, the next word would be its value."""
 
 _OWN = (
     "--array", "--chdir", "--comment", "--exclude", "--export", "--export-file", "--job-name", "--nodes", "--no-requeue",
@@ -107,6 +111,8 @@ _OWN = (
 
 
 class SlurmCluster(Base):
+    """A cluster with Slurm."""
+
     kind: Literal["slurm"]
     partition: Word = Field("", description="partition of the jobs (default: the cluster's own; `sinfo` lists them)")
     account: Word = Field("", description="account that the jobs are charged to (default: the user's own)")
@@ -133,12 +139,14 @@ class SlurmCluster(Base):
             name, equals, _ = option.partition("=")
             if not option.startswith("--") or len(name) < 4 or not (equals or name in _ALONE):
                 raise ValueError(f"{option!r}: a long option with its value after =, such as --mail-type=END")
-            if own := next((own for own in _OWN if own.startswith(name)), ""):  # Slurm takes a long option cut short, too
+            if own := next((own for own in _OWN if own.startswith(name)), ""):  # Slurm accepts abbreviated options
                 raise ValueError(f"{option!r}: {own} is set by Mikoshi: leave it out")
         return options
 
 
 class KubernetesCluster(Base):
+    """A cluster with Kubernetes and JobSet."""
+
     kind: Literal["kubernetes"]
     namespace: Word = Field("default", description="namespace that the objects are made in")
     context: Line = Field("", description="of the kubeconfig (default: its current one)")
@@ -164,7 +172,12 @@ ADAPTER: TypeAdapter[Cluster] = TypeAdapter(Cluster)
 
 
 def load_cluster(name: str, overrides: tuple[str, ...] = ()) -> Cluster:
-    """A cluster by its file, or by its name in configs/clusters, here or as shipped. Raises ConfigError, a line a mistake."""
+    """Load a cluster file by path, or by name from configs/clusters, here or as shipped.
+
+    Raises ConfigError, a line for each mistake.
+
+    overrides: settings such as "partition=long"
+    """
     path = Path(name)
     if not name.endswith(".toml") and "/" not in name:
         path = next((file for folder in (OWN, SHIPPED) if (file := folder / f"{name}.toml").is_file()), OWN / f"{name}.toml")
@@ -181,7 +194,7 @@ def load_cluster(name: str, overrides: tuple[str, ...] = ()) -> Cluster:
     if isinstance(cluster, SshCluster):
         return _with_hosts(cluster, path)
     if isinstance(cluster, LocalCluster) and not cluster.gpus_per_node:
-        return cluster.model_copy(update={"gpus_per_node": gpus_here()})
+        return cluster.model_copy(update={"gpus_per_node": count_visible_gpus()})
     return cluster
 
 

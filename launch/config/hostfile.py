@@ -1,4 +1,4 @@
-"""Hosts from a file in DeepSpeed's format, so that a list which is there already serves."""
+"""Reads hosts from a file in DeepSpeed's format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mikoshi.trainer.errors import LaunchError
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Ranks a host, in the file's order: lines `name slots=8`, comments after #. Raises LaunchError, naming the line."""
+    """Ranks by host, in the file's order: lines `name slots=8`, comments after #. Raises LaunchError with the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -1,4 +1,4 @@
-"""What may stand for a host, a variable, a job: anything else is refused before it comes near a command line."""
+"""Validates names of hosts, variables and jobs before they reach a command line."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,14}")
 
 
 def host_name(text: str) -> str:
-    """A DNS name or an IP address, as given. Raises ValueError: no option (-oProxyCommand=…) and no user@ passes for one."""
+    """Check a DNS name or an IP address. Raises ValueError, also for options (-oProxyCommand=…) and user@host."""
     if len(text) <= 253 and _HOST.fullmatch(text):
         return text
     try:
         ipaddress.ip_address(text)
-        if not _ADDRESS.fullmatch(text):  # the zone of fe80::1%eth0 may be anything to that module
+        if not _ADDRESS.fullmatch(text):  # that module accepts any zone, as in fe80::1%eth0
             raise ValueError
     except ValueError:
         raise ValueError(f"{text!r} is no host name: letters, digits, dots and dashes, or an IP address") from None
@@ -30,8 +30,7 @@ def host_name(text: str) -> str:
 
 
 def same_host(name: str) -> str:
-    """What all spellings of a host's name have in common: DNS knows neither case nor a dot at the end, and an IP address can
-    be written in several ways."""
+    """A key that all spellings of a host share: DNS ignores case and a final dot, and IP addresses have several forms."""
     try:
         return str(ipaddress.ip_address(name))
     except ValueError:
@@ -39,35 +38,35 @@ def same_host(name: str) -> str:
 
 
 def variable_name(text: str) -> str:
-    """The name of an environment variable. Raises ValueError."""
+    """Check the name of an environment variable. Raises ValueError."""
     if not _VARIABLE.fullmatch(text):
         raise ValueError(f"{text!r} is no name of an environment variable: letters, digits and underscores")
     return text
 
 
 def word(text: str) -> str:
-    """A scheduler's name for something (partition, account, class), or nothing. Raises ValueError."""
+    """Check a scheduler's name (partition, account, class); may be empty. Raises ValueError."""
     if text and not _WORD.fullmatch(text):
         raise ValueError(f"{text!r}: letters, digits and _.@%+:=,- only, a letter or digit first")
     return text
 
 
 def interface_name(text: str) -> str:
-    """The name of a network interface, or nothing. Raises ValueError."""
+    """Check the name of a network interface; may be empty. Raises ValueError."""
     if text and not _INTERFACE.fullmatch(text):
         raise ValueError(f"{text!r} is no name of a network interface, such as eth0 or ib0")
     return text
 
 
 def plain_text(text: str) -> str:
-    """A value that goes through exactly, whatever is in it, but for NUL, which no environment or command line can hold."""
+    """Check a value that is passed on exactly. Raises ValueError for NUL, which no command line can hold."""
     if "\0" in text:
         raise ValueError("it has a NUL byte, which no environment and no command line can hold")
     return text
 
 
 def one_line(text: str) -> str:
-    """Text without line breaks or control characters. Raises ValueError."""
+    """Check text for line breaks and control characters. Raises ValueError."""
     if any(ord(sign) < 32 or ord(sign) == 127 for sign in text):
         raise ValueError(f"{text!r}: one line of text, without control characters")
     return text

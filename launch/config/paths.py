@@ -1,4 +1,4 @@
-"""Paths in what is printed: in a command, as a shell takes it back; in a sentence, on one line."""
+"""Formats paths for output: quoted for a shell in a command, on one line in a sentence."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import shlex
 from pathlib import Path
 
 
-def shown(path: Path) -> str:
-    """A path as someone in the current folder calls it."""
+def relative(path: Path) -> str:
+    """A path relative to the current folder, if it is below it."""
     with contextlib.suppress(ValueError):
         return str(path.relative_to(Path.cwd()))
     return str(path)
 
 
-def typed(path: Path | str) -> str:
-    """A path as one word of a command that bash reads: nothing in it is expanded, breaks the line or passes for an option."""
+def shell_quoted(path: Path | str) -> str:
+    """A path as one word for bash, in which nothing is expanded and which is not taken for an option."""
     text = str(path)
     text = f"./{text}" if text.startswith("-") else text
     if text.isprintable():
@@ -23,8 +23,8 @@ def typed(path: Path | str) -> str:
     return f"$'{''.join(map(_escaped, text))}'"
 
 
-def named(path: Path | str) -> str:
-    """A path within a sentence: as it is, or in quotes where it would break the line."""
+def printable(path: Path | str) -> str:
+    """A path in a sentence: as it is, or quoted if it would break the line."""
     text = str(path)
     return text if text.isprintable() else repr(text)
 
@@ -32,5 +32,5 @@ def named(path: Path | str) -> str:
 def _escaped(sign: str) -> str:
     if sign in "\\'":
         return f"\\{sign}"
-    # Three octal digits each: more of them, or letters, may follow.
+    # Always three octal digits, since digits or letters may follow.
     return sign if sign.isprintable() else "".join(f"\\{byte:03o}" for byte in sign.encode("utf-8", "surrogateescape"))

@@ -1,7 +1,7 @@
-"""Variables that only the owner of a run may read: a file of mode 0600 that is whole from its first moment.
+"""Passes variables to ranks in a file that only the run's owner can read, with mode 0600 from its creation.
 
-They reach ranks by this file alone: on a command line, in a job's script or in the environment of a submission they would be
-seen by every user of the machine, or be kept by the scheduler.
+On a command line, in a job script or in the environment of a submission, other users could see them, or the scheduler would
+keep them.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from mikoshi.data.io.atomic import replacing
+from mikoshi.data.io.atomic import replaced_file
 from mikoshi.launch.config.cluster import Base
 from mikoshi.trainer.errors import LaunchError
 
 PRIVATE = "private.json"
-"""Its name in a run folder."""
+"""Name of the file in a run folder."""
 
 
-def chosen(cluster: Base, environ: Mapping[str, str]) -> dict[str, str]:
-    """The cluster file's variables, and its secrets from the environment of the one who submits. Raises LaunchError, naming
-    a secret that is not there."""
+def collect_env(cluster: Base, environ: Mapping[str, str]) -> dict[str, str]:
+    """The cluster file's variables, and its secrets from the user's environment. Raises LaunchError if a secret is not set."""
     absent = [name for name in cluster.secrets if name not in environ]
     if absent:
         raise LaunchError(f"secrets: {', '.join(absent)}: not set where you submit: export {absent[0]}=… first")
@@ -30,9 +29,9 @@ def chosen(cluster: Base, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def applied(values: Mapping[str, str]) -> Iterator[None]:
-    """Have this process see variables, for as long as it looks at what its ranks will look at: what it starts later on is not
-    to inherit them."""
+def set_env(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables in this process inside the block, to check what its ranks will see. Processes started later do not get
+    them."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -46,17 +45,19 @@ def applied(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def write_private(path: Path, values: Mapping[str, str]) -> None:
-    """Put variables in a file that its owner alone can read, whole or not at all. Raises LaunchError."""
+    """Write variables to a file that only its owner can read, atomically. Raises LaunchError."""
     try:
-        with replacing(path, mode=0o600) as out:
+        with replaced_file(path, mode=0o600) as out:
             out.write(json.dumps(dict(values)).encode("ascii"))
     except OSError as error:
         raise LaunchError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def read_private(path: Path) -> dict[str, str]:
-    """The variables of a file that write_private made, exactly; none where there is no file. Raises LaunchError where it is
-    damaged, or not the caller's own."""
+    """Read the variables that write_private wrote; none if there is no file.
+
+    Raises LaunchError if the file is damaged or belongs to another user.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except FileNotFoundError:
@@ -76,7 +77,7 @@ def read_private(path: Path) -> dict[str, str]:
 
 
 def refuse_secrets(cluster: Base) -> None:
-    """An export is a file for others to read. Raises LaunchError where it would have to hold a secret."""
+    """Raise LaunchError if the cluster has secrets, since others can read an exported file."""
     if cluster.secrets:
         raise LaunchError(
             f"secrets: {cluster.secrets[0]} would stand in the exported file: make a Secret of it, for secret_refs"

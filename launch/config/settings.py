@@ -1,10 +1,10 @@
-"""The variables that a cluster's ranks get, each with its reason, and what the order of ranks means for the network.
+"""The environment variables of a cluster's ranks, each with its reason, and warnings about the order of ranks.
 
-What is left alone on purpose: NCCL finds InfiniBand, NVLink SHARP and the topology by itself, and its documentation has
-NCCL_IB_DISABLE, NCCL_NVLS_ENABLE, NCCL_ALGO, NCCL_PROTO and their like kept out of production; torch ignores
-TORCH_NCCL_AVOID_RECORD_STREAMS (https://github.com/pytorch/pytorch/pull/194701); the caches of torch.compile are in the
-node's own temporary folder anyway; CUDA_DEVICE_MAX_CONNECTIONS = 1 is for engines that rely on the order of kernel launches,
-and DTensor's tensor parallelism does not.
+Some are not set on purpose. NCCL finds InfiniBand, NVLink SHARP and the topology by itself, and its documentation advises
+against NCCL_IB_DISABLE, NCCL_NVLS_ENABLE, NCCL_ALGO, NCCL_PROTO and the like in production. torch ignores
+TORCH_NCCL_AVOID_RECORD_STREAMS (https://github.com/pytorch/pytorch/pull/194701). The caches of torch.compile are in the
+node's own temporary folder anyway. CUDA_DEVICE_MAX_CONNECTIONS = 1 is for engines that rely on the order of kernel
+launches, and DTensor's tensor parallelism does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TORCH_NCCL_DOCS = "https://docs.pytorch.org/docs/stable/torch_nccl_environment_v
 
 @dataclass(frozen=True)
 class Setting:
-    """A variable of every rank, and why it has this value."""
+    """A variable of every rank, and the reason for its value."""
 
     name: str
     value: str
@@ -30,21 +30,36 @@ class Setting:
 
 
 class Degrees(Protocol):
-    """Of a run's parallelism: trainer's section parallel, or a Layout."""
+    """The degrees of a run's parallelism: the trainer's section `parallel`, or a Layout."""
 
     @property
-    def tp(self) -> int: ...
+    def tp(self) -> int:
+        """Tensor parallel degree."""
+        ...
+
     @property
-    def cp(self) -> int: ...
+    def cp(self) -> int:
+        """Context parallel degree."""
+        ...
+
     @property
-    def ep(self) -> int: ...
+    def ep(self) -> int:
+        """Expert parallel degree."""
+        ...
+
     @property
-    def expert_tp(self) -> int | None: ...
+    def expert_tp(self) -> int | None:
+        """Tensor parallel degree inside an expert; None: tp."""
+        ...
 
 
 def settings(cluster: Base, nodes: int, ranks_per_node: int, interface: str, device: str, cores: int) -> list[Setting]:
-    """What every rank's environment gets; the cluster file's own variables win. interface: that the nodes reach each other
-    by; device: cpu or cuda; cores: those of a node that its ranks may use."""
+    """Return the variables of every rank. Those of the cluster file take precedence.
+
+    interface: the one by which nodes reach each other
+    device: cpu or cuda
+    cores: cores of a node that its ranks may use
+    """
     chosen = [
         *_sockets(interface, device),
         *(_nccl(cluster, nodes) if device == "cuda" else ()),
@@ -59,8 +74,8 @@ def settings(cluster: Base, nodes: int, ranks_per_node: int, interface: str, dev
     return [one for one in chosen if one.name not in cluster.env] + users
 
 
-def records(chosen: list[Setting]) -> list[dict[str, str]]:
-    """As settings.json has them."""
+def as_records(chosen: list[Setting]) -> list[dict[str, str]]:
+    """The records of settings.json."""
     return [asdict(one) for one in chosen]
 
 
@@ -102,10 +117,10 @@ def _threads(ranks_per_node: int, cores: int) -> Setting:
 
 
 def check_order(degrees: Degrees, ranks_per_node: int, nodes: int) -> list[str]:
-    """What of a run's parallelism crosses nodes that had better not: a line each, with the way out.
+    """Warn about parallelism that crosses nodes and should not: a line each, with what to do.
 
-    Ranks are numbered node by node, and of a layout's axes tp is innermost, then cp (Layout.coordinates); a
-    group of consecutive ranks lies within nodes if its size divides the ranks of a node.
+    Ranks are numbered node by node, and tp is the innermost axis of a layout, then cp (Layout.coordinates). A group of
+    consecutive ranks is within a node if its size divides the number of ranks of a node.
     """
     if nodes < 2:
         return []

@@ -1,6 +1,6 @@
-"""One attempt of a run's ranks on several nodes, from the first node's open store to the last one's report.
+"""Runs the ranks of one attempt on several nodes as a gang: they start together, and they end together.
 
-A rank that hangs is found here, among the ranks of all nodes, as agent.hang_detector has it for one.
+It detects hangs among the ranks of all nodes, as `agent.hang_detector` does for those of one.
 """
 
 from __future__ import annotations
@@ -13,29 +13,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mikoshi.launch.agent.hang_detector import Hang, who_hangs
-from mikoshi.launch.agent.outcome import MILD, Ended, Silent, merged
-from mikoshi.launch.controller.agent_pool import LOOK, OFTEN, Crew
+from mikoshi.launch.agent.hang_detector import Hang, find_hang
+from mikoshi.launch.agent.outcome import BENIGN_CODES, HungRank, RanksOutcome, merge
+from mikoshi.launch.controller.agent_pool import CHECK_INTERVAL, POLL_INTERVAL, AgentPool
 from mikoshi.parallel.process.heartbeat import WITHIN_STEPS, Page
 from mikoshi.trainer.exit_codes import PREEMPTED
 
-_SETTLE = 2.0
-"""Seconds in which what ended one node's ranks is heard from the others, before these are ended."""
+_SETTLE_TIME = 2.0
+"""Seconds for the other nodes to report the same cause, before their ranks are ended."""
 
-_KILL = 40.0
-_HEARD_ALL = 1.5
-"""Seconds in which every node has told of its ranks again."""
+_KILL_TIMEOUT = 40.0
+_CONFIRM_TIME = 1.5
+"""Seconds in which every node has reported its ranks once more."""
 
-_REGROUP = signal.SIGUSR2
+_REGROUP_SIGNAL = signal.SIGUSR2
 
 
 @dataclass(frozen=True)
-class Errand:
-    """What ranks are to do. work, arguments: see agent.tasks. folder: the run's, whose events and stacks they keep; logs: the
-    folder of their logs. envs: variables of the ranks of each node, by its name. ranks: of a node, 0: as the cluster has it.
-    patience: seconds after which they are ended."""
+class RankTask:
+    """What the ranks of a gang run.
 
-    work: str
+    name, arguments: the task and its arguments, see `agent.tasks`
+    folder: the run folder, for events and stacks; without one, hangs are not detected
+    logs: the folder for the ranks' logs
+    envs: environment variables of the ranks, by node
+    bind: whether each rank is pinned to cores of its own
+    ranks: ranks per node; 0 takes the cluster's number
+    patience: seconds after which the ranks are ended
+    """
+
+    name: str
     arguments: dict[str, Any]
     folder: Path | None = None
     logs: Path | None = None
@@ -45,68 +52,70 @@ class Errand:
     patience: float = float("inf")
 
 
-class Course:
-    """An errand of the ranks of these nodes, which are numbered in this order. more: whether to stop for a larger set of nodes
-    that is there now."""
+class Gang:
+    """One attempt at a task on the given nodes. Their order gives the node numbers.
+
+    can_grow: called while the ranks run; True stops them, so that the next attempt can use more nodes
+    """
 
     def __init__(
-        self, crew: Crew, number: int, names: list[str], errand: Errand, more: Callable[[], bool] = lambda: False
+        self, pool: AgentPool, number: int, names: list[str], task: RankTask, can_grow: Callable[[], bool] = lambda: False
     ) -> None:
-        self.crew, self.number, self.names, self.errand, self.more = crew, number, names, errand, more
-        self.ranks = errand.ranks or crew.cluster.ranks
-        self.until = time.monotonic() + errand.patience
-        self.parts: dict[str, Ended] = {}
+        self.pool, self.number, self.names, self.task, self.can_grow = pool, number, names, task, can_grow
+        self.ranks = task.ranks or pool.cluster.ranks
+        self.deadline = time.monotonic() + task.patience
+        self.results: dict[str, RanksOutcome] = {}
         self.lost: dict[str, str] = {}
         self.pages: dict[int, tuple[Page, bool]] = {}
-        self.opened: list[Any] | None = None
+        self.rendezvous: list[Any] | None = None
         self.hang: Hang | None = None
-        self.suspected: float | None = None
-        self.began = time.monotonic()
-        self.heard: set[str] = set()  # nodes whose ranks have all begun
-        self.asked_more = 0.0
-        self.ending: float | None = None  # since when the rest is being ended
-        self.told = 0
+        self.suspected_since: float | None = None
+        self.started_at = time.monotonic()
+        self.started_nodes: set[str] = set()  # nodes whose ranks have all started
+        self.last_growth_check = 0.0
+        self.ending_since: float | None = None  # monotonic time since which the remaining ranks are being ended
+        self.forwarded = 0
         self.regroup = False
 
-    def run(self) -> Ended:
-        """See it through; how the ranks ended."""
+    def run(self) -> RanksOutcome:
+        """Run the task until the last node has reported or was lost, and return how the ranks ended."""
         self._send(self.names[0], {"do": "open", "attempt": self.number, "alone": len(self.names) == 1})
-        while self.opened is None and not self._over():
-            self._look()
-            if self.crew.requests.asked:  # no rank has begun: nothing is lost
-                return Ended(ranks=0, codes={0: PREEMPTED})
-            if time.monotonic() - self.began > self.crew.cluster.patience.start:
-                self._lose(self.names[0], "it did not open the ranks' meeting point")
-        if self.opened is None or self._over():
-            return self._ended()
+        while self.rendezvous is None and not self._must_end():
+            self._poll()
+            if self.pool.requests.signals:  # no rank has started, so nothing is lost
+                return RanksOutcome(ranks=0, codes={0: PREEMPTED})
+            if time.monotonic() - self.started_at > self.pool.cluster.patience.start:
+                self._mark_lost(self.names[0], "it did not open the ranks' meeting point")
+        if self.rendezvous is None or self._must_end():
+            return self._outcome()
         self._start()
-        while self._waits_for():
-            self._look()
-            self._pass_on()
-            if self.ending is None and self._over():
-                self._end_others()
-            self._lose_the_stuck()
-        return self._ended()
+        while self._pending():
+            self._poll()
+            self._forward_signals()
+            if self.ending_since is None and self._must_end():
+                self._end_remaining()
+            self._drop_stuck_nodes()
+        return self._outcome()
 
-    def _waits_for(self) -> list[str]:
-        """Nodes that have neither told how their ranks ended nor been lost."""
-        return [name for name in self.names if name not in self.parts and name not in self.lost]
+    def _pending(self) -> list[str]:
+        """Nodes that have not reported how their ranks ended, and are not lost."""
+        return [name for name in self.names if name not in self.results and name not in self.lost]
 
-    def _lose_the_stuck(self) -> None:
-        """Nodes that beat, and do not do what they were told: start their ranks, or end them."""
-        now, start = time.monotonic(), self.crew.cluster.patience.start
-        if self.ending is not None and now - self.ending > _KILL:
-            for name in self._waits_for():
-                self._lose(name, f"its ranks did not end within {_KILL:g} s")
-        elif now - self.began > start:
-            for name in self._waits_for():
-                if name not in self.heard:
-                    self._lose(name, f"its ranks did not start within {start:g} s")
+    def _drop_stuck_nodes(self) -> None:
+        """Mark nodes as lost that send heartbeats but do not start or end their ranks."""
+        now, start = time.monotonic(), self.pool.cluster.patience.start
+        if self.ending_since is not None and now - self.ending_since > _KILL_TIMEOUT:
+            for name in self._pending():
+                self._mark_lost(name, f"its ranks did not end within {_KILL_TIMEOUT:g} s")
+        elif now - self.started_at > start:
+            for name in self._pending():
+                if name not in self.started_nodes:
+                    self._mark_lost(name, f"its ranks did not start within {start:g} s")
 
     def _start(self) -> None:
-        assert self.opened is not None
-        host, port, run_id = self.opened
-        errand = self.errand
+        assert self.rendezvous is not None
+        host, port, run_id = self.rendezvous
+        task = self.task
         for node, name in enumerate(self.names):
             place = {
                 "node": node, "nodes": len(self.names), "ranks": self.ranks, "host": host, "port": port,
@@ -115,60 +124,60 @@ class Course:
             self._send(
                 name,
                 {
-                    "do": "start", "attempt": self.number, "place": place, "work": errand.work, "arguments": errand.arguments,
-                    "folder": str(errand.folder) if errand.folder else None, "logs": str(errand.logs) if errand.logs else None,
-                    "env": errand.envs.get(name, {}), "bind": errand.bind,
+                    "do": "start", "attempt": self.number, "place": place, "work": task.name, "arguments": task.arguments,
+                    "folder": str(task.folder) if task.folder else None, "logs": str(task.logs) if task.logs else None,
+                    "env": task.envs.get(name, {}), "bind": task.bind,
                 },
             )  # fmt: skip
-        self.began = time.monotonic()
+        self.started_at = time.monotonic()
 
     def _send(self, name: str, message: dict[str, Any]) -> None:
-        if name in self.crew.links:
-            self.crew.links[name].send(message)
+        if name in self.pool.links:
+            self.pool.links[name].send(message)
 
-    def _look(self) -> None:
-        lost = self.crew.listen(LOOK, self._hear)
+    def _poll(self) -> None:
+        lost = self.pool.poll(POLL_INTERVAL, self._handle)
         for name in lost:
-            if name in self.names and name not in self.parts:
-                self.lost[name] = self.crew.why[name]
-        self.crew.tick()
-        if self.ending is None and self.errand.folder is not None:
-            self._watch()
+            if name in self.names and name not in self.results:
+                self.lost[name] = self.pool.down[name]
+        self.pool.tick()
+        if self.ending_since is None and self.task.folder is not None:
+            self._detect_hang()
 
-    def _hear(self, name: str, message: dict[str, Any]) -> None:
+    def _handle(self, name: str, message: dict[str, Any]) -> None:
         if name not in self.names:
             return
         if message.get("attempt") == self.number and "opened" in message:
-            self.opened = message["opened"]
+            self.rendezvous = message["opened"]
         elif message.get("attempt") == self.number and "ended" in message:
-            self.parts[name] = Ended.model_validate_json(json.dumps(message["ended"]), strict=True)
+            self.results[name] = RanksOutcome.model_validate_json(json.dumps(message["ended"]), strict=True)
         elif message.get("attempt") == self.number and "state" in message:
             if len(message["state"]) == self.ranks:
-                self.heard.add(name)
+                self.started_nodes.add(name)
             for rank, (age, pid, step, beats, limit, phase, stopped) in message["state"].items():
-                # As its own node saw it: what takes long on the way is nobody's silence.
+                # The age is measured on the rank's node, so that network delay does not count as silence.
                 self.pages[int(rank)] = (Page(pid, step, beats, -age, limit, phase), stopped)
         elif message.get("attempt") == self.number and "failed" in message:
-            self._lose(name, f"its agent failed: {message['failed']}")
+            self._mark_lost(name, f"its agent failed: {message['failed']}")
 
-    def _lose(self, name: str, why: str) -> None:
-        self.crew.lose(name, why)
+    def _mark_lost(self, name: str, why: str) -> None:
+        self.pool.mark_lost(name, why)
         self.lost[name] = why
 
-    def _over(self) -> bool:
-        """Whether what goes on elsewhere is in vain."""
-        late = time.monotonic() > min(self.until, self.crew.requests.deadline + _SETTLE)
-        if self.lost or self.hang is not None or self.crew.requests.at_once or late:
+    def _must_end(self) -> bool:
+        """Whether the remaining ranks must be ended, since their work cannot succeed any more."""
+        late = time.monotonic() > min(self.deadline, self.pool.requests.deadline + _SETTLE_TIME)
+        if self.lost or self.hang is not None or self.pool.requests.immediate or late:
             return True
-        return any(part.abandons for part in self.parts.values())
+        return any(part.abandons for part in self.results.values())
 
-    def _end_others(self) -> None:
-        """After a moment in which those that are ending anyway say what ended them."""
-        clear = any(code not in MILD for part in self.parts.values() for code in part.codes.values())
-        until = time.monotonic() + (0.0 if clear or self.lost or self.hang or self.crew.requests.at_once else _SETTLE)
-        while time.monotonic() < until and self._waits_for():
-            self._look()
-        self.ending = time.monotonic()
+    def _end_remaining(self) -> None:
+        """End the remaining ranks. Those that are ending anyway get a moment to report why."""
+        clear = any(code not in BENIGN_CODES for part in self.results.values() for code in part.codes.values())
+        deadline = time.monotonic() + (0.0 if clear or self.lost or self.hang or self.pool.requests.immediate else _SETTLE_TIME)
+        while time.monotonic() < deadline and self._pending():
+            self._poll()
+        self.ending_since = time.monotonic()
         if self.hang is not None:
             header = f"rank {self.hang.rank} held up the others"
             for name in self.names:
@@ -176,47 +185,54 @@ class Course:
         for name in self.names:
             self._send(name, {"do": "end", "attempt": self.number})
 
-    def _pass_on(self) -> None:
-        for number in self.crew.requests.asked[self.told :]:
+    def _forward_signals(self) -> None:
+        for number in self.pool.requests.signals[self.forwarded :]:
             for name in self.names:
                 self._send(name, {"do": "signal", "number": number})
-        self.told = len(self.crew.requests.asked)
-        if self.regroup or self.told or self.ending is not None or time.monotonic() - self.asked_more < OFTEN:
+        self.forwarded = len(self.pool.requests.signals)
+        if (
+            self.regroup
+            or self.forwarded
+            or self.ending_since is not None
+            or time.monotonic() - self.last_growth_check < CHECK_INTERVAL
+        ):
             return
-        self.asked_more = time.monotonic()
-        # Only a run that makes steps can stop without losing what it has just begun.
+        self.last_growth_check = time.monotonic()
+        # Before its first step, stopping a run would only lose its start.
         steps = all(page.step > 0 and page.phase in WITHIN_STEPS for page, _ in self.pages.values())
-        if steps and len(self.heard) == len(self.names) and self.more():
+        if steps and len(self.started_nodes) == len(self.names) and self.can_grow():
             self.regroup = True
             for name in self.names:
-                self._send(name, {"do": "signal", "number": int(_REGROUP)})
+                self._send(name, {"do": "signal", "number": int(_REGROUP_SIGNAL)})
 
-    def _watch(self) -> None:
-        """Who hangs, of all ranks that run: those whose node has told of its end do not."""
+    def _detect_hang(self) -> None:
+        """Look for a hang among all running ranks. Ranks whose node has reported their end do not count."""
         ranks = self.ranks
         ended = {
-            rank for name in self.parts for rank in range(self.names.index(name) * ranks, (self.names.index(name) + 1) * ranks)
+            rank
+            for name in self.results
+            for rank in range(self.names.index(name) * ranks, (self.names.index(name) + 1) * ranks)
         }
         pages = {rank: page for rank, (page, _) in self.pages.items() if rank not in ended}
         if len(pages) + len(ended) < len(self.names) * ranks:
-            return  # not all have been heard of
+            return  # some ranks have not reported yet
         stopped = {rank for rank in pages if self.pages[rank][1]}
-        found = who_hangs(pages, stopped, 0.0, float("-inf"), self.crew.policy.silence)
+        found = find_hang(pages, stopped, 0.0, float("-inf"), self.pool.policy.silence)
         if found is None:
-            self.suspected = None
+            self.suspected_since = None
             return
-        # Nodes tell of themselves in turn: the rank that the others wait for may be in a report that is still to come.
-        self.suspected = self.suspected or time.monotonic()
-        if time.monotonic() - self.suspected > _HEARD_ALL:
+        # Nodes report in turn: the rank that the others wait for may be in a report still to come.
+        self.suspected_since = self.suspected_since or time.monotonic()
+        if time.monotonic() - self.suspected_since > _CONFIRM_TIME:
             self.hang = found
 
-    def _ended(self) -> Ended:
+    def _outcome(self) -> RanksOutcome:
         ranks = self.ranks
-        whole = merged(list(self.parts.values()))
+        whole = merge(list(self.results.values()))
         nodes = {node * ranks + local: name for node, name in enumerate(self.names) for local in range(ranks)}
         silent = whole.silent
         if self.hang is not None and not self.lost:
-            silent = Silent(rank=self.hang.rank, seconds=self.hang.seconds, stopped=self.hang.stopped)
+            silent = HungRank(rank=self.hang.rank, seconds=self.hang.seconds, stopped=self.hang.stopped)
         at = dict(whole.at)
         for rank, (page, _) in self.pages.items():
             at.setdefault(rank, (page.step, page.phase))

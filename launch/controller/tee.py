@@ -1,5 +1,7 @@
-"""What the pod that leads prints: what its head and rank 0 say into their logs. Where these are on the cluster's disk, it is
-all that can be seen from elsewhere."""
+"""Copies the logs of the head and of rank 0 to the output of the leading pod, where `kubectl logs` shows them.
+
+If the run folder is on the cluster's disk, nothing else can be seen from outside.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-_LOOKS = 0.5
+_POLL_INTERVAL = 0.5
 _PIECE = 1 << 16
 
 
 @contextlib.contextmanager
-def echoed(logs: Sequence[Path]) -> Iterator[None]:
-    """Copy what is written to these files from now on, whole lines, to where this process prints now; all of it at the end."""
+def tee(logs: Sequence[Path]) -> Iterator[None]:
+    """Copy whole lines that are appended to these files to this process's current stdout, until the end of the block."""
     out, over = os.dup(1), threading.Event()
     at = {log: log.stat().st_size if log.exists() else 0 for log in logs}
 
@@ -31,7 +33,7 @@ def echoed(logs: Sequence[Path]) -> Iterator[None]:
                         break
 
     def watch() -> None:
-        while not over.wait(_LOOKS):
+        while not over.wait(_POLL_INTERVAL):
             copy(last=False)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -40,13 +42,13 @@ def echoed(logs: Sequence[Path]) -> Iterator[None]:
         yield
     finally:
         over.set()
-        thread.join(2 * _LOOKS)
+        thread.join(2 * _POLL_INTERVAL)
         copy(last=True)
         os.close(out)
 
 
 def _write(out: int, data: bytes) -> None:
-    """All of it, unless nobody can read it any more: then it stays in the logs alone."""
+    """Write all data. If nobody can read the output any more, the logs alone keep it."""
     view = memoryview(data)
     with contextlib.suppress(OSError):
         while view:

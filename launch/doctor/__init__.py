@@ -1,4 +1,4 @@
-"""Whether a cluster is fit to train on.
+"""Examines whether a cluster is fit to train on.
 
 Entry points: `doctor`, `checks`.
 """

@@ -1,4 +1,4 @@
-"""What is wrong with a cluster, judged from what its nodes have told: every verdict names the node and what to do."""
+"""Judges a cluster by what its nodes report. Every finding names the node and what to do."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from statistics import median_high
 from typing import Any, Literal
 
 Facts = Mapping[str, Mapping[str, Any]]
-"""Of each node by its name, what host.probe has answered."""
+"""The answer of host.probe, by node."""
 
 GiB = 1 << 30
 HOT, LATE, SLOW = 87, 1.0, 0.7
-"""Celsius at which data-centre GPUs slow down; seconds that clocks may differ; share of the others' bandwidth that is slow."""
-_LEAST = {"workdir": 10 * GiB, "tmp": GiB, "shm": GiB}
-_FILES = 4096
+"""Temperature in Celsius at which data-centre GPUs throttle, seconds that clocks may differ by, and the share of the other
+nodes' bandwidth below which a node is slow."""
+_MIN_FREE = {"workdir": 10 * GiB, "tmp": GiB, "shm": GiB}
+_MIN_FILES = 4096
 
 
 @dataclass(frozen=True)
 class Check:
-    """One row of the table. found: what there is; todo: what to do, a line each; empty when ok."""
+    """One row of the report.
+
+    found: what was found
+    todo: what to do, a line each; empty if ok
+    """
 
     name: str
     verdict: Literal["ok", "note", "bad", "skipped"]
@@ -29,28 +34,30 @@ class Check:
 
 
 def verdict(name: str, found: str, bad: list[str], notes: list[str] | None = None) -> Check:
-    """bad if anything is, else a note if there is one, else ok."""
+    """Make a check: bad if `bad` has a line, else a note if `notes` has one, else ok."""
     kind: Literal["ok", "note", "bad"] = "bad" if bad else "note" if notes else "ok"
     return Check(name, kind, found, (*bad, *(notes or ())))
 
 
 def check_up(names: list[str], missing: Mapping[str, str]) -> Check:
+    """Check that all nodes came up. missing: the others, with the reason."""
     bad = [f"{node}: did not come up: {why or 'it said nothing'}" for node, why in missing.items()]
     return verdict("nodes up", f"{len(names)} of {len(names) + len(missing)}", bad)
 
 
 def check_answers(facts: Facts, failed: Mapping[str, str]) -> Check:
+    """Check that all nodes have answered. failed: the others, with the error."""
     return verdict("nodes answer", f"{len(facts)} of {len(facts) + len(failed)}", [f"{n}: {why}" for n, why in failed.items()])
 
 
 def check_versions(facts: Facts) -> Check:
-    """Packages must be equal; drivers and kernels may differ and are told."""
+    """Check that packages are equal. Different drivers and kernels are noted."""
     bad, notes = [], []
     for key in ("mikoshi", "python", "torch", "cuda", "nccl"):
-        bad += _odd(facts, key, _version(key), "install the same everywhere")
+        bad += _outliers(facts, key, _version(key), "install the same everywhere")
     for key in ("driver", "kernel"):
-        notes += _odd(facts, key, _version(key), "")
-    usual = _usual([fact["versions"] for fact in facts.values()])
+        notes += _outliers(facts, key, _version(key), "")
+    usual = _most_common([fact["versions"] for fact in facts.values()])
     found = ", ".join(
         f"{key} {usual[key]}" for key in ("mikoshi", "python", "torch", "cuda", "nccl", "driver") if usual.get(key)
     )
@@ -62,7 +69,7 @@ def _version(key: str) -> Callable[[Mapping[str, Any]], str]:
 
 
 def check_gpus(facts: Facts, wanted: int) -> Check:
-    """As many as the cluster file says, of one kind, seen by the driver and by torch."""
+    """Check that every node has the configured number of GPUs, of one kind, seen by the driver and by torch."""
     bad = [
         f"{node}: {fact['error']}: drain the node; a GPU may have fallen off its bus"
         for node, fact in facts.items()
@@ -73,7 +80,7 @@ def check_gpus(facts: Facts, wanted: int) -> Check:
         if torch < wanted:
             why = f"the driver has {count}, torch sees {torch}"
             bad.append(f"{node}: gpus_per_node = {wanted}, and {why}: check driver, torch's build, and what was asked for")
-    bad += _odd(facts, "GPUs", _kinds, "ask for one kind (gpu_type, constraint, node_selector)")
+    bad += _outliers(facts, "GPUs", _kinds, "ask for one kind (gpu_type, constraint, node_selector)")
     counts = Counter(_kinds(fact) for fact in facts.values())
     found = counts.most_common(1)[0][0] if counts else ""
     return verdict("GPUs", found or "none", bad)
@@ -85,7 +92,7 @@ def _kinds(fact: Mapping[str, Any]) -> str:
 
 
 def check_health(facts: Facts) -> Check:
-    """Heat, memory errors, faults that the kernel has logged, and processes that are there already."""
+    """Check heat, memory errors, faults in the kernel log, and processes on the GPUs."""
     bad, notes, count = [], [], 0
     for node, fact in facts.items():
         for gpu in fact["gpus"]:
@@ -109,7 +116,7 @@ def check_health(facts: Facts) -> Check:
 
 
 def check_clock(offsets: Mapping[str, tuple[float, float]]) -> Check:
-    """offsets: of each node, seconds ahead of this machine, and how exactly that is known."""
+    """Check clocks. offsets: seconds that each node is ahead of this machine, and the error of that."""
     bad = [
         f"{node}: its clock is {abs(ahead):.1f} s {'ahead' if ahead > 0 else 'behind'}: have it synchronised (chrony, ntpd)"
         for node, (ahead, within) in offsets.items()
@@ -120,6 +127,7 @@ def check_clock(offsets: Mapping[str, tuple[float, float]]) -> Check:
 
 
 def check_disks(facts: Facts, workdir: str) -> Check:
+    """Check that the folders exist and have free space."""
     bad, notes = [], []
     names = {"workdir": workdir, "tmp": "the temporary folder", "shm": "/dev/shm"}
     for node, fact in facts.items():
@@ -127,22 +135,22 @@ def check_disks(facts: Facts, workdir: str) -> Check:
             free = fact["disk"].get(key)
             if free is None:
                 bad.append(f"{node}: {path}: not there: make it, or set workdir")
-            elif free < _LEAST[key]:
+            elif free < _MIN_FREE[key]:
                 more = "; in a container, give it more (shared_memory, --shm-size)" if key == "shm" else ""
-                notes.append(f"{node}: {path}: {free / GiB:.1f} GiB free, {_LEAST[key] // GiB} wanted{more}")
+                notes.append(f"{node}: {path}: {free / GiB:.1f} GiB free, {_MIN_FREE[key] // GiB} wanted{more}")
     least = min((fact["disk"]["workdir"] for fact in facts.values() if fact["disk"].get("workdir") is not None), default=0)
     return verdict("disks", f"{least / GiB:.0f} GiB free in the work folder", bad, notes)
 
 
 def check_machine(facts: Facts) -> Check:
-    """Cores, memory and limits."""
+    """Check cores, memory and limits."""
     bad = []
-    notes = _odd(facts, "cores", lambda fact: str(fact["cores"]), "")
-    notes += _odd(facts, "memory", lambda fact: f"{round(fact['memory'] / GiB)} GiB", "")
+    notes = _outliers(facts, "cores", lambda fact: str(fact["cores"]), "")
+    notes += _outliers(facts, "memory", lambda fact: f"{round(fact['memory'] / GiB)} GiB", "")
     for node, fact in facts.items():
         files, locked = fact["limits"]["nofile"], fact["limits"]["memlock"]
-        if 0 <= files < _FILES:
-            bad.append(f"{node}: {files} open files allowed, {_FILES} wanted: raise `ulimit -n` there")
+        if 0 <= files < _MIN_FILES:
+            bad.append(f"{node}: {files} open files allowed, {_MIN_FILES} wanted: raise `ulimit -n` there")
         if fact["network"]["infiniband"] and locked >= 0:
             bad.append(f"{node}: {locked >> 10} KiB of locked memory allowed: InfiniBand wants `ulimit -l unlimited` there")
     cores = Counter(fact["cores"] for fact in facts.values()).most_common(1)
@@ -152,7 +160,11 @@ def check_machine(facts: Facts) -> Check:
 
 
 def check_shared(folder: str, wrong: Mapping[str, str], kinds: Mapping[str, str]) -> Check:
-    """wrong: of each node that does not share the folder, why."""
+    """Check that the folder is shared.
+
+    wrong: nodes that do not share it, with the reason
+    kinds: file system of each node
+    """
     todo = "mount one and the same file system there, on every node (NFS, Lustre, a ReadWriteMany claim), or set workdir"
     bad = [f"{node}: {folder} is not shared ({kinds.get(node) or 'unknown'}): {why}: {todo}" for node, why in wrong.items()]
     found = ", ".join(sorted({kind for node, kind in kinds.items() if kind and node not in wrong}))
@@ -160,7 +172,10 @@ def check_shared(folder: str, wrong: Mapping[str, str], kinds: Mapping[str, str]
 
 
 def check_ports(reached: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple[Check, list[tuple[str, str]]]:
-    """reached: from each node to each, what host.probe.connect said; also the pairs that are cut, each once."""
+    """Check connections. Also returns the pairs that cannot connect, each once.
+
+    reached: from each node to each other, the answer of host.probe.connect
+    """
     todo = "open all TCP ports between the nodes, or set network.interface"
     bad, cut, count = [], set(), 0
     for node, to in reached.items():
@@ -173,9 +188,11 @@ def check_ports(reached: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> tuple
 
 
 def check_network(facts: Facts) -> Check:
-    """The interface, its speed, and InfiniBand's ports."""
-    notes = _odd(facts, "speed of the interface", lambda fact: _speed(fact["network"]["mbit"]), "check cable and switch port")
-    notes += _odd(facts, "InfiniBand ports", lambda fact: str(len(fact["network"]["infiniband"])), "")
+    """Check the interface, its speed, and the InfiniBand ports."""
+    notes = _outliers(
+        facts, "speed of the interface", lambda fact: _speed(fact["network"]["mbit"]), "check cable and switch port"
+    )
+    notes += _outliers(facts, "InfiniBand ports", lambda fact: str(len(fact["network"]["infiniband"])), "")
     bad = [
         f"{node}: InfiniBand {port} is {state}: check cable and subnet manager, or leave it out with network.hca"
         for node, fact in facts.items()
@@ -192,7 +209,7 @@ def _speed(mbit: int) -> str:
 
 
 def check_pairs(pairs: Mapping[tuple[str, str], Mapping[str, Any]], nodes: list[str]) -> Check:
-    """pairs: of every two nodes, what agent.bandwidth measured."""
+    """Check the speed between nodes. pairs: for every two nodes, what agent.bandwidth measured."""
     bad = [f"{a} and {b}: no all-reduce between them: {how['error']}" for (a, b), how in pairs.items() if "error" in how]
     speeds = speeds_of(pairs)
     for node, (own, others) in slow_nodes(speeds, nodes).items():
@@ -216,12 +233,13 @@ def speeds_of(pairs: Mapping[tuple[str, str], Mapping[str, Any]]) -> dict[tuple[
 
 
 def slow_nodes(speeds: Mapping[tuple[str, str], float], nodes: list[str]) -> dict[str, tuple[float, float]]:
-    """Nodes whose pairs' median is below SLOW of the median of the pairs without them: both numbers. Needs three nodes.
+    """Nodes whose pairs have a median below SLOW of the median of the pairs without them, with both numbers in GB/s.
 
-    The higher of two middle values is taken, so that one slow link does not make both of its ends slow.
+    It needs three nodes. The higher of two middle values is taken, so that one slow link does not make both of its ends
+    slow.
     """
     ordered = sorted((speed, pair) for pair, speed in speeds.items())
-    places: dict[str, list[int]] = {}  # of each node's own pairs in that order
+    places: dict[str, list[int]] = {}  # for each node, the positions of its pairs in that order
     for place, (_, pair) in enumerate(ordered):
         for node in pair:
             places.setdefault(node, []).append(place)
@@ -230,7 +248,7 @@ def slow_nodes(speeds: Mapping[tuple[str, str], float], nodes: list[str]) -> dic
         own = places.get(node, [])
         if not own or len(own) == len(ordered):
             continue
-        middle = (len(ordered) - len(own)) // 2  # of the others, the higher of two
+        middle = (len(ordered) - len(own)) // 2  # median of the others, the higher of two
         for place in own:
             middle += place <= middle
         mine, others = ordered[own[len(own) // 2]][0], ordered[middle][0]
@@ -239,8 +257,8 @@ def slow_nodes(speeds: Mapping[tuple[str, str], float], nodes: list[str]) -> dic
     return found
 
 
-def check_whole(how: Mapping[str, Any], backend: str) -> Check:
-    """The all-reduce over all ranks."""
+def check_all_ranks(how: Mapping[str, Any], backend: str) -> Check:
+    """Check the all-reduce over all ranks."""
     if "error" in how:
         lone = "nothing to measure" in str(how["error"])
         return Check(
@@ -250,7 +268,7 @@ def check_whole(how: Mapping[str, Any], backend: str) -> Check:
     return Check("over all ranks", "ok", found)
 
 
-def _odd(facts: Facts, what: str, of: Callable[[Mapping[str, Any]], str], todo: str) -> list[str]:
+def _outliers(facts: Facts, what: str, of: Callable[[Mapping[str, Any]], str], todo: str) -> list[str]:
     """A line for each node that differs from most."""
     values = {node: of(fact) for node, fact in facts.items()}
     usual, most = Counter(values.values()).most_common(1)[0] if values else ("", 0)
@@ -262,6 +280,6 @@ def _odd(facts: Facts, what: str, of: Callable[[Mapping[str, Any]], str], todo: 
     ]
 
 
-def _usual(records: list[Mapping[str, str]]) -> dict[str, str]:
+def _most_common(records: list[Mapping[str, str]]) -> dict[str, str]:
     keys = {key for record in records for key in record}
     return {key: Counter(record.get(key, "") for record in records).most_common(1)[0][0] for key in keys}

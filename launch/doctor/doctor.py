@@ -1,4 +1,4 @@
-"""Whether a cluster is fit to train on: every node is asked at once, and the answers become one report."""
+"""Examines whether a cluster is fit to train on: it queries all nodes at once and makes one report."""
 
 from __future__ import annotations
 
@@ -11,50 +11,58 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mikoshi.launch.agent.pairs import MOST, tournament
+from mikoshi.launch.agent.pairs import MAX_ROUNDS, round_robin
 from mikoshi.launch.config.cluster import Base
 from mikoshi.launch.config.settings import Degrees, Setting, check_order, settings
 from mikoshi.launch.doctor import checks
 from mikoshi.launch.doctor.checks import Check, Facts, verdict
-from mikoshi.launch.host.probe import see
+from mikoshi.launch.host.probe import wait_for_file
 from mikoshi.trainer.errors import LaunchError
 from mikoshi.trainer.exit_codes import DONE, FAULT
 
-WORK = "bandwidth"
-"""Its name in agent.tasks."""
-_ASKED = 5
-_NFS = 10.0  # seconds: NFS keeps what it knows of a folder for up to 3 to 60 s, and looks again when the folder is listed
-_ASK, _MEET = 60.0, 20.0
-_TRIES, _SHORT = 3, 60.0
-"""At a node that seems slow, whose host may have been busy with something else: tries, as long as they began within these
-seconds. Of more nodes, with which all takes longer, each is judged by more pairs."""
+TASK = "bandwidth"
+"""The task's name in agent.tasks."""
+_CLOCK_SAMPLES = 5
+_NFS_TIMEOUT = 10.0
+"""Seconds: NFS caches a folder for 3 to 60 s, and refreshes it when the folder is listed."""
+_PROBE_TIMEOUT, _PAIR_TIMEOUT = 60.0, 20.0
+_MAX_TRIES, _RETRY_WINDOW = 3, 60.0
+"""Measurements of a node that seems slow, since its host may have been busy, and the seconds within which another may start.
+Larger clusters take longer, but judge each node by more pairs."""
 
 
 class Nodes(Protocol):
     """The nodes of a cluster, with an agent on each that came up."""
 
     @property
-    def names(self) -> list[str]: ...
+    def names(self) -> list[str]:
+        """Nodes that came up."""
+        ...
+
     @property
     def missing(self) -> dict[str, str]:
-        """Those that did not come up, with why."""
+        """Nodes that did not come up, with the reason."""
         ...
 
     def probe(self, question: dict[str, Any], patience: float) -> dict[str, dict[str, Any]]:
-        """host.probe.answer(question) of every node, asked at the same time; {"error": why} of one that gave none."""
+        """Send a question to host.probe.answer on all nodes at once; {"error": reason} where there is no answer."""
         ...
 
     def ranks(
         self, nodes: list[str], per_node: int, work: str, arguments: dict[str, Any], patience: float
     ) -> dict[int, dict[str, Any]]:
-        """Run a work in ranks of these nodes; what each left by agent.answers.leave. Raises LaunchError."""
+        """Run a task in ranks of these nodes, and return each rank's answer. Raises LaunchError."""
         ...
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is asked. folder: one that all nodes must share, as this machine sees it; degrees: of a run's parallelism, if one
-    is meant; large: bytes of the large message (default: as fits the device)."""
+    """What to examine.
+
+    folder: a folder that all nodes must share, as this machine sees it
+    degrees: the parallelism of a run, if one is meant
+    large: bytes of the large message; 0: as fits the device
+    """
 
     folder: Path
     degrees: Degrees | None = None
@@ -63,7 +71,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. settings: what a run's ranks would get."""
+    """The findings. settings: what a run's ranks would get."""
 
     nodes: tuple[str, ...]
     checks: tuple[Check, ...]
@@ -71,21 +79,24 @@ class Report:
 
     @property
     def code(self) -> int:
-        """The exit code: DONE unless something is wrong; a note is not wrong."""
+        """DONE, or FAULT if a check is bad. A note is not bad."""
         return FAULT if any(check.verdict == "bad" for check in self.checks) else DONE
 
     def record(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The report as a JSON object."""
         return {"ok": self.code == DONE, **asdict(self)}
 
 
 def examine(nodes: Nodes, cluster: Base, inputs: Inputs, show: Callable[[str], None] = lambda _: None) -> Report:
-    """Look at all nodes. show: called with a line for what is being looked at. Raises LaunchError where no node came up."""
+    """Examine all nodes. Raises LaunchError if none came up.
+
+    show: called with a line about what is being examined
+    """
     if not nodes.names:
-        why = "; ".join(f"{node}: {said}" for node, said in nodes.missing.items())
+        why = "; ".join(f"{node}: {reason}" for node, reason in nodes.missing.items())
         raise LaunchError(f"no node came up: {why or 'the cluster gave none'}")
     show(f"asking {len(nodes.names)} nodes")
-    facts, failed = _ask(nodes, inputs, cluster)
+    facts, failed = _collect_facts(nodes, inputs, cluster)
     rows = [checks.check_up(nodes.names, nodes.missing)]
     if failed:
         rows.append(checks.check_answers(facts, failed))
@@ -112,26 +123,26 @@ def examine(nodes: Nodes, cluster: Base, inputs: Inputs, show: Callable[[str], N
     return Report(tuple(nodes.names), tuple(rows), tuple(_settings(cluster, facts, ranks, device)))
 
 
-def _ask(nodes: Nodes, inputs: Inputs, cluster: Base) -> tuple[Facts, dict[str, str]]:
+def _collect_facts(nodes: Nodes, inputs: Inputs, cluster: Base) -> tuple[Facts, dict[str, str]]:
     question = {"ask": "about", "workdir": str(inputs.folder), "interface": cluster.network.interface}
-    answers = nodes.probe(question, _ASK)
-    # A node that came up and whose GPU tool fails has told all else.
+    answers = nodes.probe(question, _PROBE_TIMEOUT)
+    # If only the GPU tool fails, the rest of the answer counts.
     facts = {node: answer for node, answer in answers.items() if "versions" in answer}
     return facts, {node: str(answer.get("error", "")) for node, answer in answers.items() if node not in facts}
 
 
 def _ranks(cluster: Base, facts: Facts) -> int:
-    """A node's, as a run would have them."""
+    """Ranks per node, as a run would have them."""
     there = min((int(fact["torch_gpus"]) for fact in facts.values()), default=0)
     return cluster.ranks_per_node or cluster.gpus_per_node or there or 1
 
 
 def _offsets(nodes: Nodes) -> dict[str, tuple[float, float]]:
-    """Seconds that each node's clock is ahead of ours, and how exactly: half of the shortest round trip (as NTP has it)."""
+    """How many seconds each node's clock is ahead of this one, and the error: half of the shortest round trip (as in NTP)."""
     best: dict[str, tuple[float, float]] = {}
-    for _ in range(_ASKED):
+    for _ in range(_CLOCK_SAMPLES):
         sent = time.time()
-        answers = nodes.probe({"ask": "clock"}, _ASK)
+        answers = nodes.probe({"ask": "clock"}, _PROBE_TIMEOUT)
         back = time.time()
         for node, answer in answers.items():
             within = (back - sent) / 2
@@ -141,14 +152,16 @@ def _offsets(nodes: Nodes) -> dict[str, tuple[float, float]]:
 
 
 def _shared(nodes: Nodes, folder: Path) -> Check:
-    """A file that this machine writes must be seen there, and what they write must be seen here: a copy of a folder in a
-    container, or one of the same name on a local disk, passes for no shared one."""
+    """Check that files written here are visible there, and the other way round.
+
+    A copy of the folder in a container, or one of the same name on a local disk, fails.
+    """
     try:
-        with _scratch(folder) as scratch:
+        with _scratch_folder(folder) as scratch:
             token = secrets.token_hex(16)
             (scratch / "head").write_text(token, encoding="ascii")
-            question = {"ask": "shared", "folder": str(scratch), "name": "head", "token": token, "patience": _NFS}
-            answers = nodes.probe(question, _ASK)
+            question = {"ask": "shared", "folder": str(scratch), "name": "head", "token": token, "patience": _NFS_TIMEOUT}
+            answers = nodes.probe(question, _PROBE_TIMEOUT)
             wrong = {node: why for node, answer in answers.items() if (why := _not_shared(scratch, answer))}
     except OSError as error:
         return verdict("shared folder", str(folder), [f"{folder}: cannot write to it from here: {error.strerror}: set workdir"])
@@ -158,12 +171,12 @@ def _shared(nodes: Nodes, folder: Path) -> Check:
 def _not_shared(scratch: Path, answer: dict[str, Any]) -> str:
     if why := answer.get("error") or answer.get("why"):
         return str(why)
-    missing = see(scratch, str(answer["wrote"]), str(answer["token"]), time.monotonic() + _NFS)
+    missing = wait_for_file(scratch, str(answer["wrote"]), str(answer["token"]), time.monotonic() + _NFS_TIMEOUT)
     return f"what it writes there is not seen here: {missing}" if missing else ""
 
 
 @contextlib.contextmanager
-def _scratch(folder: Path) -> Iterator[Path]:
+def _scratch_folder(folder: Path) -> Iterator[Path]:
     path = folder / f".mikoshi-doctor-{secrets.token_hex(8)}"
     path.mkdir()
     try:
@@ -173,10 +186,12 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _ports(nodes: Nodes, cluster: Base) -> tuple[Check, list[tuple[str, str]]]:
-    """From every node to a port of every other."""
-    heard = nodes.probe({"ask": "listen", "interface": cluster.network.interface, "seconds": _ASK}, _ASK)
-    to = {node: [at["address"], at["port"], at["hello"]] for node, at in heard.items() if "port" in at}
-    answers = nodes.probe({"ask": "connect", "to": to, "patience": 5.0}, _ASK)
+    """Connect from every node to a port of every other."""
+    listening = nodes.probe(
+        {"ask": "listen", "interface": cluster.network.interface, "seconds": _PROBE_TIMEOUT}, _PROBE_TIMEOUT
+    )
+    to = {node: [at["address"], at["port"], at["hello"]] for node, at in listening.items() if "port" in at}
+    answers = nodes.probe({"ask": "connect", "to": to, "patience": 5.0}, _PROBE_TIMEOUT)
     reached = {
         node: {other: how for other, how in answer.get("reached", {}).items() if other != node}
         for node, answer in answers.items()
@@ -192,33 +207,35 @@ def _bandwidth(
         return [Check("bandwidth", "skipped", "one rank: nothing to measure")]
     arguments = {
         "nodes": able, "per_node": per_node, "device": device, "cut": [list(pair) for pair in cut], "large": inputs.large,
-        "patience": _MEET,
+        "patience": _PAIR_TIMEOUT,
     }  # fmt: skip
     pairs: dict[tuple[str, str], dict[str, Any]] = {}
     whole: dict[str, Any] = {}
     backend, wrong, began = "", "no rank has answered: see the logs of the ranks", time.monotonic()
-    for tries in range(1, _TRIES + 1):
+    for tries in range(1, _MAX_TRIES + 1):
         try:
-            answers = nodes.ranks(able, per_node, WORK, arguments, _ASK + (len(tournament(len(able), MOST)) + 2) * _MEET)
+            answers = nodes.ranks(
+                able, per_node, TASK, arguments, _PROBE_TIMEOUT + (len(round_robin(len(able), MAX_ROUNDS)) + 2) * _PAIR_TIMEOUT
+            )
         except LaunchError as error:
             answers, wrong = {}, str(error)
         if not answers:
-            break  # what has been measured before stays
+            break  # keep earlier measurements
         backend = str(next(iter(answers.values())).get("backend", ""))
-        now, over_all = _of_all_ranks(answers)
+        now, over_all = _merge_answers(answers)
         pairs |= {pair: _better(pairs.get(pair), how) for pair, how in now.items()}
         whole = _better(whole, over_all)
         slow = checks.slow_nodes(checks.speeds_of(pairs), able)
-        if not slow or tries == _TRIES or time.monotonic() - began > _SHORT:
+        if not slow or tries == _MAX_TRIES or time.monotonic() - began > _RETRY_WINDOW:
             break
         show(f"measuring again, {', '.join(slow)} seemed slow")
     if not whole:
         return [verdict("bandwidth", "not measured", [wrong])]
-    return [checks.check_pairs(pairs, able), checks.check_whole(whole, backend)]
+    return [checks.check_pairs(pairs, able), checks.check_all_ranks(whole, backend)]
 
 
-def _of_all_ranks(answers: Mapping[Any, Mapping[str, Any]]) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, Any]]:
-    """The speeds between every two nodes, and over all."""
+def _merge_answers(answers: Mapping[Any, Mapping[str, Any]]) -> tuple[dict[tuple[str, str], dict[str, Any]], dict[str, Any]]:
+    """The speeds between every two nodes, and over all ranks."""
     pairs: dict[tuple[str, str], dict[str, Any]] = {}
     whole = None
     for answer in answers.values():
@@ -231,14 +248,14 @@ def _of_all_ranks(answers: Mapping[Any, Mapping[str, Any]]) -> tuple[dict[tuple[
 
 
 def _worse(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
-    """What goes wrong for one rank goes wrong for all."""
+    """The worse of two measurements; a failure on one rank is a failure for all."""
     if one is None or "error" in other:
         return other
     return one if "error" in one or one["bus_gb_s"] <= other["bus_gb_s"] else other
 
 
 def _better(one: dict[str, Any] | None, other: dict[str, Any]) -> dict[str, Any]:
-    """A link is as fast as it has ever been: what else its nodes do makes it slower. What goes wrong once counts."""
+    """The better of two measurements, since other load makes a link slower. A single failure counts."""
     if not one or "error" in other:
         return other
     return one if "error" in one or one["bus_gb_s"] >= other["bus_gb_s"] else other

@@ -1,4 +1,4 @@
-"""The doctor's report as people read it: a table of what is well, then what to do, then what runs would be given."""
+"""Prints the doctor's report: the checks, what to do, and the settings that a run would get."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from rich.text import Text
 from mikoshi.launch.doctor.doctor import Report
 from mikoshi.trainer.exit_codes import DONE
 
-_SIGNS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "bad": ("WRONG", "bold red"), "skipped": ("-", "dim")}
+_LABELS = {"ok": ("ok", "green"), "note": ("note", "yellow"), "bad": ("WRONG", "bold red"), "skipped": ("-", "dim")}
 
 
 def show_report(console: Console, report: Report) -> None:
-    """Print it. Nothing that a node has said is taken for markup."""
+    """Print the report. Text from nodes is never taken for markup."""
     console.print(Group(_checks(report), Text(), _settings(report), Text(), _end(report)))
 
 
 def _checks(report: Report) -> Table:
-    table = Table(title=f"{len(report.nodes)} nodes: {_short(report.nodes)}", title_justify="left", show_lines=False)
+    table = Table(title=f"{len(report.nodes)} nodes: {_shorten(report.nodes)}", title_justify="left", show_lines=False)
     table.add_column("check", no_wrap=True)
     table.add_column("", no_wrap=True)
     table.add_column("found, and what to do", overflow="fold")
     for check in report.checks:
-        sign, style = _SIGNS[check.verdict]
+        sign, style = _LABELS[check.verdict]
         lines = Text("\n".join([check.found, *(f"- {line}" for line in check.todo)]).strip("\n"))
         table.add_row(Text(check.name), Text(sign, style), lines)
     return table
@@ -46,5 +46,5 @@ def _end(report: Report) -> Text:
     return Text(f"not fit: {', '.join(wrong)}", "bold red")
 
 
-def _short(nodes: tuple[str, ...]) -> str:
+def _shorten(nodes: tuple[str, ...]) -> str:
     return ", ".join(nodes) if len(nodes) <= 8 else f"{', '.join(nodes[:7])} ... {nodes[-1]}"

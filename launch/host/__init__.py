@@ -1,4 +1,4 @@
-"""What this machine has: GPUs, cores, network, private folders.
+"""Describes this machine: GPUs, cores, network, private folders.
 
 Entry points: `probe.answer`, `gpus`, `network`, `affinity`.
 """

@@ -1,4 +1,4 @@
-"""The GPUs of this machine as their driver tells of them: how many, how well, and who else is on them."""
+"""The GPUs of this machine as their driver reports them: how many there are, their health, and who uses them."""
 
 from __future__ import annotations
 
@@ -14,27 +14,33 @@ _FIELDS = {
     "index": "index", "uuid": "uuid", "name": "name", "memory_mib": "memory.total", "used_mib": "memory.used",
     "celsius": "temperature.gpu", "ecc": "ecc.errors.uncorrected.volatile.total", "driver": "driver_version",
 }  # fmt: skip
-_PATIENCE = 30.0
+_TIMEOUT = 30.0
 
 
-def gpus_here(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> int:
-    """GPUs of this machine that CUDA or ROCm shows to a process, counted without loading either."""
+def count_visible_gpus(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> int:
+    """Count the GPUs that CUDA or ROCm shows to a process, without loading either."""
     nvidia = len(list((root / "dev").glob("nvidia[0-9]*")))
     if nvidia:
-        told = (_text(file) for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")))
-        uuids = [found[1] for text in told if (found := re.search(r"^GPU UUID:\s*(\S+)", text, re.MULTILINE))]
-        return shown(nvidia, env.get("CUDA_VISIBLE_DEVICES"), uuids)
+        texts = (_text(file) for file in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")))
+        uuids = [found[1] for text in texts if (found := re.search(r"^GPU UUID:\s*(\S+)", text, re.MULTILINE))]
+        return count_shown(nvidia, env.get("CUDA_VISIBLE_DEVICES"), uuids)
     nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
     amd = sum(_text(file).strip() not in ("", "0") for file in nodes)
-    # The runtime beneath chooses first, HIP among what is left; CUDA's variable is HIP's where that has none.
-    amd = shown(amd, env.get("ROCR_VISIBLE_DEVICES"))
-    return shown(amd, env.get("HIP_VISIBLE_DEVICES", env.get("CUDA_VISIBLE_DEVICES")))
+    # ROCR's list applies first, and HIP's to what is left. HIP also reads CUDA's variable if its own is unset.
+    amd = count_shown(amd, env.get("ROCR_VISIBLE_DEVICES"))
+    return count_shown(amd, env.get("HIP_VISIBLE_DEVICES", env.get("CUDA_VISIBLE_DEVICES")))
 
 
-def shown(there: int, visible: str | None, uuids: Sequence[str] = ()) -> int:
-    """How many of the `there` GPUs a list as CUDA_VISIBLE_DEVICES leaves, by CUDA's rules: numbers, or UUIDs that may be cut
-    short; what comes after the first that is no GPU here does not count, and with one named twice nothing does. Of MIG
-    slices CUDA shows one. `uuids`: those of the GPUs, where they are known."""
+def count_shown(there: int, visible: str | None, uuids: Sequence[str] = ()) -> int:
+    """Count the GPUs that a list like CUDA_VISIBLE_DEVICES leaves visible, by CUDA's rules.
+
+    Entries are numbers, or UUIDs that may be cut short. Entries after the first invalid one do not count, and a repeated
+    one leaves none. Of MIG slices CUDA shows one.
+
+    there: number of GPUs of the machine
+    visible: the list; None: unset
+    uuids: UUIDs of the GPUs, if they are known
+    """
     if visible is None:
         return there
     names = [name.strip() for name in visible.split(",")]
@@ -47,19 +53,22 @@ def shown(there: int, visible: str | None, uuids: Sequence[str] = ()) -> int:
         here = found if not uuids else list(takewhile(lambda name: sum(uuid.startswith(name) for uuid in uuids) == 1, found))
         return min(there, len(here))
     numbers = [int(match[0]) if (match := re.match(r"[+-]?\d+", name)) else -1 for name in names]
-    asked = list(takewhile(lambda number: number >= 0, numbers))
-    return 0 if len(set(asked)) < len(asked) else len(list(takewhile(lambda number: number < there, asked)))
+    valid = list(takewhile(lambda number: number >= 0, numbers))
+    return 0 if len(set(valid)) < len(valid) else len(list(takewhile(lambda number: number < there, valid)))
 
 
-def gpus() -> dict[str, Any]:
-    """{"gpus": a record each, with the processes on it, "driver", "xid": the kernel's last word of a GPU's fault}; without
-    NVIDIA's tools there is none; {"error"} where they fail, which a GPU that has fallen off its bus causes."""
+def query_gpus() -> dict[str, Any]:
+    """Query the GPUs: {"gpus": one record each, with the processes on it, "driver", "xid": the last GPU fault in the kernel
+    log}.
+
+    Without NVIDIA's tools there are none. If the tools fail, as after a GPU has fallen off its bus, the result has "error".
+    """
     try:
         table = _run(["nvidia-smi", f"--query-gpu={','.join(_FIELDS.values())}", "--format=csv,noheader,nounits"])
     except FileNotFoundError:
         return {"gpus": [], "driver": "", "xid": ""}
     except (OSError, subprocess.SubprocessError) as error:
-        return {"gpus": [], "driver": "", "xid": xid(), "error": f"nvidia-smi: {_why(error)}"}
+        return {"gpus": [], "driver": "", "xid": xid(), "error": f"nvidia-smi: {_reason(error)}"}
     found = parse_gpus(table)
     try:
         busy = _run(["nvidia-smi", "--query-compute-apps=gpu_uuid,pid", "--format=csv,noheader,nounits"])
@@ -71,7 +80,7 @@ def gpus() -> dict[str, Any]:
 
 
 def parse_gpus(table: str) -> list[dict[str, Any]]:
-    """Records of the lines of nvidia-smi --format=csv,noheader,nounits; numbers, or None where it has none to tell."""
+    """Parse the output of nvidia-smi --format=csv,noheader,nounits; None stands for a number that it does not know."""
     found = []
     for line in filter(None, map(str.strip, table.splitlines())):
         values = [value.strip() for value in line.split(",")]
@@ -85,7 +94,7 @@ def parse_gpus(table: str) -> list[dict[str, Any]]:
 
 
 def xid(log: str | None = None) -> str:
-    """The last error of a GPU that the kernel has logged (NVRM: Xid), if this user may read its log; else nothing."""
+    """The last GPU error in the kernel log (NVRM: Xid), or "" if there is none or the log may not be read."""
     if log is None:
         try:
             log = _run(["dmesg"])
@@ -96,7 +105,7 @@ def xid(log: str | None = None) -> str:
 
 
 def _run(command: Sequence[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=True, errors="replace").stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, check=True, errors="replace").stdout
 
 
 def _text(file: Path) -> str:
@@ -106,9 +115,9 @@ def _text(file: Path) -> str:
         return ""
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, subprocess.TimeoutExpired):
-        return f"no answer within {_PATIENCE:g} s"
+        return f"no answer within {_TIMEOUT:g} s"
     if isinstance(error, subprocess.CalledProcessError):
         return " ".join((error.stdout or error.stderr or "").split())[:200] or f"exit code {error.returncode}"
     return str(error)

@@ -1,4 +1,4 @@
-"""Which interface of this machine other nodes reach it by: the one that is named, else the best there is."""
+"""Selects the network interface by which other nodes reach this machine: the configured one, else the best one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ import psutil
 
 from mikoshi.trainer.errors import LaunchError
 
-_VIRTUAL = ("docker", "virbr", "veth", "br-", "cni", "flannel", "cali", "kube", "lxc", "podman", "tailscale", "zt")
-"""Beginnings of names of interfaces that lead nowhere beyond this machine, or the long way round."""
+_VIRTUAL_PREFIXES = ("docker", "virbr", "veth", "br-", "cni", "flannel", "cali", "kube", "lxc", "podman", "tailscale", "zt")
+"""Prefixes of interfaces that do not lead beyond this machine, or only by a detour."""
 RESOLVER = ("RES_OPTIONS", "timeout:1 attempts:2")
-"""For glibc, see resolv.conf(5). Whoever connects to torch's TCPStore asks for its peer's name, by an address that is in no
-hosts file (::ffff:10.0.0.1): where no name server answers, that takes 10 s, at every start."""
+"""For glibc, see resolv.conf(5). A client of torch's TCPStore looks its peer's name up by an address that is in no hosts file
+(::ffff:10.0.0.1). If no name server answers, that would take 10 s at every start."""
 
 _UP, _GATEWAY = 0x1, 0x2  # flags of <linux/route.h>
 
 
 @dataclass(frozen=True)
 class Interface:
-    """An interface that is up. address: IPv4 where it has one, else IPv6; speed: Mbit/s, 0 where the kernel cannot say."""
+    """An interface that is up.
+
+    address: IPv4 if it has one, else IPv6
+    speed: Mbit/s; 0 if the kernel does not know
+    """
 
     name: str
     address: str
@@ -30,14 +34,20 @@ class Interface:
     speed: int = 0
 
 
-def interface_of(wanted: str) -> tuple[str, str]:
-    """Name and address of the interface to use: the wanted one; "": that of the default route, else the first that is up
-    and leads beyond this machine, else loopback. Raises LaunchError, listing what there is."""
-    return choose(wanted, interfaces(), default_routes())
+def select_interface(wanted: str) -> tuple[str, str]:
+    """Return name and address of the interface to use.
+
+    That is the wanted one; or, for "", the one of the default route, else the first one that leads beyond this machine,
+    else loopback. Raises LaunchError, with the interfaces that exist.
+    """
+    return choose_interface(wanted, interfaces(), default_routes())
 
 
-def choose(wanted: str, there: list[Interface], routes: list[str]) -> tuple[str, str]:
-    """The same, of interfaces and default routes (best first) as given."""
+def choose_interface(wanted: str, there: list[Interface], routes: list[str]) -> tuple[str, str]:
+    """The same for given interfaces and default routes.
+
+    routes: interface names of the default routes, best first
+    """
     by_name = {one.name: one for one in there}
     if wanted:
         if wanted not in by_name:
@@ -47,7 +57,7 @@ def choose(wanted: str, there: list[Interface], routes: list[str]) -> tuple[str,
                 f"it has {known}"
             )
         return wanted, by_name[wanted].address
-    outward = [one for one in there if not one.loopback and not one.name.startswith(_VIRTUAL)]
+    outward = [one for one in there if not one.loopback and not one.name.startswith(_VIRTUAL_PREFIXES)]
     best = [by_name[name] for name in routes if name in by_name]
     kept = [*best, *outward, *(one for one in there if one.loopback)]
     if not kept:
@@ -56,7 +66,7 @@ def choose(wanted: str, there: list[Interface], routes: list[str]) -> tuple[str,
 
 
 def interfaces() -> list[Interface]:
-    """Those of this machine that are up and have an address, in the kernel's order."""
+    """The interfaces that are up and have an address, in the kernel's order."""
     states = psutil.net_if_stats()
     found = []
     for name, addresses in psutil.net_if_addrs().items():
@@ -64,7 +74,7 @@ def interfaces() -> list[Interface]:
         if state is None or not state.isup:
             continue
         v4 = [one.address for one in addresses if one.family == socket.AF_INET]
-        # A link-local address names its interface after %, which means nothing on another node.
+        # A link-local address needs an interface name after %, which is invalid on other nodes.
         v6 = [one.address for one in addresses if one.family == socket.AF_INET6 and not one.address.startswith("fe80")]
         if v4 or v6:
             loopback = "loopback" in state.flags.split(",") or name == "lo"
@@ -73,7 +83,7 @@ def interfaces() -> list[Interface]:
 
 
 def default_routes(proc: Path = Path("/proc/net")) -> list[str]:
-    """Names of the interfaces that have a default route, that of the lowest metric first, IPv4 before IPv6."""
+    """Names of the interfaces with a default route, lowest metric first, IPv4 before IPv6."""
     return [*_routes(proc / "route", _ipv4), *_routes(proc / "ipv6_route", _ipv6)]
 
 

@@ -1,4 +1,4 @@
-"""What a node tells of itself when it is asked: JSON in, JSON out, and nothing of it is changed."""
+"""Answers questions about this node, JSON in and JSON out, without changing anything."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 
 from mikoshi.data.io.cores import cores
-from mikoshi.launch.host.gpus import gpus
-from mikoshi.launch.host.network import interface_of
+from mikoshi.launch.host.gpus import query_gpus
+from mikoshi.launch.host.network import select_interface
 from mikoshi.trainer.errors import LaunchError
 
 _IB = Path("/sys/class/infiniband")
@@ -28,15 +28,15 @@ _HELLO = 16
 
 
 def answer(question: dict[str, Any]) -> dict[str, Any]:
-    """The answer to {"ask": about | clock | shared | listen | connect, ...}; {"error": one line} where it cannot be found."""
-    asked = {"about": about, "clock": clock, "shared": shared, "listen": listen, "connect": connect}
-    ask: Callable[[dict[str, Any]], dict[str, Any]] | None = asked.get(str(question.get("ask")))
-    if ask is None:
+    """Answer {"ask": about | clock | shared | listen | connect, ...}; {"error": one line} if that is not possible."""
+    questions = {"about": about, "clock": clock, "shared": shared, "listen": listen, "connect": connect}
+    handler: Callable[[dict[str, Any]], dict[str, Any]] | None = questions.get(str(question.get("ask")))
+    if handler is None:
         return {
             "error": f"{question.get('ask')!r} is no question that this version of Mikoshi knows: install the same everywhere"
         }
     try:
-        return ask(question)
+        return handler(question)
     except LaunchError as error:
         return {"error": str(error)}
     except (OSError, ValueError, KeyError) as error:
@@ -44,8 +44,11 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
 
 
 def about(question: dict[str, Any]) -> dict[str, Any]:
-    """{"versions", "gpus", "cores", "memory", "disk", "limits", "network"}; sizes in bytes. Asks for "workdir", "interface"."""
-    seen = gpus()
+    """Describe the node: {"versions", "gpus", "cores", "memory", "disk", "limits", "network", ...}; sizes in bytes.
+
+    question: has "workdir" and "interface"
+    """
+    seen = query_gpus()
     return {
         "host": socket.gethostname(),
         "versions": {**_versions(), "driver": seen.pop("driver"), "kernel": platform.release()},
@@ -54,23 +57,27 @@ def about(question: dict[str, Any]) -> dict[str, Any]:
         "cores": cores(),
         "memory": psutil.virtual_memory().total,
         "disk": _disks(str(question["workdir"])),
-        "limits": {"nofile": _limit(resource.RLIMIT_NOFILE), "memlock": _limit(resource.RLIMIT_MEMLOCK)},
+        "limits": {"nofile": _soft_limit(resource.RLIMIT_NOFILE), "memlock": _soft_limit(resource.RLIMIT_MEMLOCK)},
         "network": _network(str(question.get("interface", ""))),
     }
 
 
 def clock(_question: dict[str, Any]) -> dict[str, Any]:
-    """{"time": seconds since the epoch, as this node has it}."""
+    """Return {"time": this node's clock in Unix seconds}."""
     return {"time": time.time()}
 
 
 def shared(question: dict[str, Any]) -> dict[str, Any]:
-    """Whether the file "name" in "folder", whole with "token", which another machine wrote, is there; then write an own one.
-    {"seen": bool, "wrote": its name, "token", "kind": file system, "why": of what is wrong}. Waits "patience" seconds, for
-    NFS keeps what it has read of a folder for a while."""
+    """Check that the folder is shared: the file of another machine is visible, and a new file is written for it.
+
+    Returns {"seen": bool, "wrote": the new file's name, "token": its contents, "kind": file system, "why": what is wrong}.
+    It waits up to "patience" seconds, since NFS caches what it knows of a folder.
+
+    question: has "folder", and "name" and "token" of the other machine's file
+    """
     folder, token = Path(str(question["folder"])), str(question["token"])
     kind, until = file_system(folder), time.monotonic() + float(question.get("patience", 5.0))
-    why = see(folder, str(question["name"]), token, until)
+    why = wait_for_file(folder, str(question["name"]), token, until)
     if why:
         return {"seen": False, "kind": kind, "why": why}
     own, mine = f"node-{secrets.token_hex(8)}", secrets.token_hex(16)
@@ -81,11 +88,11 @@ def shared(question: dict[str, Any]) -> dict[str, Any]:
     return {"seen": True, "kind": kind, "why": "", "wrote": own, "token": mine}
 
 
-def see(folder: Path, name: str, token: str, until: float) -> str:
-    """Wait for a file to have these contents; else what is there instead."""
+def wait_for_file(folder: Path, name: str, token: str, until: float) -> str:
+    """Wait until a file has the contents `token`. Returns "", or what is wrong at the monotonic time `until`."""
     while True:
         with contextlib.suppress(OSError):
-            list(folder.iterdir())  # has NFS look again
+            list(folder.iterdir())  # makes NFS refresh its cache
         try:
             found = (folder / name).read_text(encoding="ascii", errors="replace")
         except OSError as error:
@@ -100,16 +107,19 @@ def see(folder: Path, name: str, token: str, until: float) -> str:
 
 
 def listen(question: dict[str, Any]) -> dict[str, Any]:
-    """{"address", "port", "hello"} of a port on this node's interface that says hello to whoever connects, for "seconds"."""
-    _, address = interface_of(str(question.get("interface", "")))
+    """Open a port on this node's interface that sends a greeting to every client for "seconds".
+
+    Returns {"address", "port", "hello"}.
+    """
+    _, address = select_interface(str(question.get("interface", "")))
     hello = secrets.token_hex(_HELLO // 2)
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server = socket.create_server((address, 0), family=family, backlog=1024)
-    threading.Thread(target=_greet, args=(server, hello.encode(), float(question["seconds"])), daemon=True).start()
+    threading.Thread(target=_serve_hello, args=(server, hello.encode(), float(question["seconds"])), daemon=True).start()
     return {"address": address, "port": server.getsockname()[1], "hello": hello}
 
 
-def _greet(server: socket.socket, hello: bytes, seconds: float) -> None:
+def _serve_hello(server: socket.socket, hello: bytes, seconds: float) -> None:
     until = time.monotonic() + seconds
     with server:
         while (left := until - time.monotonic()) > 0:
@@ -120,7 +130,10 @@ def _greet(server: socket.socket, hello: bytes, seconds: float) -> None:
 
 
 def connect(question: dict[str, Any]) -> dict[str, Any]:
-    """{"reached": {name: {"ms"} or {"error"}}} of all of "to": {name: [address, port, hello]}, each given "patience" s."""
+    """Connect to all ports of "to", {name: [address, port, hello]}, within "patience" seconds each.
+
+    Returns {"reached": {name: {"ms"} or {"error"}}}.
+    """
     to, patience = dict(question["to"]), float(question["patience"])
     with ThreadPoolExecutor(max_workers=min(64, len(to)) or 1) as pool:
         tries = {name: pool.submit(_reach, str(at[0]), int(at[1]), str(at[2]), patience) for name, at in to.items()}
@@ -132,12 +145,12 @@ def _reach(address: str, port: int, hello: str, patience: float) -> dict[str, An
     try:
         with socket.create_connection((address, port), timeout=patience) as peer:
             took = time.perf_counter() - start
-            said = b""
-            while len(said) < _HELLO and (more := peer.recv(_HELLO)):
-                said += more
+            received = b""
+            while len(received) < _HELLO and (more := peer.recv(_HELLO)):
+                received += more
     except OSError as error:
         return {"error": f"{address} port {port}: {error.strerror or error or 'no answer'}"}
-    if said.decode("ascii", "replace") != hello:
+    if received.decode("ascii", "replace") != hello:
         return {"error": f"{address} is another machine"}
     return {"ms": took * 1000}
 
@@ -183,7 +196,7 @@ def _torch_gpus() -> int:
 
 
 def _disks(workdir: str) -> dict[str, Any]:
-    """Free bytes; None where there is no such folder."""
+    """Free bytes of each folder; None if it does not exist."""
     found: dict[str, Any] = {}
     for name, path in (("workdir", workdir), ("tmp", tempfile.gettempdir()), ("shm", "/dev/shm")):
         try:
@@ -193,14 +206,14 @@ def _disks(workdir: str) -> dict[str, Any]:
     return found
 
 
-def _limit(kind: int) -> int:
-    """The soft limit; -1: none."""
+def _soft_limit(kind: int) -> int:
+    """The soft limit of a resource; -1 if there is none."""
     return resource.getrlimit(kind)[0]
 
 
 def _network(wanted: str) -> dict[str, Any]:
     """{"interface", "address", "mbit": 0 where the kernel cannot say, "infiniband": {port: state}}."""
-    name, address = interface_of(wanted)
+    name, address = select_interface(wanted)
     stats = psutil.net_if_stats().get(name)
     return {"interface": name, "address": address, "mbit": stats.speed if stats else 0, "infiniband": infiniband()}
 

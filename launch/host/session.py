@@ -1,4 +1,4 @@
-"""A command of ours in a session of its own: once it has ended, or is no longer waited for, no process of it is left."""
+"""Runs a command in a session of its own. Once it has ended or was given up, none of its processes is left."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from pathlib import Path
 
 import psutil
 
-_MARK = "MIKOSHI_APART"
-_PATIENCE = 10.0
-"""Seconds until processes that outlive the command are ended."""
+_MARKER = "MIKOSHI_APART"
+_EXIT_TIMEOUT = 10.0
+"""Seconds until processes that outlive the command are killed."""
 
 
 @dataclass(frozen=True)
-class Ran:
-    """How a command went. emptied: seconds from its end until none of its processes was left. outlived: those that had to
-    be ended."""
+class SessionResult:
+    """How a command ended.
+
+    began, ended: Unix times
+    emptied: seconds from its end until none of its processes was left
+    outlived: processes that had to be killed
+    """
 
     began: float
     ended: float
@@ -30,47 +34,52 @@ class Ran:
     outlived: list[str]
 
 
-def run_apart(command: Sequence[str], out: Path, look: Callable[[], None]) -> Ran:
-    """Run a command, which appends what it says to `out`, and call `look` until it ends. What `look` raises ends it at once."""
-    mark = uuid.uuid4().hex
+def run_in_session(command: Sequence[str], out: Path, poll: Callable[[], None]) -> SessionResult:
+    """Run a command, append its output to `out`, and call `poll` until it ends. An exception from `poll` ends it at once."""
+    marker = uuid.uuid4().hex
     began = time.time()
-    with out.open("ab") as said:
+    with out.open("ab") as log:
         child = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=os.environ | {_MARK: mark}, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {_MARKER: marker},
+            start_new_session=True,
         )
     try:
         while child.poll() is None:
-            look()
+            poll()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(0.2)
     finally:
         child.kill()
         code = child.wait()
         ended = time.time()
-        outlived = _wait_for_all(mark)
-    look()
-    return Ran(began, ended, code, time.time() - ended, outlived)
+        outlived = _end_survivors(marker)
+    poll()
+    return SessionResult(began, ended, code, time.time() - ended, outlived)
 
 
-def _wait_for_all(mark: str) -> list[str]:
-    """Until no process of a command is left; those that had to be ended."""
-    deadline = time.monotonic() + _PATIENCE
-    while alive := _marked(mark):
+def _end_survivors(marker: str) -> list[str]:
+    """Wait until no process of a command is left; kill those that take too long, and return them."""
+    deadline = time.monotonic() + _EXIT_TIMEOUT
+    while alive := _marked(marker):
         if time.monotonic() > deadline:
-            told = [f"{process.pid} {process.name()}" for process in alive]
+            names = [f"{process.pid} {process.name()}" for process in alive]
             for process in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            return told
+            return names
         time.sleep(0.05)
     return []
 
 
-def _marked(mark: str) -> list[psutil.Process]:
-    """Running processes of a command, wherever they hang in the tree: each has the mark in its environment."""
+def _marked(marker: str) -> list[psutil.Process]:
+    """Running processes of a command, wherever they are in the process tree: each has the marker in its environment."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            if process.environ().get(_MARKER) == marker and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found

@@ -1,4 +1,4 @@
-"""What people do with runs: submit, look, cancel, resume.
+"""What users do with runs: submit, watch, cancel, resume.
 
-Entry points: `submit`, `control`, `board.look`, `status.state_of`.
+Entry points: `submit`, `control`, `board.survey_runs`, `status.state_of`.
 """

@@ -1,4 +1,4 @@
-"""How runs stand, in words: a table of many, a page of one, and for each what can be done next."""
+"""Prints the states of runs: a table of many, a page of one, and what can be done next."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from mikoshi.launch.config.paths import typed
-from mikoshi.launch.operate.board import Row
+from mikoshi.launch.config.paths import shell_quoted
+from mikoshi.launch.operate.board import RunRow
 from mikoshi.launch.operate.status import FINAL
 from mikoshi.trainer.record.durations import clock
 
@@ -20,25 +20,25 @@ COLOURS = {
 _BAR = 24
 
 
-def table(rows: Sequence[Row], now: float) -> list[list[str]]:
-    """The cells of a table, its head first; a column that would be empty is left out."""
+def runs_table(rows: Sequence[RunRow], now: float) -> list[list[str]]:
+    """The cells of a table, header first. Empty columns are left out."""
     head = ["name", "state", "cluster", "nodes", "step", "loss", "tokens/s", "time left", "last sign", "swept"]
     lines = [head, *(_cells(row, now) for row in rows)]
     kept = [n for n, name in enumerate(head) if name not in ("swept", "cluster") or any(line[n] for line in lines[1:])]
     return [[line[n] for n in kept] for line in lines]
 
 
-def _cells(row: Row, now: float) -> list[str]:
+def _cells(row: RunRow, now: float) -> list[str]:
     return [
         one_line(row.name), row.state, row.cluster, _nodes(row), f"{row.step}/{row.steps}", _loss(row),
         "" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
         "" if row.seconds_left is None else clock(row.seconds_left),
-        ago(row.seen, now), " ".join(f"{key}={one_line(value)}" for key, value in row.swept.items()),
+        elapsed(row.seen, now), " ".join(f"{key}={one_line(value)}" for key, value in row.swept.items()),
     ]  # fmt: skip
 
 
 def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """A table as lines: every column as wide as its widest cell, figures at the right."""
+    """Format cells as lines with aligned columns, numbers to the right."""
     if not cells:
         return []
     right = {n for n, name in enumerate(cells[0]) if name in ("nodes", "step", "loss", "tokens/s", "time left", "last sign")}
@@ -52,40 +52,42 @@ def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def page(row: Row, events: Sequence[Mapping[str, Any]], now: float) -> list[tuple[str, str]]:
-    """What there is to say of one run: a heading and its words each."""
+def run_page(row: RunRow, events: Sequence[Mapping[str, Any]], now: float) -> list[tuple[str, str]]:
+    """Everything about one run, as pairs of heading and text."""
     where = f" on {row.cluster}" if row.cluster else ""
     attempt = f", attempt {row.attempt}" if row.attempt else ""
     job = f" ({row.job})" if row.job else ""
-    said: list[tuple[str, str]] = [("state", f"{row.state}{attempt}{where}{job}{f': {one_line(row.why)}' if row.why else ''}")]
+    entries: list[tuple[str, str]] = [
+        ("state", f"{row.state}{attempt}{where}{job}{f': {one_line(row.why)}' if row.why else ''}")
+    ]
     if row.swept:
-        said.append(("swept", " ".join(f"{key}={one_line(value)}" for key, value in row.swept.items())))
+        entries.append(("swept", " ".join(f"{key}={one_line(value)}" for key, value in row.swept.items())))
     if row.nodes or row.asked:
         lost = f"; lost: {' '.join(row.lost)}" if row.lost else ""
-        said.append(("nodes", f"{len(row.nodes)} of {row.asked}: {' '.join(row.nodes) or 'none yet'}{lost}"))
+        entries.append(("nodes", f"{len(row.nodes)} of {row.asked}: {' '.join(row.nodes) or 'none yet'}{lost}"))
     left = "" if row.seconds_left is None else f", {clock(row.seconds_left)} left"
     share = row.step / row.steps if row.steps else 0.0
-    said.append(("step", f"{row.step}/{row.steps} {bar(share)} {share:.0%}{left}"))
+    entries.append(("step", f"{row.step}/{row.steps} {bar(share)} {share:.0%}{left}"))
     if row.loss is not None:
         speed = "" if row.tokens_per_second is None else f", {row.tokens_per_second:,.0f} tokens/s"
-        said.append(("loss", f"{_loss(row)}{speed}"))
-    said.append(("checkpoint", "none yet" if row.checkpoint is None else f"step {row.checkpoint}"))
+        entries.append(("loss", f"{_loss(row)}{speed}"))
+    entries.append(("checkpoint", "none yet" if row.checkpoint is None else f"step {row.checkpoint}"))
     if row.restarts:
-        said.append(("restarts", str(row.restarts)))
-    said.append(("last sign of life", f"{ago(row.seen, now)} ago" if row.seen else "none yet"))
-    said += [("events" if not n else "", f"{_clock_time(event)}  {words(event)}") for n, event in enumerate(events)]
-    said += [("next" if not n else "", line) for n, line in enumerate(advice(row))]
-    return said
+        entries.append(("restarts", str(row.restarts)))
+    entries.append(("last sign of life", f"{elapsed(row.seen, now)} ago" if row.seen else "none yet"))
+    entries += [("events" if not n else "", f"{_clock_time(event)}  {describe_event(event)}") for n, event in enumerate(events)]
+    entries += [("next" if not n else "", line) for n, line in enumerate(advice(row))]
+    return entries
 
 
 def bar(share: float) -> str:
-    """Progress, as text."""
+    """A progress bar as text. share: from 0 to 1."""
     full = round(_BAR * min(1.0, max(0.0, share)))
     return f"[{'#' * full}{'-' * (_BAR - full)}]"
 
 
-def ago(when: float | None, now: float) -> str:
-    """How long since, in the one unit that tells most; "" of what never was."""
+def elapsed(when: float | None, now: float) -> str:
+    """Time since `when` in one fitting unit; "" if it is None."""
     if not when:
         return ""
     seconds = max(0.0, now - when)
@@ -95,9 +97,9 @@ def ago(when: float | None, now: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def advice(row: Row) -> list[str]:
-    """What can be done about a run, command by command."""
-    path = typed(row.path)
+def advice(row: RunRow) -> list[str]:
+    """Commands that can be run next for this run."""
+    path = shell_quoted(row.path)
     if row.state == "done":
         return [f"mikoshi report {path}", f'mikoshi generate {path} --prompt "..."']
     if not row.cluster:
@@ -116,20 +118,20 @@ def advice(row: Row) -> list[str]:
     return [f"mikoshi logs {path} -f", f"mikoshi cancel {path}"]
 
 
-def words(event: Mapping[str, Any]) -> str:
-    """What an event means. One of a kind that is not known here is told with all that it holds."""
+def describe_event(event: Mapping[str, Any]) -> str:
+    """Describe an event in words. An event of an unknown kind is shown with all its fields."""
     kind = str(event.get("event"))
-    known = _WORDS.get("eval-none" if kind == "eval" and event.get("loss", 0) is None else kind)
+    known = _EVENT_FORMATS.get("eval-none" if kind == "eval" and event.get("loss", 0) is None else kind)
     try:
         if known is not None:
-            return one_line(known.format_map({key: _told(value) for key, value in event.items()}))
+            return one_line(known.format_map({key: _shorten(value) for key, value in event.items()}))
     except (LookupError, ValueError, AttributeError, TypeError):
-        pass  # not the fields that one of its kind has
+        pass  # the event lacks the fields of its kind
     more = " ".join(f"{key}={value}" for key, value in event.items() if key not in ("event", "time"))
     return one_line(f"{event.get('event')} {more}".strip())[:200]
 
 
-_WORDS = {
+_EVENT_FORMATS = {
     "attempt": "attempt {number} ({cause})",
     "nodes": "nodes: {nodes}; lost: {lost}",
     "avoid": "{node} is avoided: {how}",
@@ -155,8 +157,8 @@ _WORDS = {
 }
 
 
-def as_json(row: Row, notes: Sequence[str], events: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """One run for programs. What is no number is null: JSON has no other."""
+def as_json(row: RunRow, notes: Sequence[str], events: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """A run as a JSON object. A number that is not finite is null."""
     found = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asdict(row).items()
     }
@@ -165,24 +167,24 @@ def as_json(row: Row, notes: Sequence[str], events: Sequence[Mapping[str, Any]] 
 
 
 def one_line(text: str) -> str:
-    """Text that cannot move the cursor or break a table."""
+    """Replace control characters, which would move the cursor or break a table."""
     return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
-def _told(value: Any) -> Any:
-    """Lists and tables as words: the first of them, and how many there are."""
+def _shorten(value: Any) -> Any:
+    """Show the first elements of lists and tables, and their number."""
     if not isinstance(value, list | dict):
         return value
     return f"{' '.join(map(str, [*value][:8]))}{f' ... {len(value)} in all' if len(value) > 8 else ''}" or "none"
 
 
-def _nodes(row: Row) -> str:
+def _nodes(row: RunRow) -> str:
     if not row.cluster:
         return ""
     return f"{len(row.nodes)}/{row.asked}" if row.nodes else str(row.asked or "")
 
 
-def _loss(row: Row) -> str:
+def _loss(row: RunRow) -> str:
     return "" if row.loss is None else f"{row.loss:.4f}"
 
 

@@ -1,4 +1,4 @@
-"""In which state a run is: a function of what its newest attempt has left in its folder, and of what the scheduler says."""
+"""Derives the state of a run from the records of its newest attempt and the scheduler's answer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ State = Literal[
     "queued", "starting", "running", "stopping", "requeued", "done", "cancelled", "stopped", "failed", "lost"
 ]  # fmt: skip
 FINAL: tuple[State, ...] = ("done", "cancelled", "stopped", "failed", "lost")
-"""States in which nothing happens any more unless someone resumes the run."""
+"""States that a run only leaves when someone resumes it."""
 
-SIGN = 60.0
-"""Seconds without a sign of life, which is given every two, after which a run that no scheduler answers for counts as lost:
-shared file systems may show an old file for up to so long."""
+LIVENESS_TIMEOUT = 60.0
+"""Seconds without a new status.json after which a run counts as lost, if no scheduler can be asked. The file is rewritten every
+two seconds, but shared file systems may show an old one for so long."""
 
 
 @dataclass(frozen=True)
 class Records:
-    """What an attempt has left in its folder. handed_over: whether there is a record of its job, also a damaged one."""
+    """The records of an attempt.
+
+    handed_over: whether its job was recorded, even if that record is damaged
+    """
 
     number: int
     request: Request
@@ -42,8 +45,10 @@ class Records:
 
 
 def records_of(attempt: Attempt, ended: tuple[Mapping[str, str], Result] | None = None) -> Records:
-    """`ended`: the job and the result of one that has ended for good, where they are known: who asked it to stop then tells
-    nothing more. Raises LaunchError where a record is damaged."""
+    """Read the records of an attempt. Raises LaunchError where one is damaged.
+
+    ended: job and result of an attempt that has ended for good, if they are known
+    """
     request, started, status = attempt.request, attempt.started, attempt.status
     job, result = (attempt.job, attempt.result) if ended is None else ended
     stop = attempt.stop if ended is None else None
@@ -52,27 +57,30 @@ def records_of(attempt: Attempt, ended: tuple[Mapping[str, str], Result] | None 
 
 
 def state_of(records: Records | None, job: JobState | None, now: float) -> tuple[State, str]:
-    """The state of a run whose newest attempt has these records, and why, "" where there is nothing to say. job: what the
-    scheduler says of it, asked before the records were read; None where nobody could be asked. now: seconds, as time.time().
+    """Return the state of a run and the reason, which may be "".
+
+    records: of the newest attempt; None if there is none
+    job: the scheduler's answer, asked for before the records were read; None if it could not be asked
+    now: Unix time
     """
     if records is None:
         return "lost", "it was never handed to the cluster"
     if records.result is not None:
-        return _ended(records, records.result, job)
-    said = job.state if job is not None else "unknown"
+        return _state_after_result(records, records.result, job)
+    job_state = job.state if job is not None else "unknown"
     why = job.why if job is not None else ""
-    if said == "queued":
+    if job_state == "queued":
         return ("requeued" if records.started else "queued"), why
-    if said == "running" and _apart(records) and records.stop is None:
+    if job_state == "running" and _is_remote(records) and records.stop is None:
         return "running", why or "its progress is in the run folder on the cluster's disk"
-    if said == "running":
-        return _alive(records), why
-    if said == "ended":
-        return _vanished(records, why)
-    return _unanswered(records, now, why)
+    if job_state == "running":
+        return _live_state(records), why
+    if job_state == "ended":
+        return _state_without_job(records, why)
+    return _state_from_folder(records, now, why)
 
 
-def _ended(records: Records, result: Result, job: JobState | None) -> tuple[State, str]:
+def _state_after_result(records: Records, result: Result, job: JobState | None) -> tuple[State, str]:
     state: State = "failed" if result.state == "refused" else result.state
     if result.next != "requeued":
         return state, result.why
@@ -83,23 +91,23 @@ def _ended(records: Records, result: Result, job: JobState | None) -> tuple[Stat
     return state, f"{result.why}; it was queued again, and left the queue without a start"
 
 
-def _apart(records: Records) -> bool:
-    """Whether the run's folder is on a disk of the cluster's: what the JobSet says is then all there is."""
+def _is_remote(records: Records) -> bool:
+    """Whether the run folder is on a disk of the cluster, so that the JobSet's state is all that is known."""
     return records.job.get("kind") == "kubernetes" and records.started is None and bool(records.job.get("apart", "yes"))
 
 
-def _alive(records: Records) -> State:
+def _live_state(records: Records) -> State:
     if records.stop is not None:
         return "stopping"
     return records.status.phase if records.status is not None else "starting"
 
 
-def _vanished(records: Records, why: str) -> tuple[State, str]:
-    """The scheduler knows of no such job any more, and there is no result."""
+def _state_without_job(records: Records, why: str) -> tuple[State, str]:
+    """The state if the scheduler no longer knows the job, and there is no result."""
     more = f" ({why})" if why else ""
-    if _apart(records) and why == "Completed":
+    if _is_remote(records) and why == "Completed":
         return "done", ""
-    if _apart(records) and records.stop is None and "deleted" not in why:
+    if _is_remote(records) and records.stop is None and "deleted" not in why:
         return "failed", why
     if records.stop is not None:
         how = "at once" if records.stop.now else "before it had saved"
@@ -109,48 +117,52 @@ def _vanished(records: Records, why: str) -> tuple[State, str]:
     return "lost", f"its head on {records.started.host} ended without a word{more}"
 
 
-def _unanswered(records: Records, now: float, why: str) -> tuple[State, str]:
-    """No scheduler can tell: what the folder's last sign of life is worth."""
-    if records.started is None and not records.handed_over and now - records.request.time > SIGN:
-        # Should there be a job of it all the same, it ends where another attempt is led: see controller.claim.
+def _state_from_folder(records: Records, now: float, why: str) -> tuple[State, str]:
+    """The state if no scheduler can be asked, from the last sign of life in the folder."""
+    if records.started is None and not records.handed_over and now - records.request.time > LIVENESS_TIMEOUT:
+        # If it has a job after all, that job ends as soon as another attempt is led: see controller.claim.
         return "lost", "it was cut off while it was handed to the cluster"
     if records.started is None:
         return "queued", why
     last = max(records.started.time, records.status.time if records.status is not None else 0.0)
-    if now - last > SIGN:
+    if now - last > LIVENESS_TIMEOUT:
         return "lost", why or f"no sign of life from {records.started.host}"
-    return _alive(records), why
+    return _live_state(records), why
 
 
-def state_of_plain(held: bool, events: Sequence[Mapping[str, Any]], now: float) -> tuple[State, str]:
-    """The same of a run that `mikoshi train` started here. held: whether a process holds its lock; events: its last ones."""
+def state_of_plain(locked: bool, events: Sequence[Mapping[str, Any]], now: float) -> tuple[State, str]:
+    """The same for a run that `mikoshi train` started here.
+
+    locked: whether a process holds the run's lock
+    events: its last events
+    """
     kinds = [str(event.get("event")) for event in events]
     last = events[-1] if events else {}
-    if held and kinds[-1:] == ["stop"]:
+    if locked and kinds[-1:] == ["stop"]:
         return "stopping", ""
-    if held and kinds[-1:] != ["restart"]:
+    if locked and kinds[-1:] != ["restart"]:
         return "running", ""
-    if held:
+    if locked:
         return "starting", "after a fault"
     if not events:
         return "lost", "it has recorded nothing"
     if kinds[-1] == "end":
         return ("done", "") if last.get("finished") else ("stopped", "saved on request")
-    if kinds[-1] == "restart" and now - _number(last.get("time")) < SIGN:
+    if kinds[-1] == "restart" and now - _number(last.get("time")) < LIVENESS_TIMEOUT:
         return "starting", "after a fault"
     if kinds[-1] == "fault":
         return "failed", f"rank {last.get('rank')} {last.get('how', 'failed')}"
     return "lost", "its process ended without a word"
 
 
-def held(folder: Path) -> bool:
-    """Whether a process trains in this run folder now. Looks, and takes nothing from a run that is about to start."""
+def is_locked(folder: Path) -> bool:
+    """Whether a process trains in this run folder now. The check does not delay a run that is about to start."""
     try:
         with (folder / ".lock").open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # there is none, or it is not ours to read
+    except OSError:  # it does not exist, or cannot be read
         return False
     return False
 

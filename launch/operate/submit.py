@@ -1,4 +1,4 @@
-"""From a config to a job that waits in the cluster's queue: all of it, or nothing is left behind."""
+"""Submits runs to a cluster. Either the whole run is queued, or nothing is left behind."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pathlib import Path
 from mikoshi.data.io.atomic import write_file
 from mikoshi.launch.backends.base import Backend
 from mikoshi.launch.config.cluster import Base, Cluster, KubernetesCluster
-from mikoshi.launch.config.paths import named, typed
-from mikoshi.launch.config.private_env import applied, chosen
-from mikoshi.launch.runs.record import Attempt, Request, Spec, Submitted, create, new_spec
+from mikoshi.launch.config.paths import printable, shell_quoted
+from mikoshi.launch.config.private_env import collect_env, set_env
+from mikoshi.launch.runs.record import Attempt, Request, Spec, SubmittedRun, create_run, new_spec
 from mikoshi.parallel.errors import LayoutError
 from mikoshi.trainer.config.run import LONGEST_NAME, MOST_BYTES, RunConfig, load_config
 from mikoshi.trainer.config.toml import is_unicode
@@ -26,13 +26,18 @@ from mikoshi.trainer.errors import ConfigError, LaunchError
 from mikoshi.trainer.record.run_folder import RunFolder
 
 LARGEST_SWEEP = 1000
-_TRIED = 64
+_MAX_TRIES = 64
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What would be submitted. layout: in words; fewer: the other numbers of nodes that the run can go on with, of those that
-    were tried; unseen: why the data was not looked at, if it was not."""
+class SubmitPlan:
+    """What would be submitted.
+
+    layout: as text
+    fewer: smaller numbers of nodes that the run can continue on, of those that were tried
+    unseen: why the data was not checked, or ""
+    swept: the values that a sweep gives it
+    """
 
     spec: Spec
     request: Request
@@ -43,22 +48,21 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """The run folder, on this machine."""
-        return place_of(self.spec)
+        """The run folder on this machine."""
+        return run_folder_of(self.spec)
 
     @property
-    def run(self) -> Submitted:
-        """As it would be, nothing being written yet."""
-        return Submitted(RunFolder(self.folder), self.spec)
+    def run(self) -> SubmittedRun:
+        """The run that would be submitted. Nothing is written yet."""
+        return SubmittedRun(RunFolder(self.folder), self.spec)
 
 
-def place_of(spec: Spec) -> Path:
-    """Where a run's folder is on this machine: where its nodes see it, or, where pods have a disk of their own, its record
-    below the current folder."""
-    return _here(spec.cluster, spec.workdir) / spec.config.run.path
+def run_folder_of(spec: Spec) -> Path:
+    """The run folder on this machine: the one that the nodes see, or a record of it if pods have disks of their own."""
+    return _local_workdir(spec.cluster, spec.workdir) / spec.config.run.path
 
 
-def _here(cluster: Base, workdir: str) -> Path:
+def _local_workdir(cluster: Base, workdir: str) -> Path:
     if isinstance(cluster, KubernetesCluster) and not Path(workdir).is_dir():
         return Path.cwd()
     return Path(workdir)
@@ -70,37 +74,47 @@ def make_plan(
     nodes: int | None = None,
     min_nodes: int | None = None,
     swept: dict[str, str] | None = None,
-) -> Plan:
-    """Check everything that can be known before a node is asked for. Raises LaunchError, LayoutError, ConfigError or DataError.
+) -> SubmitPlan:
+    """Check everything that can be checked before a node is requested.
 
-    nodes: default as the cluster file has it. min_nodes: default recovery.min_nodes, else all of them."""
+    Raises LaunchError, LayoutError, ConfigError or DataError.
+
+    nodes: default: the cluster file's number
+    min_nodes: default: recovery.min_nodes, else all
+    swept: the values that a sweep gives the run
+    """
     wanted = nodes or cluster.nodes
-    request = Request(nodes=wanted, min_nodes=least(config, wanted, min_nodes), time=time.time())
+    request = Request(nodes=wanted, min_nodes=fewest_nodes(config, wanted, min_nodes), time=time.time())
     workdir = str(Path(cluster.workdir).expanduser().absolute()) if cluster.workdir else str(Path.cwd())
     if not is_unicode(workdir):
         raise LaunchError(f"workdir = {workdir!a}: not UTF-8 text: rename the folder")
     spec = new_spec(config, cluster, Path(workdir))
-    layout, fewer = layouts(config, cluster, request)
-    unseen = look_ahead(spec, wanted)
-    return Plan(spec, request, layout, fewer, unseen, swept or {})
+    layout, fewer = check_layouts(config, cluster, request)
+    unseen = check_data(spec, wanted)
+    return SubmitPlan(spec, request, layout, fewer, unseen, swept or {})
 
 
-def least(config: RunConfig, nodes: int, given: int | None) -> int:
-    """With how few nodes a run goes on. Raises LaunchError."""
-    asked = given or config.recovery.min_nodes or nodes
+def fewest_nodes(config: RunConfig, nodes: int, given: int | None) -> int:
+    """The smallest number of nodes that a run continues on. Raises LaunchError.
+
+    given: the number on the command line
+    """
+    wanted_fewest = given or config.recovery.min_nodes or nodes
     if given and given > nodes:
         raise LaunchError(f"--min-nodes {given}: more than the {nodes} of --nodes: give {nodes} or fewer")
-    return min(asked, nodes)
+    return min(wanted_fewest, nodes)
 
 
-def layouts(config: RunConfig, cluster: Base, request: Request) -> tuple[str, tuple[int, ...]]:
-    """The layout of all nodes in words, and the smaller numbers of nodes that can be laid out too. Raises LayoutError, or
-    LaunchError where the smallest number that was asked for cannot be."""
+def check_layouts(config: RunConfig, cluster: Base, request: Request) -> tuple[str, tuple[int, ...]]:
+    """Return the layout on all nodes as text, and the smaller numbers of nodes that have a layout too.
+
+    Raises LayoutError if there is no layout, or LaunchError if the requested minimum has none.
+    """
     from mikoshi.trainer.engines.layout import layout_of
 
     whole = layout_of(config, request.nodes * cluster.ranks)
     fewer = []
-    for nodes in range(request.nodes - 1, request.min_nodes - 1, -1)[:_TRIED]:
+    for nodes in range(request.nodes - 1, request.min_nodes - 1, -1)[:_MAX_TRIES]:
         with contextlib.suppress(LayoutError):
             layout_of(config, nodes * cluster.ranks)
             fewer.append(nodes)
@@ -114,13 +128,15 @@ def layouts(config: RunConfig, cluster: Base, request: Request) -> tuple[str, tu
             ) from None
     p = config.parallel
     degrees = " ".join(f"{name}={size}" for name, size in (("tp", p.tp), ("pp", p.pp), ("cp", p.cp), ("ep", p.ep)) if size > 1)
-    told = f"{whole.world} ranks, {cluster.ranks} a node{f', {degrees}' if degrees else ''}, ZeRO {whole.zero}"
-    return told, tuple(reversed(fewer))
+    text = f"{whole.world} ranks, {cluster.ranks} a node{f', {degrees}' if degrees else ''}, ZeRO {whole.zero}"
+    return text, tuple(reversed(fewer))
 
 
 def _check_wandb(spec: Spec) -> None:
-    """Raises ConfigError where ranks will have no key for Weights & Biases: of the one who submits they see, but on the same
-    machine, only the variables that the cluster file names, and in a pod no file."""
+    """Raise ConfigError if the ranks will have no key for Weights & Biases.
+
+    Away from this machine, ranks see only the variables in the cluster file, and in a pod no file of the user.
+    """
     from mikoshi.trainer.record.wandb import check_key
 
     cluster = spec.cluster
@@ -133,9 +149,11 @@ def _check_wandb(spec: Spec) -> None:
         check_key(spec.config.log.wandb, env, home, way)
 
 
-def look_ahead(spec: Spec, nodes: int) -> str:
-    """Check data, tokenizer and vocabulary where the nodes see them; why not, where the folder is on the disk of pods alone.
-    Raises LaunchError where it should be on this machine too."""
+def check_data(spec: Spec, nodes: int) -> str:
+    """Check data, tokenizer and vocabulary, and return "", or why they cannot be checked from here.
+
+    Raises LaunchError if the working folder should exist on this machine and does not.
+    """
     from mikoshi.trainer.train.preflight import foresee
 
     if spec.config.log.wandb and "WANDB" not in spec.cluster.setup:
@@ -145,22 +163,22 @@ def look_ahead(spec: Spec, nodes: int) -> str:
         if not isinstance(spec.cluster, KubernetesCluster):
             raise LaunchError(f"workdir = {spec.workdir!r}: no such folder: mend it in the cluster file, or make the folder")
         return f"{workdir} is not on this machine: the data is checked when the run starts"
-    with contextlib.chdir(workdir), applied(spec.cluster.env):
+    with contextlib.chdir(workdir), set_env(spec.cluster.env):
         foresee(spec.config, nodes * spec.cluster.ranks)
     return ""
 
 
-def submit(plan: Plan, backend: Backend) -> tuple[Submitted, Attempt]:
-    """Hand a run to the cluster. After an error there is no run folder that was not there before, and no job."""
+def submit(plan: SubmitPlan, backend: Backend) -> tuple[SubmittedRun, Attempt]:
+    """Submit a run. After an error there is no new run folder and no job."""
     return submit_all([plan], backend)[0]
 
 
-def submit_all(plans: Sequence[Plan], backend: Backend) -> list[tuple[Submitted, Attempt]]:
-    """Hand over several runs: all, or none."""
+def submit_all(plans: Sequence[SubmitPlan], backend: Backend) -> list[tuple[SubmittedRun, Attempt]]:
+    """Submit several runs: all, or none."""
     with contextlib.ExitStack() as undo:
         made = []
         for plan in plans:
-            run = _created(plan, undo)
+            run = _create_run(plan, undo)
             if plan.swept:
                 write_file(run.folder.path / "sweep.json", json.dumps(plan.swept, indent=2).encode())
             made.append((run, run.add(plan.request)))
@@ -170,53 +188,53 @@ def submit_all(plans: Sequence[Plan], backend: Backend) -> list[tuple[Submitted,
             jobs = submit_array(made)
             undo.callback(shutil.rmtree, array_folder(made[0][0]), ignore_errors=True)
             for (_, attempt), job in zip(made, jobs, strict=True):
-                undo.callback(_call_back, backend, job)
+                undo.callback(_cancel_job, backend, job)
                 attempt.write_job(job)
         else:
             for run, attempt in made:
-                hand_over(run, attempt, backend, undo)
-        undo.pop_all()  # all is well: nothing is undone
+                submit_attempt(run, attempt, backend, undo)
+        undo.pop_all()  # success: undo nothing
         return made
 
 
-def _created(plan: Plan, undo: contextlib.ExitStack) -> Submitted:
-    """The run folder, which `undo` takes away. One that somebody else makes at the same time is theirs."""
+def _create_run(plan: SubmitPlan, undo: contextlib.ExitStack) -> SubmittedRun:
+    """Create the run folder, which `undo` removes. A folder that another process creates meanwhile is left alone."""
     before = _entries(plan.folder)
     try:
-        run = create(plan.spec, plan.folder)
+        run = create_run(plan.spec, plan.folder)
     except BaseException:
         if before is None:
-            with contextlib.suppress(OSError):  # not empty: somebody else's
+            with contextlib.suppress(OSError):  # not empty: another process made it
                 plan.folder.rmdir()
         raise
-    undo.callback(_restore, plan.folder, before)
+    undo.callback(_remove_new_entries, plan.folder, before)
     return run
 
 
-def hand_over(run: Submitted, attempt: Attempt, backend: Backend, undo: contextlib.ExitStack) -> None:
-    """Submit an attempt and record its job; `undo` calls the job back if what follows fails."""
+def submit_attempt(run: SubmittedRun, attempt: Attempt, backend: Backend, undo: contextlib.ExitStack) -> None:
+    """Submit an attempt and record its job. `undo` cancels the job if a later step fails."""
     job = backend.submit(run, attempt)
-    undo.callback(_call_back, backend, job)
+    undo.callback(_cancel_job, backend, job)
     attempt.write_job(job)
 
 
-def _call_back(backend: Backend, job: dict[str, str]) -> None:
-    """A job that could not be recorded, or whose companions could not be submitted, must not run."""
-    with tempfile.TemporaryDirectory(prefix="mikoshi-") as folder:  # the run's own may be what cannot be written
+def _cancel_job(backend: Backend, job: dict[str, str]) -> None:
+    """Cancel a job that could not be recorded, or whose companions could not be submitted."""
+    with tempfile.TemporaryDirectory(prefix="mikoshi-") as folder:  # the run folder may be what cannot be written
         stand_in = Attempt(Path(folder) / "1")
         stand_in.path.mkdir()
         stand_in.write_job(job)
-        with contextlib.suppress(LaunchError):  # what went wrong first is what is told
+        with contextlib.suppress(LaunchError):  # report the first error
             backend.cancel(stand_in, now=True)
 
 
 def _entries(folder: Path) -> set[str] | None:
-    """What is in a folder; None where there is none."""
+    """The names in a folder; None if it does not exist."""
     return {path.name for path in folder.iterdir()} if folder.is_dir() else None
 
 
-def _restore(folder: Path, before: set[str] | None) -> None:
-    """Leave in a folder what was in it before."""
+def _remove_new_entries(folder: Path, before: set[str] | None) -> None:
+    """Remove from a folder what was not in it before."""
     if before is None:
         shutil.rmtree(folder, ignore_errors=True)
         return
@@ -225,25 +243,25 @@ def _restore(folder: Path, before: set[str] | None) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def check(plan: Plan, backend: Backend) -> None:
-    """Refuse what would fail: a run of this name, a secret that is not set, a cluster that cannot carry it. Raises
+def check(plan: SubmitPlan, backend: Backend) -> None:
+    """Refuse a submission that would fail: the run exists, a secret is not set, or the cluster cannot run it. Raises
     LaunchError."""
     if any((plan.folder / name).exists() for name in ("spec.json", "config.toml")):
         raise LaunchError(
-            f"{named(plan.folder)}: a run of this name is there already: `mikoshi resume {typed(plan.folder)}` goes on "
-            "with it, run.name=... makes another"
+            f"{printable(plan.folder)}: a run of this name is there already: `mikoshi resume {shell_quoted(plan.folder)}` "
+            "goes on with it, run.name=... makes another"
         )
-    chosen(plan.spec.cluster, os.environ)
+    collect_env(plan.spec.cluster, os.environ)
     backend.check(plan.run, plan.request)
 
 
 def sweep_plans(
     path: Path, overrides: Sequence[str], sweeps: Sequence[str], cluster: Cluster, nodes: int | None, min_nodes: int | None
-) -> list[Plan]:  # fmt: skip
-    """A plan for every combination of the swept values, named NAME-000 and so on. Raises LaunchError."""
+) -> list[SubmitPlan]:  # fmt: skip
+    """Make a plan for every combination of the swept values, named NAME-000 and so on. Raises LaunchError."""
     if cluster.kind in ("local", "ssh"):
         raise LaunchError(f"--sweep: a cluster of kind {cluster.kind} has no queue: submit the runs one after the other")
-    axes = dict(axis(text) for text in sweeps)
+    axes = dict(parse_axis(text) for text in sweeps)
     if "run.name" in axes:
         raise LaunchError("--sweep run.name: the runs of a sweep are named by it, NAME-000 and on: leave it out")
     if len(axes) < len(sweeps):
@@ -264,8 +282,8 @@ def sweep_plans(
     return plans
 
 
-def axis(text: str) -> tuple[str, list[str]]:
-    """A swept key and its values: commas inside brackets or quotes do not part them. Raises ConfigError."""
+def parse_axis(text: str) -> tuple[str, list[str]]:
+    """Parse a swept key and its values, KEY=A,B,C. Commas inside brackets or quotes do not separate. Raises ConfigError."""
     key, equals, rest = text.partition("=")
     values, depth, quote = [""], 0, ""
     for sign in rest:

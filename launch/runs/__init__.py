@@ -1,4 +1,4 @@
-"""What a submitted run is on disk: its records and its logs.
+"""A submitted run on disk: its records and its logs.
 
 Entry points: `record.open_submitted`, `logs`.
 """

@@ -1,4 +1,4 @@
-"""The last lines of a log, however long it is: read from its end."""
+"""Reads the last lines of a log from its end, however long it is."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ BLOCK = 1 << 14
 
 
 def last_records(path: Path, most: int, size: int = BLOCK) -> list[dict[str, Any]]:
-    """The last records of a JSON-lines log, `most` of them at most, of those in its last `size` bytes; oldest first. What is
-    cut short is left out, and a log that cannot be read has none."""
+    """The last records of a JSON-lines log, oldest first: `most` at most, of those within its last `size` bytes.
+
+    Incomplete records are left out. A log that cannot be read has none.
+    """
     records: list[dict[str, Any]] = []
     for line in reversed(_end(path, size).split(b"\n")):
         if len(records) == most:
@@ -20,7 +22,7 @@ def last_records(path: Path, most: int, size: int = BLOCK) -> list[dict[str, Any
         if line.startswith(b"{"):
             try:
                 record = json.loads(line.decode())
-            except ValueError:  # cut short by the block, or by a kill
+            except ValueError:  # cut off by the block, or by a kill
                 continue
             if isinstance(record, dict):
                 records.append(record)
@@ -43,7 +45,7 @@ def _end(path: Path, size: int) -> bytes:
 
 
 def start_of_last(path: Path, lines: int) -> int:
-    """Where the last `lines` lines of a text begin, in bytes from its start."""
+    """Offset in bytes at which the last `lines` lines of a text begin."""
     with path.open("rb") as file:
         at = file.seek(0, os.SEEK_END)
         if lines <= 0 or not at:

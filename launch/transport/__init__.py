@@ -1,4 +1,4 @@
-"""How a leader and its agents talk: JSON lines over pipes or TCP.
+"""Carries messages between the head and its agents: JSON lines over pipes or TCP.
 
 Entry points: `link`, `connect`.
 """

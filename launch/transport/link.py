@@ -1,4 +1,4 @@
-"""One node's agent, reached through a command's standard input and output: JSON objects, a line each, and never a wait."""
+"""A connection to one node's agent through a command's stdin and stdout: JSON objects, one a line. No call blocks."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from pathlib import Path
 from typing import Any
 
 _CHUNK = 1 << 16
-_LONGEST = 64 << 20
-_LAST_WORDS = 2000
+_MAX_LINE = 64 << 20
+_ERROR_TAIL = 2000
 
 
 class Link:
-    """From the process that leads a run to one node. `heard`: when it last said something, of CLOCK_MONOTONIC."""
+    """The head's connection to one node.
+
+    last_message: monotonic time of the last message
+    closed: whether the agent hung up or close() was called
+    """
 
     def __init__(self, name: str, command: Sequence[str], log: Path) -> None:
+        """Start the command.
+
+        log: file for its stderr, and for output that is no message
+        """
         self.name, self.log = name, log
         self._offset = log.stat().st_size if log.exists() else 0
         with log.open("ab") as errors:
-            # A session of its own: Ctrl-C at a terminal is for the leader, which passes it on.
+            # In a session of its own, so that Ctrl-C in a terminal goes to the head alone, which forwards it.
             self.process = subprocess.Popen(
                 list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
             )
@@ -35,21 +43,22 @@ class Link:
             os.set_blocking(handle, False)
         self._unread, self._unsent = bytearray(), bytearray()
         self._sending = threading.Lock()
-        self.began = self.heard = time.monotonic()
+        self.started = self.last_message = time.monotonic()
         self.closed = False
 
     def send(self, message: dict[str, Any]) -> None:
-        """From any thread. What cannot go out now does so with the next call; a link that is closed swallows it."""
+        """Send a message, from any thread. What the pipe cannot take now goes out with the next call; a closed link drops
+        it."""
         with self._sending:
             self._unsent += json.dumps(message).encode() + b"\n"
         self.flush()
 
     def receive(self) -> list[dict[str, Any]]:
-        """What has come since. Lines that are no JSON objects are some program's chatter, and end in the log."""
+        """Return the messages received since the last call. Lines that are no JSON object go to the log."""
         with contextlib.suppress(BlockingIOError):
             while not self.closed:
                 chunk = os.read(self._out, _CHUNK)
-                self.closed = not chunk or len(self._unread) > _LONGEST
+                self.closed = not chunk or len(self._unread) > _MAX_LINE
                 self._unread += chunk
         *lines, rest = bytes(self._unread).split(b"\n")
         self._unread = bytearray(rest)
@@ -65,7 +74,7 @@ class Link:
                 with contextlib.suppress(OSError), self.log.open("ab") as log:
                     log.write(line + b"\n")
         if messages:
-            self.heard = time.monotonic()
+            self.last_message = time.monotonic()
         return messages
 
     def flush(self) -> None:
@@ -75,20 +84,20 @@ class Link:
                 del self._unsent[: os.write(self._in, self._unsent[:_CHUNK])]
 
     @property
-    def silent(self) -> float:
-        """Seconds without a word."""
-        return time.monotonic() - self.heard
+    def silent_seconds(self) -> float:
+        """Seconds since the last message."""
+        return time.monotonic() - self.last_message
 
-    def last_words(self) -> str:
-        """The last line that the command wrote on stderr; empty if none."""
+    def last_error_line(self) -> str:
+        """The last line that the command wrote to stderr, or ""."""
         lines: list[str] = []
         with contextlib.suppress(OSError), self.log.open("rb") as log:
-            log.seek(max(self._offset, log.seek(0, os.SEEK_END) - _LAST_WORDS))
+            log.seek(max(self._offset, log.seek(0, os.SEEK_END) - _ERROR_TAIL))
             lines = log.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
     def close(self, patience: float = 0.0) -> None:
-        """Hang up, upon which the agent ends its ranks and itself; the command is killed if it outlives `patience` seconds."""
+        """Close the pipes, upon which the agent ends its ranks and itself. After `patience` seconds the command is killed."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with self._sending:

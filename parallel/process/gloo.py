@@ -18,13 +18,13 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
 
-def one_worker() -> None:
-    """From now on every gloo group that Python makes in this process has one worker: `new_group`'s, a mesh's and other
-    libraries', too. Collectives of one group then run one after the other, in the order in which they were asked for; one
-    that waits for another of its group, as a communication hook could, would wait for ever.
+def use_one_worker() -> None:
+    """Give every gloo group that Python makes in this process from now on one worker thread: those of `new_group`, of meshes
+    and of other libraries.
 
-    Otherwise the groups are torch's own, on the interfaces of GLOO_SOCKET_IFNAME. Groups that are there already stay as
-    they are. May be called again.
+    Collectives of one group then run one after another, in the order of their calls. One that waits for another of its group,
+    as a communication hook could, would wait forever. Otherwise the groups are torch's own, on the interfaces of
+    GLOO_SOCKET_IFNAME. Existing groups are not changed. May be called again.
     """
     if dist.is_gloo_available():
         # `init_process_group` passes no options on to gloo.

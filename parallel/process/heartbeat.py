@@ -1,6 +1,6 @@
-"""The pulse of this rank: what it is doing, and since when, on a page of shared memory that its supervisor reads.
+"""The heartbeat of this rank: what it is doing, and since when, on a page of shared memory that its supervisor reads.
 
-One process is one rank, so the page is the process's own. Without a page, a beat costs next to nothing and says nothing.
+One process is one rank, so the state is global to the process. Without a page, a heartbeat costs next to nothing.
 """
 
 from __future__ import annotations
@@ -31,19 +31,26 @@ WITHIN_STEPS = frozenset(("data", "forward", "backward", "reduce", "update", "ag
 
 @dataclass(frozen=True)
 class Page:
-    """A rank's last sign of life. step: the one being worked on, 0 before the first. time: of CLOCK_MONOTONIC.
-    limit: how many seconds of silence are normal there."""
+    """A rank's last heartbeat.
+
+    pid: of the process.
+    step: the current step, 0 before the first.
+    count: number of heartbeats so far.
+    time: of this one, by CLOCK_MONOTONIC, in seconds.
+    limit: how many seconds without a heartbeat are normal from here on.
+    phase: what the rank is doing.
+    """
 
     pid: int
     step: int
-    beats: int
+    count: int
     time: float
     limit: float
     phase: str
 
 
 @dataclass
-class _Pulse:
+class _HeartbeatState:
     page: mmap.mmap | None = None
     listener: Callable[[int, str], None] | None = None
     silence: float = 60.0
@@ -51,7 +58,7 @@ class _Pulse:
     slow: frozenset[str] = frozenset()
     phase: str = ""
     step: int = 0
-    beats: int = 0
+    count: int = 0
     time: float = 0.0  # of the last beat
     begun: float = 0.0  # when the step was, plus what it has spent in slow phases since
     calm: int = -_WARM  # positive: this step is like the others, so far
@@ -59,95 +66,97 @@ class _Pulse:
     known: deque[float] = field(default_factory=lambda: deque(maxlen=_KNOWN))
 
 
-_pulse = _Pulse()
+_state = _HeartbeatState()
 
 
 def open_page(path: Path) -> None:
-    """Beat on this page from now on. Raises OSError where there is no room for it."""
+    """Write heartbeats to this page from now on. Raises OSError if there is no room for it."""
     with path.open("w+b") as file:
         os.posix_fallocate(file.fileno(), 0, _PAGE.size)  # a hole that cannot be filled later would be a crash
-        _pulse.page = mmap.mmap(file.fileno(), _PAGE.size)
-    beat("start")
+        _state.page = mmap.mmap(file.fileno(), _PAGE.size)
+    send_heartbeat("start")
 
 
-def listen(listener: Callable[[int, str], None] | None) -> None:
-    """Have `listener` called with step and phase at every beat."""
-    _pulse.listener = listener
+def set_listener(listener: Callable[[int, str], None] | None) -> None:
+    """Call `listener` with step and phase at every heartbeat; None: call nothing."""
+    _state.listener = listener
 
 
-def limits(silence: float, patience: float, slow: Collection[str] = ()) -> None:
-    """How many seconds without a beat are normal from here on, where steps of a new kind are about to come, the first ones
-    or others than before: within steps at least, and outside of them, as in the phases `slow`.
+def set_limits(silence: float, patience: float, slow: Collection[str] = ()) -> None:
+    """Set how long a rank may be silent, at the start or before steps of a new kind.
 
-    Within a step `patience` holds too until enough undisturbed steps are known. From then on it is `silence`, or as long as
-    the longest of the latest steps makes normal if that is more.
+    silence: seconds without a heartbeat that are normal within a step.
+    patience: the same outside of steps, in `slow` phases, and within steps until enough undisturbed steps are known.
+    slow: phases within steps that `patience` applies to.
+
+    Once enough steps are known, the limit within a step is `silence`, or a multiple of the longest recent step if that is more.
     """
-    pulse = _pulse
-    pulse.silence, pulse.patience, pulse.slow = silence, patience, frozenset(slow)
-    pulse.calm, pulse.normal = -_WARM, 0.0
-    pulse.known.clear()
+    state = _state
+    state.silence, state.patience, state.slow = silence, patience, frozenset(slow)
+    state.calm, state.normal = -_WARM, 0.0
+    state.known.clear()
 
 
-def phase() -> str:
-    """Of the last beat."""
-    return _pulse.phase
+def current_phase() -> str:
+    """The phase of the last heartbeat."""
+    return _state.phase
 
 
-def beat(phase: str, step: int | None = None) -> None:
-    """Say that this rank now begins `phase` (of `step`, from here on, when given)."""
-    pulse = _pulse
-    if pulse.page is None and pulse.listener is None:
+def send_heartbeat(phase: str, step: int | None = None) -> None:
+    """Record that this rank begins `phase`, and from here on `step` if it is given."""
+    state = _state
+    if state.page is None and state.listener is None:
         return
     now = time.monotonic()
-    if pulse.phase in pulse.slow:
-        pulse.begun += now - pulse.time
-    if step is not None and step != pulse.step:
-        _begin(step, now)
+    if state.phase in state.slow:
+        state.begun += now - state.time
+    if step is not None and step != state.step:
+        _begin_step(step, now)
     if phase not in WITHIN_STEPS:
-        if pulse.phase == "agree":  # the step itself has come to its end
-            _know(now)
-        pulse.calm = min(pulse.calm, -1)
-    pulse.beats += 1
-    pulse.phase, pulse.time = phase, now
-    if pulse.page is not None:
+        if state.phase == "agree":  # the step itself has come to its end
+            _record_step(now)
+        state.calm = min(state.calm, -1)
+    state.count += 1
+    state.phase, state.time = phase, now
+    if state.page is not None:
         limit = _limit(phase)
-        _PAGE.pack_into(pulse.page, 0, os.getpid(), pulse.step, pulse.beats, now, limit, phase.encode()[:16], pulse.beats)
-    if pulse.listener is not None:
-        pulse.listener(pulse.step, phase)
+        _PAGE.pack_into(state.page, 0, os.getpid(), state.step, state.count, now, limit, phase.encode()[:16], state.count)
+    if state.listener is not None:
+        state.listener(state.step, phase)
 
 
 def _limit(phase: str) -> float:
-    pulse = _pulse
-    if pulse.normal and pulse.calm > 0 and phase in WITHIN_STEPS and phase not in pulse.slow:
-        return max(pulse.silence, pulse.normal)
-    return max(pulse.patience, pulse.silence, pulse.normal)
+    state = _state
+    if state.normal and state.calm > 0 and phase in WITHIN_STEPS and phase not in state.slow:
+        return max(state.silence, state.normal)
+    return max(state.patience, state.silence, state.normal)
 
 
-def _know(now: float) -> None:
-    """Remember the step that ends, if it is like the others."""
-    pulse = _pulse
-    if pulse.calm > 0:
-        pulse.known.append(now - pulse.begun)
-        if len(pulse.known) >= _ENOUGH:
-            pulse.normal = _FACTOR * max(pulse.known)
+def _record_step(now: float) -> None:
+    """Remember the duration of the step that ends, if nothing disturbed it."""
+    state = _state
+    if state.calm > 0:
+        state.known.append(now - state.begun)
+        if len(state.known) >= _ENOUGH:
+            state.normal = _FACTOR * max(state.known)
 
 
-def _begin(step: int, now: float) -> None:
-    pulse = _pulse
-    _know(now)
-    pulse.step, pulse.begun = step, now
-    pulse.calm += 1
+def _begin_step(step: int, now: float) -> None:
+    state = _state
+    _record_step(now)
+    state.step, state.begun = step, now
+    state.calm += 1
 
 
 def read_page(path: Path) -> Page | None:
-    """What the page says; None where there is none yet."""
+    """The last heartbeat on the page; None if there is none yet."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
     if len(content) < _PAGE.size:
         return None
-    pid, step, beats, when, limit, phase, again = _PAGE.unpack(content[: _PAGE.size])
-    if not beats or again != beats:  # nothing said yet, or being written: the next look will tell
+    pid, step, beats, when, limit, phase, count_at_end = _PAGE.unpack(content[: _PAGE.size])
+    if not beats or count_at_end != beats:  # nothing said yet, or being written: the next look will tell
         return None
     return Page(pid, step, beats, when, limit, phase.rstrip(b"\0").decode())

@@ -1,4 +1,4 @@
-"""Slurm's compressed lists of host names, as srun's variables, scontrol and squeue have them."""
+"""Slurm's compressed host lists, as in srun's variables, scontrol and squeue."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ _NUMBERS = re.compile(r"\[\s*(\d+\s*(?:-\s*\d+\s*)?(?:,\s*\d+\s*(?:-\s*\d+\s*)?)
 _BETWEEN = re.compile(r",(?![^\[]*\])")
 
 
-def expand(nodelist: str) -> list[str]:
-    """The host names of a list, in its order: n[01-03,7],login -> n01, n02, n03, n7, login. A name may have several brackets,
-    of which the last counts fastest. What Slurm would not write stays as it is, brackets and all."""
+def expand_nodelist(nodelist: str) -> list[str]:
+    """The host names of a list, in its order: n[01-03,7],login -> n01, n02, n03, n7, login.
+
+    A name may have several brackets, of which the last varies fastest. Text that Slurm would not write is returned unchanged.
+    """
     names: list[str] = []
     for part in map(str.strip, _BETWEEN.split(nodelist)):
         if part and part != "(null)":

@@ -1,4 +1,4 @@
-"""Which rank this process is, as its launcher says, and how it joins the others."""
+"""Which rank this process is, according to its launcher, and how it joins the process group."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._redistribute import _gen_transform_infos
 
 from mikoshi.parallel.errors import LayoutError
-from mikoshi.parallel.process.gloo import one_worker
-from mikoshi.parallel.process.nodelist import expand
+from mikoshi.parallel.process.gloo import use_one_worker
+from mikoshi.parallel.process.nodelist import expand_nodelist
 
 # From malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -35,16 +35,20 @@ _MPI = (
 """Rank, world size, local rank and local size as Open MPI, MVAPICH and MPICH (Intel MPI, Cray MPICH) set them."""
 
 _PORT = 29_500  # torchrun's
-_ANSWER = 30.0  # seconds in which a store has answered, however busy its machine is
+_ANSWER_TIMEOUT = 30.0  # seconds in which a store has answered, however busy its machine is
 
 _joined = False
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of one run. `local_rank` is its number on its node, None where the launcher did not
-    say; `master` is where the ranks meet, None for a rank that nobody launched. `source`: the variables that say so;
-    `same_gpus`: whether all ranks of a node see the same GPUs, as those of torchrun do."""
+    """This process among the ranks of one run.
+
+    local_rank: its number on its node; None if the launcher does not tell.
+    master: host and port where the ranks meet; None for a process that nobody launched.
+    source: the variables that this is from.
+    same_gpus: whether all ranks of a node see the same GPUs, as under torchrun.
+    """
 
     rank: int = 0
     size: int = 1
@@ -55,11 +59,10 @@ class World:
 
 
 def world_from(env: Mapping[str, str]) -> World | None:
-    """The place that a launcher has given this process, or None when nobody launched it, or this one alone.
+    """This process's place according to its launcher; None if nobody launched it, or it alone.
 
-    Reads torchrun's variables (RANK, WORLD_SIZE, ...), then those of mpirun, then those that srun sets for each task of a job
-    step. Raises LayoutError where they are no place: a process that took another, or none, would train beside the others in
-    one folder.
+    Reads the variables of torchrun (RANK, WORLD_SIZE, ...), then those of mpirun, then those that srun sets for each task.
+    Raises LayoutError if they are inconsistent, since a process with a wrong place would train beside the others in one folder.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         return _of_torchrun(env)
@@ -82,8 +85,8 @@ def _of_torchrun(env: Mapping[str, str]) -> World:
     local_rank = None
     if "LOCAL_RANK" in env:
         local_rank, _ = _place(env, "LOCAL_RANK", "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "WORLD_SIZE")
-    told = f"RANK={rank} WORLD_SIZE={size}"
-    return World(rank, size, local_rank, _master(env, "127.0.0.1", _PORT), told, "TORCHELASTIC_RUN_ID" in env)
+    source = f"RANK={rank} WORLD_SIZE={size}"
+    return World(rank, size, local_rank, _master(env, "127.0.0.1", _PORT), source, "TORCHELASTIC_RUN_ID" in env)
 
 
 def _of_mpi(env: Mapping[str, str]) -> World | None:
@@ -115,7 +118,7 @@ def _of_srun(env: Mapping[str, str]) -> World | None:
         return None
     rank, size = _place(env, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
     nodes = env.get("SLURM_STEP_NODELIST", "")
-    first = next(iter(expand(nodes)), "")
+    first = next(iter(expand_nodelist(nodes)), "")
     if "MASTER_ADDR" not in env and (not first or set(first) & set("[], ")):
         raise LayoutError(f"SLURM_STEP_NODELIST={nodes!r}: no list of nodes: set MASTER_ADDR to the name of rank 0's")
     # The same port on every rank, another for another step of the same or another job.
@@ -135,8 +138,8 @@ def _place(env: Mapping[str, str], rank: str, size: str) -> tuple[int, int]:
 def _number(env: Mapping[str, str], name: str, least: int = 0) -> int:
     text = env[name].strip()
     if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
-        told = f"{name}={text}" if text else f"{name} is empty"
-        raise LayoutError(f"{told}: a launcher sets a whole number of {least} or more there: unset it, or mend the launcher")
+        setting = f"{name}={text}" if text else f"{name} is empty"
+        raise LayoutError(f"{setting}: a launcher sets a whole number of {least} or more there: unset it, or mend the launcher")
     return int(text)
 
 
@@ -154,13 +157,13 @@ def _master(env: Mapping[str, str], host: str, port: int) -> tuple[str, int]:
 
 
 def check_device(wanted: str) -> None:
-    """Raises LayoutError when CUDA is asked for and absent."""
+    """Raises LayoutError if CUDA is requested and absent."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise LayoutError('device "cuda" (engine.device): torch sees no GPU here; use "auto" or "cpu"')
 
 
 def pick_device(wanted: str, place: World) -> torch.device:
-    """`auto` is this rank's GPU if there is one. Raises LayoutError when CUDA is asked for and absent."""
+    """This rank's device; "auto" is its GPU if there is one. Raises LayoutError if CUDA is requested and absent."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     check_device(wanted)
@@ -176,14 +179,14 @@ def pick_device(wanted: str, place: World) -> torch.device:
 
 
 def join(world: World, device: torch.device, timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Make the process group: NCCL for CUDA tensors, gloo for CPU tensors, in one group. A lone rank opens no port."""
+    """Make the process group: NCCL for CUDA tensors and gloo for CPU tensors, in one group. A single rank opens no port."""
     global _joined
     _joined = True
     if device.type == "cpu":
         keep_freed_memory()
-    one_worker()
+    use_one_worker()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = meet(world, timeout)
+    store = rendezvous(world, timeout)
     if device.type == "cuda" and world.size > 1:
         gpu = getattr(torch.cuda.get_device_properties(device), "uuid", world.rank)
         one_gpu_each(store, world, str(gpu), timeout)
@@ -191,12 +194,14 @@ def join(world: World, device: torch.device, timeout: timedelta = timedelta(minu
 
 
 def one_gpu_each(store: Store, world: World, gpu: str, timeout: timedelta) -> None:
-    """Refuse a GPU that two ranks have, on every rank, so that none waits for the others. `gpu`: what names this rank's among
-    all. Collective. Raises LayoutError."""
+    """Raise LayoutError on every rank if two ranks share a GPU, so that none waits for the others. Collective.
+
+    gpu: identifies this rank's GPU among all.
+    """
     first = store.compare_set(f"gpu {gpu}", "", str(world.rank)).decode()
     if first != str(world.rank):
-        way = "start one rank for each GPU, and have each see its own (srun --gpus-per-task=1) or all of its node"
-        store.set("gpu shared", f"ranks {first} and {world.rank}: both have the GPU {gpu}: {way}")
+        remedy = "start one rank for each GPU, and have each see its own (srun --gpus-per-task=1) or all of its node"
+        store.set("gpu shared", f"ranks {first} and {world.rank}: both have the GPU {gpu}: {remedy}")
     if store.add("gpus told", 1) == world.size:
         store.set("all gpus told", "")
     store.wait(["all gpus told"], timeout)
@@ -205,13 +210,12 @@ def one_gpu_each(store: Store, world: World, gpu: str, timeout: timedelta) -> No
 
 
 def has_joined() -> bool:
-    """Whether this process was a rank at some time."""
+    """Whether this process has ever been a rank."""
     return _joined
 
 
-def meet(world: World, timeout: timedelta) -> Store:
-    """The store by which the ranks find each other, which needs no connection between them. Raises LayoutError where rank 0's
-    port is another program's."""
+def rendezvous(world: World, timeout: timedelta) -> Store:
+    """The store through which the ranks find each other. Raises LayoutError if another program uses rank 0's port."""
     if world.master is None or world.size == 1:
         return HashStore()
     host, port = world.master
@@ -219,14 +223,18 @@ def meet(world: World, timeout: timedelta) -> Store:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = TCPStore(host, port, world.size, is_master=False, timeout=timeout)
     else:
-        store = _kept(host, port, world.size, timeout) if world.rank == 0 else _reached(host, port, world.size, timeout)
+        store = (
+            _host_store(host, port, world.size, timeout)
+            if world.rank == 0
+            else _connect_to_store(host, port, world.size, timeout)
+        )
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     # What the ranks tell each other there is found by who knows the run's id alone, which their launcher gave them.
     return PrefixStore(f"mikoshi/{os.environ.get('TORCHELASTIC_RUN_ID', '')}/{attempt}", store)
 
 
-def _kept(host: str, port: int, size: int, timeout: timedelta) -> TCPStore:
-    """The store of rank 0, once all ranks have reached it."""
+def _host_store(host: str, port: int, size: int, timeout: timedelta) -> TCPStore:
+    """The store of rank 0, once all ranks are connected."""
     try:
         return TCPStore(host, port, size, is_master=True, timeout=timeout)
     except dist.DistNetworkError as error:
@@ -237,8 +245,8 @@ def _kept(host: str, port: int, size: int, timeout: timedelta) -> TCPStore:
         raise LayoutError(f"MASTER_PORT={port}: rank 0 cannot listen there: {why}: set another for all ranks") from None
 
 
-def _reached(host: str, port: int, size: int, timeout: timedelta) -> TCPStore:
-    """The store of rank 0, as another rank reaches it. torch waits without end for the answer of a program that is no store."""
+def _connect_to_store(host: str, port: int, size: int, timeout: timedelta) -> TCPStore:
+    """Rank 0's store, from another rank. torch would wait forever for the answer of a program that is no store."""
     until = time.monotonic() + timeout.total_seconds()
     while time.monotonic() < until:
         with contextlib.suppress(OSError):
@@ -256,7 +264,7 @@ def _reached(host: str, port: int, size: int, timeout: timedelta) -> TCPStore:
 
     thread = threading.Thread(target=reach, daemon=True)
     thread.start()
-    thread.join(_ANSWER)
+    thread.join(_ANSWER_TIMEOUT)
     if not found:
         raise LayoutError(
             f"MASTER_ADDR={host} MASTER_PORT={port}: what answers there is not rank 0: set another MASTER_PORT for all ranks"
@@ -280,8 +288,10 @@ def keep_freed_memory() -> None:
 
 
 def wait_for_all(patience: timedelta = timedelta(minutes=1)) -> None:
-    """Until every rank has come here, or for as long as `patience`: one that ends closes connections on which another may
-    still read. By the store, which needs no connection between ranks; what goes wrong with it is no loss at the end."""
+    """Wait until every rank is here, at most `patience`: a rank that exits closes connections on which another may still read.
+
+    It uses the store, which needs no connection between ranks. Errors are ignored, since the work is done.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return
     store = dist.distributed_c10d._get_default_store()
@@ -292,7 +302,7 @@ def wait_for_all(patience: timedelta = timedelta(minutes=1)) -> None:
 
 
 def leave() -> None:
-    """Leave the process group, if there is one, so that this process may join another."""
+    """Leave the process group, if there is one, so that this process can join another."""
     if dist.is_initialized():
         dist.destroy_process_group()
         # DTensor caches its plans by the value of a mesh: an equal one of the next world has other groups.

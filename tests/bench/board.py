@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from mikoshi.launch.config.cluster import LocalCluster
-from mikoshi.launch.runs.record import Attempt, Request, Result, Started, Status, create, new_spec
+from mikoshi.launch.runs.record import Attempt, Request, Result, Started, Status, create_run, new_spec
 from mikoshi.trainer.config.run import RunConfig
 
 ROUNDS = 5
@@ -30,7 +30,7 @@ def make_runs(folder: Path, count: int, steps: int = 2000) -> None:
             {"run": {"name": f"run-{number:04d}", "folder": folder}, "model": model, "data": {"path": "x"},
              "train": {"steps": steps, "global_batch": 8, "context": 64}}
         )  # fmt: skip
-        run = create(new_spec(config, LocalCluster(kind="local"), folder))
+        run = create_run(new_spec(config, LocalCluster(kind="local"), folder))
         (run.folder.path / "metrics.jsonl").write_text(metrics)
         (run.folder.path / "events.jsonl").write_text(events)
         attempt = run.add(Request(nodes=1, min_nodes=1, time=1e9))

@@ -20,7 +20,7 @@ import numpy as np
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "support")]
 
 from faulty import Fault, faulty_s3  # noqa: E402
-from mikoshi.data.io.fetch import CacheLimits, Wanted, open_store  # noqa: E402
+from mikoshi.data.io.fetch import CacheLimits, IndexedFile, open_store  # noqa: E402
 
 SIZE, THREADS = 65_536, 4
 
@@ -38,7 +38,7 @@ def rare(seed: int):
 
 
 def measure(server, bodies, fetches: int, hedge: float) -> dict[str, float]:
-    wanted = [Wanted(name, SIZE, hashlib.sha256(body[64:]).hexdigest()) for name, body in bodies.items()]
+    wanted = [IndexedFile(name, SIZE, hashlib.sha256(body[64:]).hexdigest()) for name, body in bodies.items()]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(THREADS) as pool:
         limits = CacheLimits(Path(folder), bytes=3 * THREADS * SIZE, hedge=hedge)
         with open_store(server.url, limits, server.options) as store:

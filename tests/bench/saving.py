@@ -209,9 +209,9 @@ def measure(gigabytes, rounds, root):
 def as_rank(rank, world, store, *arguments):
     import torch.distributed as dist
 
-    from mikoshi.parallel.process.gloo import one_worker
+    from mikoshi.parallel.process.gloo import use_one_worker
 
-    one_worker()
+    use_one_worker()
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     measure(*arguments)
     dist.destroy_process_group()

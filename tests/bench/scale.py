@@ -25,8 +25,8 @@ CHILD = """
 import json, resource, sys, time
 from pathlib import Path
 from mikoshi.data.dataset.split import open_corpus
-from mikoshi.data.sampling.sampler import make_course
-from mikoshi.data.sampling.curriculum import Asked, begin
+from mikoshi.data.sampling.sampler import make_sampler
+from mikoshi.data.sampling.curriculum import MixtureRequest, new_history
 from mikoshi.data.dataset.dataset import open_dataset
 from mikoshi.data.loader.loader import Loader
 from mikoshi.data.io.fetch import CacheLimits
@@ -34,15 +34,16 @@ from mikoshi.data.io.fetch import CacheLimits
 folder, step, window = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 began = time.perf_counter()
 corpus = open_corpus(open_dataset(folder, CacheLimits(Path(folder) / "cache")), "train", int(sys.argv[4]))
-loader = Loader(make_course((corpus,), begin(Asked(((0, {"": 1.0}),), {"": None})), 1, window), int(sys.argv[5]), 0, 1, True)
+history = new_history(MixtureRequest(((0, {"": 1.0}),), {"": None}))
+loader = Loader(make_sampler((corpus,), history, 1, window), int(sys.argv[5]), 0, 1, True)
 opened = time.perf_counter() - began
-loader.go_on(step, "")
+loader.resume_at(step, "")
 state = None
 for batch in loader.stream(step, step + 2):
     state = state or loader.state(step + 1)
     break
 first = time.perf_counter() - began
-loader.follow(loader.state(step + 1), step + 1)
+loader.replay(loader.state(step + 1), step + 1)
 told = {"open": opened, "first batch": first, "shards": len(corpus.shards), "samples": corpus.samples,
         "shape": batch.tokens.shape, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "resume": time.perf_counter() - began - first}
@@ -52,7 +53,15 @@ print(json.dumps(told))
 
 def make(folder, shards, tokens=TOKENS):
     """The corpus: an index of so many shards, and a few sparse files under as many names."""
-    from mikoshi.data.dataset.shards import HEADER_BYTES, MAGIC, VERSION, DatasetInfo, ShardInfo, fingerprint, write_index
+    from mikoshi.data.dataset.shards import (
+        HEADER_BYTES,
+        MAGIC,
+        VERSION,
+        DatasetInfo,
+        ShardInfo,
+        dataset_fingerprint,
+        write_index,
+    )
 
     folder.mkdir(parents=True)
     size = HEADER_BYTES + 2 * tokens + 8 * DOCUMENTS
@@ -71,7 +80,7 @@ def make(folder, shards, tokens=TOKENS):
             path.hardlink_to(one)
         infos.append(ShardInfo(path.name, tokens, DOCUMENTS, size, "00" * 32))
     splits = {"train": infos}
-    write_index(folder, DatasetInfo(fingerprint("t", splits), "r", "t", 50_000, 0, splits, 1.0, {}))
+    write_index(folder, DatasetInfo(dataset_fingerprint("t", splits), "r", "t", 50_000, 0, splits, 1.0, {}))
 
 
 def measure(folder, step, window):

@@ -24,7 +24,7 @@ from pathlib import Path
 import tiktoken
 from tokenizers import Tokenizer as Backend
 
-from mikoshi.data.tokenizer.merge_ranks import PATTERNS, unwritten
+from mikoshi.data.tokenizer.merge_ranks import PATTERNS, unicode_to_bytes
 from mikoshi.data.tokenizer.tokenizer import load_tokenizer, parse_tokenizer
 
 LEAST = 0.95
@@ -47,7 +47,7 @@ def bare_tiktoken(backend):
 
     parts = json.loads(backend.to_str())
     special = {token["content"]: token["id"] for token in parts["added_tokens"]}
-    ranks = {unwritten(token): i for token, i in parts["model"]["vocab"].items() if token not in special}
+    ranks = {unicode_to_bytes(token): i for token, i in parts["model"]["vocab"].items() if token not in special}
     steps = parts["pre_tokenizer"].get("pretokenizers", [])
     pattern = steps[0]["pattern"]["Regex"] if steps else PATTERNS["gpt2"]
     pattern = r50k_pat_str if pattern == PATTERNS["gpt2"] else pattern

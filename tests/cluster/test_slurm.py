@@ -13,8 +13,8 @@ import slurmcluster
 from clusterrun import SLOW, digests, ended, events, mikoshi, opened, step_of, until, write_cluster, write_run
 from mikoshi.launch.backends.slurm.slurm import SlurmBackend
 from mikoshi.launch.config.cluster import load_cluster
-from mikoshi.launch.runs.record import Request, create, new_spec
-from mikoshi.parallel.process.nodelist import expand
+from mikoshi.launch.runs.record import Request, create_run, new_spec
+from mikoshi.parallel.process.nodelist import expand_nodelist
 from mikoshi.trainer.errors import LaunchError
 from runs import run_config
 
@@ -210,7 +210,7 @@ def test_a_sweep_runs_as_one_array(dataset, tmp_path):
 @pytest.mark.slow
 def test_a_task_of_an_array_that_queues_itself_again_leaves_the_others_alone(slurm, dataset, tmp_path):
     made = load_cluster(str(write_cluster(tmp_path, kind="slurm")))
-    run = create(new_spec(run_config(dataset, tmp_path / "runs", run={"name": "run"}), made, tmp_path))
+    run = create_run(new_spec(run_config(dataset, tmp_path / "runs", run={"name": "run"}), made, tmp_path))
     run.add(Request(nodes=1, min_nodes=1, time=1.0))
     script = "import os, sys, time; from pathlib import Path; exec(Path(sys.argv[1]).read_text())"
     work = tmp_path / "site.py"
@@ -244,10 +244,10 @@ def test_a_job_that_is_held_is_told_with_the_way_out(slurm, tmp_path):
     until(lambda: slurm.job(job).get("JobState") == "RUNNING", "it runs", 30)
     slurm.call("scontrol", "requeuehold", job)
     until(lambda: slurm.job(job).get("JobState") != "COMPLETING", "it waits", 30)
-    (state,) = backend.look([{"id": job}])
+    (state,) = backend.query([{"id": job}])
     assert state.state == "queued" and state.why.endswith(f"held; let it go by `scontrol release {job}`"), state
     slurm.call("scontrol", "release", job)
-    assert "release" not in backend.look([{"id": job}])[0].why
+    assert "release" not in backend.query([{"id": job}])[0].why
 
 
 @pytest.mark.slow
@@ -296,15 +296,15 @@ def test_what_slurm_refuses_is_one_line_and_nothing_is_queued(slurm, dataset, tm
 
 def test_names_of_nodes_are_read_as_slurm_reads_them(slurm):
     for text in ("n[1-3]", "n[01-03,7],login", "gpu[098-101]", "r[1-2]n[1-2]", "a,b[3]"):
-        assert expand(text) == slurm.call("scontrol", "show", "hostnames", text).split()
+        assert expand_nodelist(text) == slurm.call("scontrol", "show", "hostnames", text).split()
 
 
 def test_jobs_that_slurm_does_not_know_do_not_hide_those_it_does(slurm, tmp_path):
     backend = SlurmBackend(load_cluster(str(write_cluster(tmp_path, kind="slurm"))))
     job = slurm.call("sbatch", "--parsable", "-o", "/dev/null", "--hold", "--wrap=true").strip()
-    states = backend.look([{"id": "999999"}, {"id": job}, {}])
+    states = backend.query([{"id": "999999"}, {"id": job}, {}])
     assert [state.state for state in states] == ["ended", "queued", "unknown"]
-    assert backend.look([{"id": "999999"}])[0].state == "ended"
+    assert backend.query([{"id": "999999"}])[0].state == "ended"
 
 
 def test_a_controller_that_is_gone_is_one_line(slurm, tmp_path, monkeypatch):
@@ -313,6 +313,6 @@ def test_a_controller_that_is_gone_is_one_line(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", str(conf))
     with pytest.raises(LaunchError, match="the controller does not answer") as told:
         made = load_cluster(str(write_cluster(tmp_path, kind="slurm")))
-        run = create(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), made, tmp_path))
+        run = create_run(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), made, tmp_path))
         SlurmBackend(made).check(run, Request(nodes=1, min_nodes=1, time=1.0))
     assert "\n" not in str(told.value)

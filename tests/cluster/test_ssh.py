@@ -13,7 +13,7 @@ from hosts import cut, lan, mend, on, power_off, power_on, until, why_not
 from mikoshi.launch.backends.local.local import LocalBackend
 from mikoshi.launch.backends.ssh.ssh import SshSite
 from mikoshi.launch.config.cluster import SshCluster, load_cluster
-from mikoshi.launch.runs.record import Request, Submitted, create, new_spec
+from mikoshi.launch.runs.record import Request, SubmittedRun, create_run, new_spec
 from mikoshi.trainer.errors import LaunchError
 from mikoshi.trainer.record.run_folder import RunFolder
 from runs import run_config
@@ -54,7 +54,7 @@ def check(cluster, **asked):
     """As for a run that is not there yet, in the cluster's workdir or else on a disk that the hosts share."""
     workdir = Path(cluster.workdir or tempfile.gettempdir())
     config = run_config(workdir / "data", Path("runs"))
-    run = Submitted(RunFolder(workdir / config.run.path), new_spec(config, cluster, workdir))
+    run = SubmittedRun(RunFolder(workdir / config.run.path), new_spec(config, cluster, workdir))
     LocalBackend(cluster).check(run, request(**asked))
 
 
@@ -162,7 +162,7 @@ def agent(net, name, folder, then=ECHO, **fields):
     workdir.mkdir(parents=True)
     python = standin(folder / "bin" / "python !\n\\", then)
     asked = cluster(net, python=str(python), setup='echo noise; export "SET=$# !"', **fields)
-    run = create(new_spec(run_config(folder / "data", folder / "runs"), asked, workdir))
+    run = create_run(new_spec(run_config(folder / "data", folder / "runs"), asked, workdir))
     (run.folder.path / "setup.sh").write_text(asked.setup + "\n")
     argv = SshSite(asked, run, run.add(request())).command(net[name].address)
     process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

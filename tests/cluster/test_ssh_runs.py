@@ -12,7 +12,7 @@ from clusterrun import SLOW, ended, events, step_of, until, words
 from hosts import cut, lan, mend, on, power_off, power_on, why_not
 from mikoshi.launch.chaos.run import same_weights
 from mikoshi.launch.config.cluster import LocalCluster, SshCluster
-from mikoshi.launch.runs.record import Request, create, new_spec
+from mikoshi.launch.runs.record import Request, create_run, new_spec
 from runs import run_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_not()), reason=why_not() or "none")]
@@ -35,7 +35,7 @@ from mikoshi.launch.runs.record import open_submitted
 run = open_submitted(Path(sys.argv[1]))
 attempt, backend = run.attempts[-1], open_backend(run.spec.cluster)
 if sys.argv[2] == "look":
-    print(backend.look([attempt.job])[0].state)
+    print(backend.query([attempt.job])[0].state)
 else:
     backend.cancel(attempt, now=sys.argv[2] == "now")
 """
@@ -60,7 +60,7 @@ def submit(net, dataset, tmp_path):
         there = {"hosts": NODES, "identity": str(net.identity), "known_hosts": str(net.known_hosts), "connect_timeout": 3}
         patience = {"lost": 2.0, "rejoin": 0.0}
         made = cluster or SshCluster.model_validate({"kind": "ssh", **there, "patience": patience})
-        run = create(new_spec(config, made, tmp_path))
+        run = create_run(new_spec(config, made, tmp_path))
         runs.append(run)
         go(run, nodes, min_nodes)
         return run

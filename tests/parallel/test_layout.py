@@ -10,44 +10,48 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mikoshi.parallel.errors import LayoutError
-from mikoshi.parallel.layout import Asked, Batch, ModelFacts, plan
+from mikoshi.parallel.layout import BatchShape, ModelFacts, RequestedLayout, resolve_layout
 from mikoshi.parallel.pipeline import split_layers
 from mikoshi.parallel.schedule import Schedule, bubble, forward_programs, programs, rank_of, virtual_stages
 
 DENSE = ModelFacts(layers=8, heads=8, kv_heads=2, vocab=512, mlp=256)
 MOE = replace(DENSE, experts=8, expert_mlp=64)
-BATCH = Batch(rows=32, micro_batch=None, context=128)
+BATCH = BatchShape(rows=32, micro_batch=None, context=128)
 
 REFUSED = [
-    (Asked(tp=3), 6, DENSE, BATCH, "parallel.tp 3 does not divide model.heads 8"),
-    (Asked(tp=2), 5, DENSE, BATCH, "5 ranks cannot be laid out: tp 2 x pp 1 x cp 1 = 2 does not divide them"),
-    (Asked(tp=8), 8, replace(DENSE, kv_heads=3, heads=24), BATCH, "model.kv_heads 3 is neither a multiple nor a divisor"),
-    (Asked(tp=2), 2, replace(DENSE, vocab=511), BATCH, "does not divide model.vocab 511: use model.vocab=512"),
-    (Asked(tp=2), 2, replace(DENSE, mlp=255), BATCH, "parallel.tp 2 does not divide model.mlp_width 255"),
-    (Asked(pp=16), 16, DENSE, BATCH, "pp 16 x 1 virtual stage(s) are more stages than model.layers 8"),
-    (Asked(pp=8, schedule="zbv"), 8, DENSE, BATCH, "pp 8 x 2 virtual stage(s) are more stages than model.layers 8"),
-    (Asked(pp=2, virtual_stages=3), 2, DENSE, BATCH, 'virtual_stages 3: schedule "1f1b" has 1 stage(s) a rank'),
-    (Asked(pp=2, schedule="interleaved", virtual_stages=1), 2, DENSE, BATCH, "needs at least 2"),
-    (Asked(ep=3), 6, MOE, BATCH, "parallel.ep 3 does not divide model.moe.experts 8"),
-    (Asked(ep=2), 2, DENSE, BATCH, "parallel.ep 2: the model has no experts"),
-    (Asked(ep=8), 4, MOE, BATCH, "parallel.ep 8 does not divide the 4 ranks of a stage"),
-    (Asked(tp=4, expert_tp=2), 4, MOE, BATCH, "parallel.expert_tp 2 is neither 1 nor parallel.tp 4"),
-    (Asked(tp=2, expert_tp=2), 2, replace(MOE, expert_mlp=63), BATCH, "does not divide the experts' width 63"),
-    (Asked(cp=2), 2, DENSE, replace(BATCH, context=130), "train.context 130 is not divisible by 2 x cp x tp = 4"),
-    (Asked(cp=8, tp=2, context_kind="ulysses"), 16, DENSE, BATCH, "does not divide the 4 heads of a tensor-parallel rank"),
-    (Asked(cp=2, context_kind="ring"), 2, DENSE, BATCH, 'context_kind "ring" (parallel.cp 2) does plain causal attention'),
-    (Asked(tp=8), 8, DENSE, replace(BATCH, context=100), "train.context 100 is not divisible by parallel.tp 8"),
-    (Asked(), 5, MOE, BATCH, "train.global_batch 32 cannot be shared evenly by 5 data ranks, and rows of padding"),
-    (Asked(pp=4, schedule="dualpipev"), 4, replace(DENSE, layers=16), replace(BATCH, rows=4), "requires at least as many"),
-    (Asked(replicas=3), 8, DENSE, BATCH, "parallel.replicas 3 does not divide the 8 data ranks"),
-    (Asked(zero=0, replicas=2), 8, DENSE, BATCH, "zero 0 shares nothing out"),
+    (RequestedLayout(tp=3), 6, DENSE, BATCH, "parallel.tp 3 does not divide model.heads 8"),
+    (RequestedLayout(tp=2), 5, DENSE, BATCH, "5 ranks cannot be laid out: tp 2 x pp 1 x cp 1 = 2 does not divide them"),
+    (RequestedLayout(tp=8), 8, replace(DENSE, kv_heads=3, heads=24), BATCH,
+     "model.kv_heads 3 is neither a multiple nor a divisor"),
+    (RequestedLayout(tp=2), 2, replace(DENSE, vocab=511), BATCH, "does not divide model.vocab 511: use model.vocab=512"),
+    (RequestedLayout(tp=2), 2, replace(DENSE, mlp=255), BATCH, "parallel.tp 2 does not divide model.mlp_width 255"),
+    (RequestedLayout(pp=16), 16, DENSE, BATCH, "pp 16 x 1 virtual stage(s) are more stages than model.layers 8"),
+    (RequestedLayout(pp=8, schedule="zbv"), 8, DENSE, BATCH, "pp 8 x 2 virtual stage(s) are more stages than model.layers 8"),
+    (RequestedLayout(pp=2, virtual_stages=3), 2, DENSE, BATCH, 'virtual_stages 3: schedule "1f1b" has 1 stage(s) a rank'),
+    (RequestedLayout(pp=2, schedule="interleaved", virtual_stages=1), 2, DENSE, BATCH, "needs at least 2"),
+    (RequestedLayout(ep=3), 6, MOE, BATCH, "parallel.ep 3 does not divide model.moe.experts 8"),
+    (RequestedLayout(ep=2), 2, DENSE, BATCH, "parallel.ep 2: the model has no experts"),
+    (RequestedLayout(ep=8), 4, MOE, BATCH, "parallel.ep 8 does not divide the 4 ranks of a stage"),
+    (RequestedLayout(tp=4, expert_tp=2), 4, MOE, BATCH, "parallel.expert_tp 2 is neither 1 nor parallel.tp 4"),
+    (RequestedLayout(tp=2, expert_tp=2), 2, replace(MOE, expert_mlp=63), BATCH, "does not divide the experts' width 63"),
+    (RequestedLayout(cp=2), 2, DENSE, replace(BATCH, context=130), "train.context 130 is not divisible by 2 x cp x tp = 4"),
+    (RequestedLayout(cp=8, tp=2, context_kind="ulysses"), 16, DENSE, BATCH,
+     "does not divide the 4 heads of a tensor-parallel rank"),
+    (RequestedLayout(cp=2, context_kind="ring"), 2, DENSE, BATCH,
+     'context_kind "ring" (parallel.cp 2) does plain causal attention'),
+    (RequestedLayout(tp=8), 8, DENSE, replace(BATCH, context=100), "train.context 100 is not divisible by parallel.tp 8"),
+    (RequestedLayout(), 5, MOE, BATCH, "train.global_batch 32 cannot be shared evenly by 5 data ranks, and rows of padding"),
+    (RequestedLayout(pp=4, schedule="dualpipev"), 4, replace(DENSE, layers=16), replace(BATCH, rows=4),
+     "requires at least as many"),
+    (RequestedLayout(replicas=3), 8, DENSE, BATCH, "parallel.replicas 3 does not divide the 8 data ranks"),
+    (RequestedLayout(zero=0, replicas=2), 8, DENSE, BATCH, "zero 0 shares nothing out"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("asked", "world", "facts", "batch", "why"), REFUSED, ids=[r[-1][:40] for r in REFUSED])
 def test_refused_with_the_reason_and_what_works(asked, world, facts, batch, why):
     with pytest.raises(LayoutError) as refused:
-        plan(asked, world, facts, batch)
+        resolve_layout(asked, world, facts, batch)
     reason, _, near = str(refused.value).partition("; nearest that work: ")
     assert why in reason
     assert "\n" not in reason
@@ -55,11 +59,11 @@ def test_refused_with_the_reason_and_what_works(asked, world, facts, batch, why)
         pairs = dict(p.removeprefix("parallel.").split("=") for p in text.partition("(")[0].split())
         changes = {k: int(v) if v.isdigit() else v for k, v in pairs.items()}
         dropped = {k: None for k in text.partition("(remove ")[2].rstrip(")").replace("parallel.", "").split(", ") if k}
-        assert plan(replace(asked, **changes, **dropped), world, facts, batch).world == world
+        assert resolve_layout(replace(asked, **changes, **dropped), world, facts, batch).world == world
 
 
 def test_a_dense_model_takes_any_number_of_data_ranks():
-    layout = plan(Asked(), 5, DENSE, BATCH)
+    layout = resolve_layout(RequestedLayout(), 5, DENSE, BATCH)
     assert (layout.data_ranks, layout.micro_rows * layout.micro_batches) == (5, 7)
 
 
@@ -67,7 +71,7 @@ def test_most_refusals_name_a_way_out():
     named = 0
     for asked, world, facts, batch, _ in REFUSED:
         try:
-            plan(asked, world, facts, batch)
+            resolve_layout(asked, world, facts, batch)
         except LayoutError as error:
             named += "nearest that work" in str(error)
     assert named >= len(REFUSED) - 4  # where no layout of that many ranks exists at all
@@ -80,7 +84,7 @@ def test_most_refusals_name_a_way_out():
 @settings(deadline=None, max_examples=150)
 def test_what_is_accepted_uses_every_rank_once(world, tp, pp, cp, ep, zero, schedule):
     try:
-        layout = plan(Asked(zero=zero, tp=tp, pp=pp, cp=cp, ep=ep, schedule=schedule), world, MOE, BATCH)
+        layout = resolve_layout(RequestedLayout(zero=zero, tp=tp, pp=pp, cp=cp, ep=ep, schedule=schedule), world, MOE, BATCH)
     except LayoutError:
         return
     assert layout.world == world == layout.replicas * layout.shards * layout.tp * layout.pp * layout.cp

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 
 from layouts import BASE, MODELS, degrees
-from mikoshi.trainer.engines.batches import weigh_balance
+from mikoshi.trainer.engines.batches import scale_balance_losses
 from mikoshi.trainer.feed.feed import open_feed
 from mikoshi.trainer.model.gpt import GPT
 from runs import engine_and_rows, held_out_of, run_config, whole_state
@@ -82,7 +82,7 @@ def train(config):
 def first_gradients(engine, batch):
     """The whole gradients of the summed loss, before any optimizer has a say."""
     engine.pipeline.step(engine._micro_batches(batch))
-    engine._join_ends()
+    engine._sum_tied_gradients()
     found = whole_state({name: p.grad for name, p in engine.named if p.grad is not None})
     for p in engine.parameters:
         p.grad = None
@@ -329,7 +329,7 @@ def balance_alone(config, kept):
     rows = loader.batch(0)
     left = np.cumsum(rows.labels.ravel() >= 0).reshape(rows.labels.shape) % kept == 0
     rows = replace(rows, labels=np.where(left, rows.labels, -100))
-    weigh_balance([layer for _, layer in engine.experts], config.model, rows, engine.alike, engine.device)
+    scale_balance_losses([layer for _, layer in engine.experts], config.model, rows, engine.same_token_ranks, engine.device)
     found = []
     for plain in (False, True):
         for _, layer in engine.experts:

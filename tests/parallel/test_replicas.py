@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layouts import BASE, MODELS, degrees
-from mikoshi.parallel.replicas import Difference, apart, check, digest
-from mikoshi.parallel.sharding import local, place
+from mikoshi.parallel.replicas import Difference, differences, digest, find_differences
+from mikoshi.parallel.sharding import local, local_region
 from runs import engine_and_rows, run_config
 
 LAYOUTS = [
@@ -50,18 +50,18 @@ def compared(config, bit):
     engine, loader = engine_and_rows(config)
     assert all(engine.step(loader.batch(step), 1e-3).applied for step in range(3))
     state, rank = engine.state(), dist.get_rank()
-    mine = {name: place(t) for name, t in state.items()}
+    mine = {name: local_region(t) for name, t in state.items()}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    honest, told = check(state.items(), engine.groups), []
+    honest, told = find_differences(state.items(), engine.groups), []
     for name, _, holders in shared_pieces(everyone):
         hurt = holders[bit % len(holders)]
         if rank == hurt:
             flip(state[name], bit * 7919)
-        told.append((name, hurt, holders, check(state.items(), engine.groups)))
+        told.append((name, hurt, holders, find_differences(state.items(), engine.groups)))
         if rank == hurt:
             flip(state[name], bit * 7919)
-    return honest, told, check(state.items(), engine.groups)
+    return honest, told, find_differences(state.items(), engine.groups)
 
 
 def shared_pieces(everyone):
@@ -139,10 +139,10 @@ def told(*digests, name="model.w"):
 
 
 def test_who_is_odd():
-    assert apart(told(1, 1, 1)) == []
-    (most,) = apart(told(1, 2, None, 1, 3))
+    assert differences(told(1, 1, 1)) == []
+    (most,) = differences(told(1, 2, None, 1, 3))
     assert (most.ranks, most.holders, most.certain) == ((1, 4), (0, 1, 3, 4), True)
     assert str(most) == "model.w on ranks 1, 4 is not what it is on 0, 3"
-    (even,) = apart(told(1, 1, 2, 2))
+    (even,) = differences(told(1, 1, 2, 2))
     assert (even.ranks, even.certain) == ((0, 1, 2, 3), False)
     assert str(even) == "model.w is not the same on ranks 0, 1, 2, 3, and which of them is wrong cannot be told"

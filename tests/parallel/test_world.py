@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from mikoshi.launch.agent.bandwidth import Plan, _group
+from mikoshi.launch.agent.bandwidth import BandwidthPlan, _group
 from mikoshi.parallel.errors import LayoutError
 from mikoshi.parallel.process import gloo
 from mikoshi.parallel.process import process_group as world
-from mikoshi.parallel.process.nodelist import expand
-from mikoshi.parallel.process.process_group import World, join, leave, meet, one_gpu_each, pick_device, world_from
+from mikoshi.parallel.process.nodelist import expand_nodelist
+from mikoshi.parallel.process.process_group import World, join, leave, one_gpu_each, pick_device, rendezvous, world_from
 
 
 def test_nobody_launched_it():
@@ -62,7 +62,7 @@ LISTS = {
 
 @pytest.mark.parametrize("nodes", LISTS)
 def test_slurms_compressed_lists(nodes):
-    assert expand(nodes) == LISTS[nodes].split()
+    assert expand_nodelist(nodes) == LISTS[nodes].split()
     place = world_from({**STEP, "SLURM_STEP_NODELIST": nodes})
     assert place.master[0] == LISTS[nodes].split()[0], "rank 0 is on the first node"
 
@@ -71,7 +71,7 @@ def test_slurms_compressed_lists(nodes):
     ("nodes", "names"), [("a[2,5]-ib", "a2-ib a5-ib"), ("", ""), ("(null)", ""), ("n[1-", "n[1-"), ("n[]", "n[]")]
 )
 def test_lists_that_not_every_slurm_takes(nodes, names):
-    assert expand(nodes) == names.split()
+    assert expand_nodelist(nodes) == names.split()
 
 
 @pytest.mark.skipif(shutil.which("scontrol") is None, reason="needs Slurm's commands")
@@ -80,7 +80,7 @@ def test_slurm_reads_its_lists_the_same(tmp_path):
     env = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
     text = ",".join(LISTS)
     told = subprocess.run(["scontrol", "show", "hostnames", text], env=env, capture_output=True, text=True, timeout=60)
-    assert told.stdout.split() == expand(text), told.stderr
+    assert told.stdout.split() == expand_nodelist(text), told.stderr
 
 
 @pytest.mark.parametrize(
@@ -180,20 +180,22 @@ def test_ranks_meet_where_no_agent_keeps_the_store():
         port = held.getsockname()[1]
     with ThreadPoolExecutor(2) as pool:
         places = [World(rank, 2, master=("127.0.0.1", port)) for rank in (1, 0)]
-        later, first = pool.map(lambda place: meet(place, timedelta(seconds=60)), places)
+        later, first = pool.map(lambda place: rendezvous(place, timedelta(seconds=60)), places)
         first.set("a", "b")
         assert later.get("a") == b"b"
 
 
 def test_a_port_of_another_program_is_one_line_at_once(monkeypatch):
-    monkeypatch.setattr(world, "_ANSWER", 0.5)
+    monkeypatch.setattr(world, "_ANSWER_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(LayoutError, match=f"MASTER_PORT={port}: rank 0 cannot listen there: address already in use"):
-            meet(World(0, 2, master=("127.0.0.1", port)), timedelta(minutes=10))
+            rendezvous(World(0, 2, master=("127.0.0.1", port)), timedelta(minutes=10))
         with pytest.raises(LayoutError, match=f"MASTER_PORT={port}: what answers there is not rank 0"):
-            meet(World(1, 2, master=("127.0.0.1", port)), timedelta(seconds=2))
-        assert isinstance(meet(World(0, 1, master=("127.0.0.1", port)), timedelta(minutes=10)), dist.HashStore), "needs no port"
+            rendezvous(World(1, 2, master=("127.0.0.1", port)), timedelta(seconds=2))
+        assert isinstance(rendezvous(World(0, 1, master=("127.0.0.1", port)), timedelta(minutes=10)), dist.HashStore), (
+            "needs no port"
+        )
 
 
 def workers(group):
@@ -248,7 +250,7 @@ def made_anew(way):
     if way == "a run":
         join(alone, cpu)
         return before, workers(dist.group.WORLD)
-    plan = Plan(("a",), 1, "cpu", frozenset(), 8, 8, 20.0)
+    plan = BandwidthPlan(("a",), 1, "cpu", frozenset(), 8, 8, 20.0)
     with _group("a", [0], alone, plan, dist.HashStore(), cpu):
         return before, workers(dist.group.WORLD)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import tomli_w
 
-from mikoshi.launch.runs.record import Submitted, open_submitted
+from mikoshi.launch.runs.record import SubmittedRun, open_submitted
 from mikoshi.trainer.checkpoint.of_run import checkpoints_of
 from mikoshi.trainer.checkpoint.restore import problem_of
 from mikoshi.trainer.checkpoint.verify import read_manifest
@@ -45,12 +45,12 @@ def mikoshi(folder: Path, *arguments, env=None, timeout=120.0) -> subprocess.Com
     return subprocess.run(program, cwd=folder, env=more, capture_output=True, text=True, timeout=timeout)
 
 
-def opened(folder: Path, name: str = "run") -> Submitted:
+def opened(folder: Path, name: str = "run") -> SubmittedRun:
     """The run of that name."""
     return open_submitted(folder / "runs" / name)
 
 
-def until(true, what: str, seconds: float = 60.0, run: Submitted | None = None):
+def until(true, what: str, seconds: float = 60.0, run: SubmittedRun | None = None):
     """Wait for something, and return it. Fails with all that the run has said when it does not come."""
     deadline = time.monotonic() + seconds
     while not (found := true()):
@@ -59,7 +59,7 @@ def until(true, what: str, seconds: float = 60.0, run: Submitted | None = None):
     return found
 
 
-def ended(run: Submitted, number: int = -1, seconds: float = 120.0):
+def ended(run: SubmittedRun, number: int = -1, seconds: float = 120.0):
     """The result of an attempt, waited for; number: 1 for the first, -1 for the newest there is then."""
 
     def result():
@@ -70,17 +70,17 @@ def ended(run: Submitted, number: int = -1, seconds: float = 120.0):
     return until(result, f"attempt {number} ends", seconds, run)
 
 
-def step_of(run: Submitted) -> int:
+def step_of(run: SubmittedRun) -> int:
     """The last step in the run's metrics."""
     records = read_jsonl(run.folder.metrics)
     return max((record.get("step", 0) for record in records), default=0)
 
 
-def events(run: Submitted, kind: str) -> list[dict]:
+def events(run: SubmittedRun, kind: str) -> list[dict]:
     return [event for event in read_jsonl(run.folder.events) if event.get("event") == kind]
 
 
-def words(run: Submitted) -> str:
+def words(run: SubmittedRun) -> str:
     """What everyone has said, for the message of a test that fails."""
     told = [f"--- {file}\n{file.read_text(errors='replace')[-2000:]}" for file in sorted(run.folder.path.glob("slurm-*.out"))]
     for attempt in run.attempts:
@@ -89,7 +89,7 @@ def words(run: Submitted) -> str:
     return "\n".join(told)
 
 
-def digests(run: Submitted) -> dict:
+def digests(run: SubmittedRun) -> dict:
     """Of every file of the last step's checkpoint, which must be sound: equal for equal weights, to the bit."""
     store = checkpoints_of(RunFolder(run.folder.path), run.spec.config)
     last = run.spec.config.train.steps

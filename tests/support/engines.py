@@ -46,7 +46,7 @@ def train(config):
     steps = figures(engine.step(loader.batch(n), config.optim.lr) for n in range(config.train.steps))
     evaluation = engine.evaluate(held_out_of(config, engine.layout, dist.get_rank()))
     logits = engine.next_logits([5, 6, 7]) if engine.layout.data_ranks * engine.layout.cp == dist.get_world_size() else None
-    return digests, steps, evaluation, logits, whole_state(engine.state()), engine.differing()
+    return digests, steps, evaluation, logits, whole_state(engine.state()), engine.replica_differences()
 
 
 def save_after(config, folder, steps):

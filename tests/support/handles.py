@@ -5,7 +5,7 @@ import os
 import resource
 from pathlib import Path
 
-from mikoshi.data.errors import reading
+from mikoshi.data.errors import os_errors_named
 
 
 @contextlib.contextmanager
@@ -23,5 +23,5 @@ def no_handles():
 
 def read_without(_context, job, _tell):
     """A task of a worker that has none."""
-    with no_handles(), reading(job):
+    with no_handles(), os_errors_named(job):
         return Path(job).read_bytes()

@@ -5,7 +5,7 @@ import math
 import os
 import time
 
-from mikoshi.parallel.process import heartbeat as pulse
+from mikoshi.parallel.process import heartbeat
 from mikoshi.parallel.sharding import local
 from mikoshi.trainer.checkpoint.storage.local import LocalStore
 from mikoshi.trainer.feed import feed
@@ -60,7 +60,7 @@ def with_bad_memory(run, step):
                 local(engine.parameters[-1]).detach().reshape(-1)[0] = math.nan
 
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "0":
-            pulse.listen(spoil)
+            heartbeat.set_listener(spoil)
         return engine
 
     loop.build_engine = built

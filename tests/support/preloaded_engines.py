@@ -5,10 +5,10 @@ import gc
 
 import torch
 
-from mikoshi.trainer.engines.deepspeed.setup import bring_in
+from mikoshi.trainer.engines.deepspeed.setup import import_deepspeed
 
 with contextlib.suppress(ImportError):
-    bring_in(torch.device("cpu"))
+    import_deepspeed(torch.device("cpu"))
     import mikoshi.trainer.engines.deepspeed.engine
     import mikoshi.trainer.engines.deepspeed.pipeline
 with contextlib.suppress(ImportError):

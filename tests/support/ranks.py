@@ -48,10 +48,10 @@ def _module(file):
 def _call(function, args, rank, world, store):
     import torch.distributed as dist
 
-    from mikoshi.parallel.process.gloo import one_worker
+    from mikoshi.parallel.process.gloo import use_one_worker
     from mikoshi.parallel.process.process_group import leave
 
-    one_worker()
+    use_one_worker()
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )

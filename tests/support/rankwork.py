@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 
 from mikoshi.data.io.atomic import write_file
-from mikoshi.parallel.process import heartbeat as pulse
+from mikoshi.parallel.process import heartbeat
 from mikoshi.parallel.process.process_group import join, world_from
 from mikoshi.trainer.exit_codes import DONE, PREEMPTED, USER_ERROR
 from mikoshi.trainer.record.run_folder import RunFolder
-from mikoshi.trainer.signals import ASKING
+from mikoshi.trainer.signals import STOP_SIGNALS
 
 
 def rank():
@@ -56,11 +56,11 @@ def dies_then_is_refused(folder, refusals):
 
 def asks_then_dies(step):
     """Has its supervisor asked to stop, and is killed, at this step, once the request has come back."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     if step:
-        pulse.beat("data", step)
+        heartbeat.send_heartbeat("data", step)
     os.kill(int(os.environ["MIKOSHI_SUPERVISOR"]), signal.SIGTERM)
-    signal.sigwait(ASKING)
+    signal.sigwait(STOP_SIGNALS)
     os.kill(os.getpid(), signal.SIGKILL)
     return DONE
 
@@ -78,10 +78,10 @@ def train(folder, steps, faults=(), silence=5.0, every=0, pace=0.0):
     and meet `faults`: (attempt or None, step, phase, rank, what): an exception's message, or a signal that this rank sends
     itself. Of a step "any", the first that comes there."""
     asked = []
-    for number in ASKING:
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda number, _: asked.append(number))
-    pulse.limits(silence, 60.0)
-    pulse.listen(lambda step, phase: _strike(folder, faults, step, phase))
+    heartbeat.set_limits(silence, 60.0)
+    heartbeat.set_listener(lambda step, phase: _strike(folder, faults, step, phase))
     torch.set_num_threads(1)
     join(world_from(os.environ), torch.device("cpu"), timedelta(seconds=60))
     saved = Path(folder) / "saved"
@@ -89,17 +89,17 @@ def train(folder, steps, faults=(), silence=5.0, every=0, pace=0.0):
     dist.barrier()
     note(folder, start=start)
     for step in range(start + 1, steps + 1):
-        pulse.beat("data", step)
-        pulse.beat("forward")
+        heartbeat.send_heartbeat("data", step)
+        heartbeat.send_heartbeat("forward")
         held_up_here(folder, step)
-        pulse.beat("reduce")
+        heartbeat.send_heartbeat("reduce")
         time.sleep(pace)
         dist.all_reduce(torch.ones(8))
-        pulse.beat("agree")
+        heartbeat.send_heartbeat("agree")
         flag = torch.tensor(len(asked))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if bool(flag) or step == steps or (every and step % every == 0):
-            pulse.beat("save")
+            heartbeat.send_heartbeat("save")
             if rank() == 0:
                 write_file(saved, str(step).encode())
                 RunFolder(Path(folder)).event("save", step=step)
@@ -108,7 +108,7 @@ def train(folder, steps, faults=(), silence=5.0, every=0, pace=0.0):
             if rank() == 0:
                 RunFolder(Path(folder)).event("stop", step=step)
             dist.barrier()
-            pulse.beat("end")
+            heartbeat.send_heartbeat("end")
             note(folder, stopped=step, asked=asked)
             _all_come_to_the_end()
             return PREEMPTED
@@ -144,12 +144,12 @@ def _strike(folder, faults, step, phase):
 
 def deaf(folder):
     """Take no notice of any request to stop."""
-    for number in ASKING:
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: None)
     note(folder)
     while True:
         time.sleep(0.1)
-        pulse.beat("data", 1)
+        heartbeat.send_heartbeat("data", 1)
 
 
 def place(folder):
@@ -160,7 +160,7 @@ def place(folder):
         "env": dict(os.environ), "cwd": str(Path.cwd()), "comm": Path("/proc/self/comm").read_text().strip(),
         "parent": os.getppid(), "session": os.getsid(0), "cuda": torch.cuda.is_initialized(), "mikoshi": mikoshi.__file__,
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
-        "handlers": [signal.getsignal(number) == signal.SIG_DFL for number in ASKING],
+        "handlers": [signal.getsignal(number) == signal.SIG_DFL for number in STOP_SIGNALS],
         "main": "rerun" in dir(sys.modules["__main__"]), "threads": len(os.listdir("/proc/self/task")),  # noqa: PTH208
     }  # fmt: skip
     note(folder, **told)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from mikoshi.data.prepare.prepare import Recipe, prepare
 from mikoshi.data.sources.text import SourceSpec
-from mikoshi.parallel.sharding import local, place
+from mikoshi.parallel.sharding import local, local_region
 from mikoshi.trainer.config.run import RunConfig
 from mikoshi.trainer.engines.build import build_engine
 from mikoshi.trainer.engines.layout import layout_of
@@ -102,7 +102,7 @@ def figures(config: RunConfig, steps: int):
 def whole_state(state):
     """The whole tensors of a state dict of pieces, put together from what every rank says it holds, with no help of
     DTensor's own: names of all ranks, each element from some rank that has it. Collective."""
-    mine = {name: (tuple(t.shape), *place(t), local(t).detach().clone()) for name, t in state.items()}
+    mine = {name: (tuple(t.shape), *local_region(t), local(t).detach().clone()) for name, t in state.items()}
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     found, filled = {}, {}

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from mikoshi.launch.config.cluster import LocalCluster
-from mikoshi.launch.runs.record import Request, create, new_spec
+from mikoshi.launch.runs.record import Request, create_run, new_spec
 from runs import run_config
 
 PROGRAM = """
@@ -41,7 +41,7 @@ def submitted(dataset, folder, nodes, min_nodes=None, ranks=1, patience=None, **
     cluster = LocalCluster.model_validate(
         {"kind": "local", "ranks_per_node": ranks, "network": {"interface": "lo"}, "patience": patience or {}}
     )
-    run = create(new_spec(config, cluster, folder))
+    run = create_run(new_spec(config, cluster, folder))
     run.add(Request(nodes=nodes, min_nodes=min_nodes or nodes, time=time.time()))
     return run
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from faulty import Fault
-from mikoshi.data.io.fetch import CacheLimits, Wanted, open_store
+from mikoshi.data.io.fetch import CacheLimits, IndexedFile, open_store
 
 ROOT = Path(__file__).parents[2]
 SIZE = 200_064
@@ -22,11 +22,11 @@ HALF = 1_500_000  # of the big one: enough for some of it to be on disk
 CLIENT = """
 import hashlib, json, sys
 from pathlib import Path
-from mikoshi.data.io.fetch import CacheLimits, Wanted, open_store
+from mikoshi.data.io.fetch import CacheLimits, IndexedFile, open_store
 told = json.loads(sys.argv[1])
 with open_store(told["url"], CacheLimits(Path(told["folder"]), **told["limits"]), told["options"]) as store:
     for line in told["wanted"]:
-        with store.fetch(Wanted(*line)) as path:
+        with store.fetch(IndexedFile(*line)) as path:
             print(hashlib.sha256(path.read_bytes()).hexdigest(), flush=True)
     if told["linger"]:
         sys.stdin.read()
@@ -48,7 +48,7 @@ PASSING = {
 
 def wanted(name, body=None, check=None):
     body = BODIES[name] if body is None else body
-    return Wanted(name, len(body), hashlib.sha256(body[64:]).hexdigest(), check=check)
+    return IndexedFile(name, len(body), hashlib.sha256(body[64:]).hexdigest(), check=check)
 
 
 def opened(s3, folder, **limits):

@@ -1,4 +1,4 @@
-"""Faults on purpose: a plan of them, and what makes each happen inside a rank.
+"""Fault injection: the plan, and the code that triggers each fault inside a rank.
 
 Entry points: `plan` and `inject`.
 """

@@ -1,4 +1,4 @@
-"""What makes a planned fault happen inside a rank: once per run, at its exact step and phase, by the real thing.
+"""Triggers each planned fault inside a rank, once per run, at its exact step and phase.
 
 Every fault is on record in chaos.jsonl of the run folder, and safe on disk there, before it strikes: however often the run
 is started again, none strikes twice. All faults of one plan, of all ranks, stand in that file in the order they struck.
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from mikoshi.data.io.json import dumps
-from mikoshi.parallel.process import heartbeat as pulse
+from mikoshi.parallel.process import heartbeat
 from mikoshi.parallel.sharding import local
-from mikoshi.trainer.chaos.plan import SLOW_STEPS, Fault, Plan
+from mikoshi.trainer.chaos.plan import SLOW_STEPS, Fault, FaultPlan
 from mikoshi.trainer.record.run_folder import RunFolder, read_jsonl
 
 LOG = "chaos.jsonl"
@@ -44,10 +44,10 @@ class InjectedError(RuntimeError):
     """The error of a fault "raise"."""
 
 
-def inject(plan: Plan, rank: int, folder: RunFolder, parameters: Callable[[], Sequence[nn.Parameter]]) -> None:
-    """Have this rank suffer its part of a plan, from its next beat on. `parameters` gives the live ones."""
+def inject(plan: FaultPlan, rank: int, folder: RunFolder, parameters: Callable[[], Sequence[nn.Parameter]]) -> None:
+    """Inject this rank's faults of the plan, from its next heartbeat on. `parameters` returns the live parameters."""
     supervisor = int(os.environ[SUPERVISOR]) if SUPERVISOR in os.environ else None
-    pulse.listen(Injector(plan, rank, folder.path / LOG, folder.checkpoints, parameters, supervisor))
+    heartbeat.set_listener(Injector(plan, rank, folder.path / LOG, folder.checkpoints, parameters, supervisor))
 
 
 def fired(log: Path) -> dict[int, dict[str, Any]]:
@@ -60,7 +60,7 @@ class Injector:
     """A listener of the heartbeat that makes the faults of one rank happen."""
 
     def __init__(
-        self, plan: Plan, rank: int, log: Path, checkpoints: Path, parameters: Callable[[], Sequence[nn.Parameter]],
+        self, plan: FaultPlan, rank: int, log: Path, checkpoints: Path, parameters: Callable[[], Sequence[nn.Parameter]],
         supervisor: int | None,
     ) -> None:  # fmt: skip
         self.log, self.checkpoints, self.parameters, self.supervisor = log, checkpoints, parameters, supervisor
@@ -88,7 +88,7 @@ class Injector:
             number, fault = found
             target = newest_file(self.checkpoints, number) if fault.kind == "corrupt" else None
             self._record(number, fault, target)
-            self._strike(number, fault, target)
+            self._trigger(number, fault, target)
         self.worked = time.thread_time()
 
     def _record(self, number: int, fault: Fault, target: Path | None) -> None:
@@ -101,7 +101,7 @@ class Injector:
         finally:
             os.close(handle)
 
-    def _strike(self, number: int, fault: Fault, target: Path | None) -> None:
+    def _trigger(self, number: int, fault: Fault, target: Path | None) -> None:
         match fault.kind:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -121,12 +121,12 @@ class Injector:
                     corrupt(target, number)
                 os.kill(os.getpid(), signal.SIGKILL)
             case "launcher" | "node" | "preempt":
-                self._strike_supervisor(fault)
+                self._trigger_supervisor(fault)
             case "raise":
                 where = f"in step {fault.step}, in {fault.phase}"
                 raise InjectedError(f"fault {number + 1} of the plan: an error on purpose {where}")
 
-    def _strike_supervisor(self, fault: Fault) -> None:
+    def _trigger_supervisor(self, fault: Fault) -> None:
         if self.supervisor is None:
             raise RuntimeError(f"a fault {fault.kind!r} needs ranks that `mikoshi` itself has started")
         if fault.kind == "preempt":
@@ -171,8 +171,8 @@ def spoil_gradient(parameters: Sequence[nn.Parameter]) -> None:
 
 def flip_bit(parameters: Sequence[nn.Parameter]) -> None:
     """Flip a bit in the middle of one weight's mantissa, on this rank only, where another rank holds the same weight."""
-    held = [p for p in parameters if local(p).numel()]
-    _flip(local(max(held, key=_copies)))
+    candidates = [p for p in parameters if local(p).numel()]
+    _flip(local(max(candidates, key=_copies)))
 
 
 def _copies(p: Tensor) -> float:
@@ -219,7 +219,7 @@ def corrupt(path: Path, seed: int) -> None:
     """Flip one bit of a file, drawn from the seed."""
     rng = random.Random(seed)
     with path.open("r+b") as file:
-        place = file.seek(rng.randrange(path.stat().st_size))
+        offset = file.seek(rng.randrange(path.stat().st_size))
         byte = file.read(1)[0]
-        file.seek(place)
+        file.seek(offset)
         file.write(bytes((byte ^ 1 << rng.randrange(8),)))

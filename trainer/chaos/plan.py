@@ -62,20 +62,24 @@ class Fault:
 
     @property
     def name(self) -> str:
+        """Kind of the fault, with its signal where the kind is "preempt"."""
         return f"{self.kind} ({self.signal})" if self.kind == "preempt" else self.kind
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
+        """One line for people: kind, rank, step and phase."""
         return f"{self.name}, rank {self.rank}, step {self.step}, in {self.phase}"
 
 
 @dataclass(frozen=True)
-class Plan:
+class FaultPlan:
+    """The faults of a run, in the order in which they are to strike."""
+
     faults: tuple[Fault, ...]
 
 
 @dataclass(frozen=True)
-class Setting:
+class FaultSetting:
     """The run that a plan is for. every: steps between its checkpoints, 0: none on the way. compare: steps between
     comparisons of replicas, 0: never. replicas: whether several ranks hold the same weights. restarts: how many the run is
     allowed for one cause before a newer checkpoint is there. gradients: whether a rank has them where a NaN can be put into."""
@@ -114,7 +118,7 @@ class Setting:
         return _FIRST + (self.every if kind in ("fill", "corrupt") or not close else 0)
 
 
-def make_plan(seed: int, count: int, kinds: Sequence[str], setting: Setting) -> Plan:
+def make_fault_plan(seed: int, count: int, kinds: Sequence[str], setting: FaultSetting) -> FaultPlan:
     """`count` faults of all `kinds` about equally often, spread over a run so that each has the room it needs. Their order,
     steps, phases and ranks are drawn from the seed. Raises ConfigError where the run is too short for them."""
     rng = random.Random(seed)
@@ -137,11 +141,11 @@ def make_plan(seed: int, count: int, kinds: Sequence[str], setting: Setting) -> 
         widths = [int(gap * slack / max(1.0, sum(gaps))) for gap in gaps]
         placed, end = _placed(faults, widths, setting, close)
         if end <= setting.steps:
-            return Plan(tuple(placed))
+            return FaultPlan(tuple(placed))
         slack *= 0.8
 
 
-def _draw(rng: random.Random, kind: str, setting: Setting) -> Fault:
+def _draw(rng: random.Random, kind: str, setting: FaultSetting) -> Fault:
     phases: tuple[str, ...] = PHASES_OF.get(kind, STEP_PHASES)
     if kind == "kill" and setting.every:
         phases = (*STEP_PHASES, "save")
@@ -150,7 +154,7 @@ def _draw(rng: random.Random, kind: str, setting: Setting) -> Fault:
     return Fault(kind, 0, rng.choice(phases), rng.choice(ranks), rng.choice(SIGNALS) if kind == "preempt" else SIGNALS[0])
 
 
-def _placed(faults: Sequence[Fault], gaps: Sequence[int], setting: Setting, close: bool) -> tuple[list[Fault], int]:
+def _placed(faults: Sequence[Fault], gaps: Sequence[int], setting: FaultSetting, close: bool) -> tuple[list[Fault], int]:
     """The faults with their steps, and the step by which the last one is over."""
     placed, step = [], _FIRST
     for fault, gap in zip(faults, gaps, strict=True):
@@ -166,13 +170,13 @@ def _placed(faults: Sequence[Fault], gaps: Sequence[int], setting: Setting, clos
     return placed, step
 
 
-def write_plan(plan: Plan) -> str:
+def write_fault_plan(plan: FaultPlan) -> str:
     """As TOML that read_plan reads back to the same."""
     tables = [{k: v for k, v in asdict(f).items() if k != "signal" or f.kind == "preempt"} for f in plan.faults]
     return tomli_w.dumps({"fault": tables})
 
 
-def read_plan(path: Path, ranks: int) -> Plan:
+def read_fault_plan(path: Path, ranks: int) -> FaultPlan:
     """From a TOML file, or a .json file of the same shape. Raises ConfigError, with the line where it is TOML."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -185,7 +189,7 @@ def read_plan(path: Path, ranks: int) -> Plan:
     if not isinstance(tables, list) or not tables or set(values) != {"fault"}:
         raise ConfigError(f"--plan {path}: give a list of [[fault]] tables and nothing else")
     lines = {} if path.suffix == ".json" else _lines(text)
-    return Plan(tuple(_fault(table, number, ranks, path, lines) for number, table in enumerate(tables)))
+    return FaultPlan(tuple(_fault(table, number, ranks, path, lines) for number, table in enumerate(tables)))
 
 
 def _fault(table: Any, number: int, ranks: int, path: Path, lines: Mapping[tuple[int, str], int]) -> Fault:

@@ -1,7 +1,7 @@
-"""What one rank finds out, all act on: an action of rank 0 ends on every rank, with its result or with its error.
+"""Ranks act on what one of them finds out: an action of rank 0 ends on every rank with its result or its error.
 
-What the ranks tell each other here is JSON in tensors of bytes on the CPU, never a pickle: nothing that arrives is run, and
-an error that no other rank could build is told in words instead.
+What the ranks exchange is JSON in byte tensors on the CPU and never a pickle, so nothing that arrives is executed. An error
+of a type that the other ranks cannot build arrives as a RuntimeError with its text.
 """
 
 from __future__ import annotations
@@ -18,137 +18,146 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mikoshi.trainer.errors import USER_ERRORS
 
-_KNOWN: Mapping[str, type[Exception]] = {
+_SHARED_ERRORS: Mapping[str, type[Exception]] = {
     kind.__name__: kind
     for kind in (*USER_ERRORS, *vars(builtins).values())
     if isinstance(kind, type) and issubclass(kind, (*USER_ERRORS, OSError))
 }
-"""What is raised on the other ranks as what it is; anything else is a RuntimeError there."""
+"""Errors that other ranks raise with their own type; any other becomes a RuntimeError there."""
 
 
-def place() -> tuple[int, int]:
-    """This process's rank and the number of ranks; without a process group, 0 of 1."""
+def rank_and_world() -> tuple[int, int]:
+    """Returns this process's rank and the number of ranks; without a process group, (0, 1)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def on_first_rank(action: Callable[[], Any]) -> Any:
-    """Run `action` on rank 0 and return its result on all: plain JSON, tuples as lists. Collective.
+    """Run `action` on rank 0 and return its result on all ranks: plain JSON, with tuples as lists. Collective.
 
-    Whatever it raises ends it on all ranks: there as it was, elsewhere users' errors and OSErrors as themselves and
-    others as RuntimeError.
+    An error is raised on all ranks: on rank 0 as it is, elsewhere users' errors and OSErrors with their own type and others
+      as RuntimeError.
     """
-    said, error = _said(action) if place()[0] == 0 else (b"", None)
-    if place()[1] > 1:
-        said = _from_first(said)
+    payload, error = _encoded(action) if rank_and_world()[0] == 0 else (b"", None)
+    if rank_and_world()[1] > 1:
+        payload = _broadcast_bytes(payload)
     if error is not None:
         raise error
-    return _heard(said)
+    return _decoded(payload)
 
 
-def of_all_ranks(mine: Any) -> list[Any]:
-    """Every rank's value, plain JSON, by rank. Collective. What is no JSON on one rank is an error on all."""
-    said, error = _said(lambda: mine)
-    everyone = [said]
-    if place()[1] > 1:
-        lengths = _lengths(said)
+def all_gather_json(value: Any) -> list[Any]:
+    """Returns every rank's value, by rank. Collective.
+
+    Raises an error on all ranks if a value is not plain JSON.
+    """
+    payload, error = _encoded(lambda: value)
+    payloads = [payload]
+    if rank_and_world()[1] > 1:
+        lengths = _lengths(payload)
         rows = [torch.empty(max(lengths), dtype=torch.uint8) for _ in lengths]
-        dist.all_gather(rows, _padded(said, max(lengths)))
-        everyone = [_bytes(row, length) for row, length in zip(rows, lengths, strict=True)]
+        dist.all_gather(rows, _padded(payload, max(lengths)))
+        payloads = [_bytes(row, length) for row, length in zip(rows, lengths, strict=True)]
     if error is not None:
         raise error
-    return [_heard(said) for said in everyone]
+    return [_decoded(payload) for payload in payloads]
 
 
-def to_first_rank(mine: Any) -> list[Any] | None:
-    """Every rank's value, plain JSON, by rank, on rank 0; None elsewhere. Collective. What is no JSON on one rank is an error
-    on all."""
-    rank, world = place()
-    said, error = _said(lambda: mine)
-    everyone = [said]
+def gather_json(value: Any) -> list[Any] | None:
+    """Returns every rank's value, by rank, on rank 0 and None elsewhere. Collective.
+
+    Raises an error on all ranks if a value is not plain JSON.
+    """
+    rank, world = rank_and_world()
+    payload, error = _encoded(lambda: value)
+    payloads = [payload]
     if world > 1:
-        lengths = _lengths(said if error is None else b"")
+        lengths = _lengths(payload if error is None else b"")
         if 0 in lengths:
             raise error or RuntimeError(f"what rank {lengths.index(0)} has to say is not JSON serializable")
         rows = [torch.empty(max(lengths), dtype=torch.uint8) for _ in lengths] if rank == 0 else None
-        dist.gather(_padded(said, max(lengths)), rows, dst=0)
-        everyone = [_bytes(row, length) for row, length in zip(rows or [], lengths, strict=False)]
+        dist.gather(_padded(payload, max(lengths)), rows, dst=0)
+        payloads = [_bytes(row, length) for row, length in zip(rows or [], lengths, strict=False)]
     if error is not None:
         raise error
-    return [_heard(said) for said in everyone] if rank == 0 else None
+    return [_decoded(payload) for payload in payloads] if rank == 0 else None
 
 
-def from_first_rank(action: Callable[[], Sequence[Any]]) -> Any:
-    """Run `action` on rank 0; of the list that it returns, plain JSON, every rank gets its own. Collective. What it raises
-    is raised on all, as by `on_first_rank`."""
-    rank, world = place()
-    said, error = [b""] * world, None
+def scatter_json(action: Callable[[], Sequence[Any]]) -> Any:
+    """Run `action` on rank 0 and return to each rank its entry of the list of plain JSON that it returns. Collective.
+
+    An error is raised on all ranks, as by `on_first_rank`.
+    """
+    rank, world = rank_and_world()
+    payloads, error = [b""] * world, None
     if rank == 0:
-        whole, error = _said(action)
-        said = [whole] * world if error is not None else [json.dumps({"done": one}).encode() for one in _heard(whole)]
-    mine = said[0]
+        encoded, error = _encoded(action)
+        payloads = (
+            [encoded] * world if error is not None else [json.dumps({"done": item}).encode() for item in _decoded(encoded)]
+        )
+    own = payloads[0]
     if world > 1:
-        lengths = torch.tensor([len(one) for one in said])
+        lengths = torch.tensor([len(item) for item in payloads])
         dist.broadcast(lengths, src=0)
         longest = int(lengths.max())
         row = torch.empty(longest, dtype=torch.uint8)
-        dist.scatter(row, [_padded(one, longest) for one in said] if rank == 0 else None, src=0)
-        mine = _bytes(row, int(lengths[rank]))
+        dist.scatter(row, [_padded(item, longest) for item in payloads] if rank == 0 else None, src=0)
+        own = _bytes(row, int(lengths[rank]))
     if error is not None:
         raise error
-    return _heard(mine)
+    return _decoded(own)
 
 
 def cause(error: BaseException) -> str:
-    """The one line that matters of an error, dug out of DCP's collection of every rank's."""
+    """Returns the one line of an error that matters, taken out of DCP's collection of every rank's errors."""
     if isinstance(error, CheckpointException):
         rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
         return f"rank {rank}: {cause(inner)}"
     if isinstance(error, OSError):
         return error.strerror or str(error) or type(error).__name__
-    told, kind = str(error).partition("\n")[0], type(error).__name__
-    return told if told and isinstance(error, ValueError) else f"{kind}: {told}".removesuffix(": ")
+    message, kind = str(error).partition("\n")[0], type(error).__name__
+    return message if message and isinstance(error, ValueError) else f"{kind}: {message}".removesuffix(": ")
 
 
-def _said(action: Callable[[], Any]) -> tuple[bytes, BaseException | None]:
-    """The action's result for other ranks to hear, or its error, and that itself."""
+def _encoded(action: Callable[[], Any]) -> tuple[bytes, BaseException | None]:
+    """Returns the action's result or error as a message for other ranks, and the error itself."""
     try:
         return json.dumps({"done": action()}).encode(), None
-    except BaseException as error:  # even what ends this process: the others must not wait for it
-        kind = next((kind.__name__ for kind in type(error).__mro__ if _KNOWN.get(kind.__name__) is kind), "")
+    except BaseException as error:  # even SystemExit: the other ranks must not wait
+        kind = next((kind.__name__ for kind in type(error).__mro__ if _SHARED_ERRORS.get(kind.__name__) is kind), "")
         text = str(error) if kind else f"{type(error).__name__}: {error}".removesuffix(": ")
-        told: dict[str, Any] = {"kind": kind, "text": text}
+        message: dict[str, Any] = {"kind": kind, "text": text}
         if isinstance(error, OSError) and type(error.errno) is int:
-            told["os"] = [error.errno, error.strerror, None if error.filename is None else str(error.filename)]
-        return json.dumps(told).encode(), error
+            message["os"] = [error.errno, error.strerror, None if error.filename is None else str(error.filename)]
+        return json.dumps(message).encode(), error
 
 
-def _heard(said: bytes) -> Any:
-    """Returns or raises what was said."""
-    told = json.loads(said)
-    if "done" in told:
-        return told["done"]
-    kind = _KNOWN.get(told["kind"], RuntimeError)
-    raise OSError(*told["os"]) if "os" in told else kind(told["text"])
+def _decoded(payload: bytes) -> Any:
+    """Returns or raises what the message holds."""
+    message = json.loads(payload)
+    if "done" in message:
+        return message["done"]
+    kind = _SHARED_ERRORS.get(message["kind"], RuntimeError)
+    raise OSError(*message["os"]) if "os" in message else kind(message["text"])
 
 
-def _from_first(said: bytes) -> bytes:
-    length = torch.tensor([len(said)])
+def _broadcast_bytes(payload: bytes) -> bytes:
+    length = torch.tensor([len(payload)])
     dist.broadcast(length, src=0)
-    row = _padded(said, int(length))
+    row = _padded(payload, int(length))
     dist.broadcast(row, src=0)
     return _bytes(row, int(length))
 
 
-def _lengths(said: bytes) -> list[int]:
-    """Of what every rank has to say."""
-    found = [torch.zeros(1, dtype=torch.int64) for _ in range(place()[1])]
-    dist.all_gather(found, torch.tensor([len(said)]))
-    return [int(length) for length in found]
+def _lengths(payload: bytes) -> list[int]:
+    """Returns the length of every rank's message."""
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(rank_and_world()[1])]
+    dist.all_gather(lengths, torch.tensor([len(payload)]))
+    return [int(length) for length in lengths]
 
 
-def _padded(said: bytes, length: int) -> Tensor:
+def _padded(payload: bytes, length: int) -> Tensor:
     row = torch.zeros(length, dtype=torch.uint8)
-    row[: len(said)] = torch.frombuffer(bytearray(said), dtype=torch.uint8) if said else row[:0]
+    row[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else row[:0]
     return row
 
 

@@ -1,7 +1,7 @@
-"""manifest.json: what a checkpoint holds and where, believed only where every part of it can be.
+"""manifest.json: what a checkpoint holds and where. Every part of it is checked before it is used.
 
-A file that was parsed names only files it lists, by plain names, and its pieces make up each tensor exactly. One line:
-`{"sha256":"<of what follows content, as it stands>","content":{...}}`.
+A parsed manifest refers only to files that it lists, by plain names, and its pieces make up each tensor exactly. It is one
+line: `{"sha256":"<of the bytes of content>","content":{...}}`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn, TypedDict
 
-from mikoshi.trainer.checkpoint.storage.base import MANIFEST, checked
+from mikoshi.trainer.checkpoint.storage.base import MANIFEST, checked_name
 from mikoshi.trainer.checkpoint.storage.digests import DIGITS, Digests
 from mikoshi.trainer.errors import CheckpointError
 
 FORMAT = 2
-# What may be in a checkpoint: torch's name of an element -> the safetensors format's.
+# The dtypes of a checkpoint: torch's name -> that of the safetensors format.
 DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
@@ -36,16 +36,22 @@ _LIMIT = 1 << 62  # of sizes and counts: products of two dimensions stay within 
 
 
 class FileEntry(Digests):
+    """Size in bytes and digests of a file."""
+
     size: int
 
 
 class PieceEntry(TypedDict):
+    """Where a piece lies in its tensor, and the file that holds it."""
+
     offset: list[int]
     shape: list[int]
     file: str
 
 
 class TensorEntry(TypedDict):
+    """Dtype, shape and pieces of a tensor."""
+
     dtype: str
     shape: list[int]
     pieces: list[PieceEntry]
@@ -53,10 +59,12 @@ class TensorEntry(TypedDict):
 
 @dataclass(frozen=True)
 class Manifest:
-    """`record` is what the run wants to find again, plain JSON: step, config, how the data goes on. `made`: when, by which
-    versions, and the SHA-256 of the record's parts, to compare checkpoints by.
+    """The content of a manifest.
 
-    files: name -> size and digests. tensors: canonical name -> dtype, shape and pieces (offset, shape, file).
+    record: what the run needs to resume, plain JSON: step, config, position in the data.
+    files: name -> size and digests.
+    tensors: canonical name -> dtype, shape and pieces (offset, shape, file).
+    made: when and by which versions it was written, and the SHA-256 of parts of the record, to compare checkpoints by.
     """
 
     record: dict[str, Any]
@@ -66,17 +74,21 @@ class Manifest:
 
     @property
     def step(self) -> int:
+        """The step that the checkpoint was saved after."""
         return int(self.record["step"])
 
 
 def file_of(where: object) -> str:
-    """The manifest's own name in messages, of the checkpoint called `where`."""
+    """Returns the manifest's name in messages, for the checkpoint called `where`."""
     return f"{where}/{MANIFEST}"
 
 
 def provenance(record: Mapping[str, Any], ranks: int) -> dict[str, Any]:
-    """The `made` of a manifest that is written now."""
-    import torch  # here alone: reading a manifest does without, in a tenth of the time
+    """Returns the `made` of a manifest that is written now.
+
+    ranks: number of ranks that saved.
+    """
+    import torch  # only here: reading a manifest needs no torch and takes a tenth of the time
 
     try:
         ours = version("mikoshi")
@@ -88,6 +100,7 @@ def provenance(record: Mapping[str, Any], ranks: int) -> dict[str, Any]:
 
 
 def encode(manifest: Manifest) -> bytes:
+    """Returns the bytes of manifest.json."""
     content = {
         "format": FORMAT, "record": manifest.record, "made": manifest.made, "files": manifest.files,
         "tensors": manifest.tensors,
@@ -97,8 +110,13 @@ def encode(manifest: Manifest) -> bytes:
 
 
 def parse(raw: bytes, where: str, tensors: bool = True) -> Manifest:
-    """`where` is the file's name for messages. Without `tensors` those are neither checked nor returned, which is most of the
-    work. Raises CheckpointError that names the file and the key at fault."""
+    """Returns the manifest in the bytes `raw`.
+
+    Raises CheckpointError that names the file and the key at fault.
+
+    where: the file's name for messages.
+    tensors: False to neither check nor return them, which saves most of the work.
+    """
     head, body = _PREFIX.match(raw), raw.removesuffix(b"\n").removesuffix(b"}")
     if head is None:
         raise CheckpointError(f"{where}: damaged: it does not begin with its own digest")
@@ -106,19 +124,19 @@ def parse(raw: bytes, where: str, tensors: bool = True) -> Manifest:
     if _sha256(body).encode() != head[1]:
         raise CheckpointError(f"{where}: altered: its content does not match its own digest")
     try:
-        content = _mapping("content", json.loads(body, parse_constant=_no_number))
+        content = _mapping("content", json.loads(body, parse_constant=_refuse_constant))
         found = content.get("format")
         if type(found) is int and found != FORMAT:
-            told = f"format {found} is not {FORMAT}: another version of Mikoshi wrote it; go on with that version"
+            problem = f"format {found} is not {FORMAT}: another version of Mikoshi wrote it; go on with that version"
         else:
             return _checked(content, tensors)
     except (ValueError, RecursionError) as error:
-        told = f"damaged: {error}"
-    raise CheckpointError(f"{where}: {told}")
+        problem = f"damaged: {error}"
+    raise CheckpointError(f"{where}: {problem}")
 
 
 def _checked(content: dict[str, Any], with_tensors: bool) -> Manifest:
-    """Raises ValueError whose message begins with the key that is not as it must be."""
+    """Returns the checked manifest. Raises ValueError whose message begins with the key at fault."""
     _keys("content", content, {"format", "record", "made", "files", "tensors"})
     _count("format", content["format"])
     record, made = _mapping("record", content["record"]), _mapping("made", content["made"])
@@ -126,24 +144,27 @@ def _checked(content: dict[str, Any], with_tensors: bool) -> Manifest:
     if not isinstance(record.get("config", ""), str):
         raise ValueError("record.config: not a text")
     files, tensors = _mapping("files", content["files"]), _mapping("tensors", content["tensors"])
-    room = {}
+    unclaimed = {}
     for name, entry in files.items():
         key = f"files.{name!r}"
-        checked("files", name)
+        checked_name("files", name)
         _keys(key, _mapping(key, entry), {"size", *DIGITS})
-        room[name] = _count(f"{key}.size", entry["size"])
+        unclaimed[name] = _count(f"{key}.size", entry["size"])
         for digest, digits in DIGITS.items():
             if not isinstance(entry[digest], str) or len(entry[digest]) != digits or not _HEX.fullmatch(entry[digest]):
                 raise ValueError(f"{key}.{digest}: not {digits} hexadecimal digits")
     if not with_tensors:
         return Manifest(record, files, {}, made)
     for name, entry in tensors.items():
-        _check_tensor(f"tensors.{name!r}", entry, room)
+        _check_tensor(f"tensors.{name!r}", entry, unclaimed)
     return Manifest(record, files, tensors, made)
 
 
-def _check_tensor(key: str, entry: Any, room: dict[str, int]) -> None:
-    """`room`: the bytes of each file that no tensor before has taken; this one's are taken off."""
+def _check_tensor(key: str, entry: Any, unclaimed: dict[str, int]) -> None:
+    """Raises ValueError if a tensor's entry cannot be right.
+
+    unclaimed: bytes of each file that no tensor has claimed yet; this tensor's are subtracted.
+    """
     _keys(key, _mapping(key, entry), {"dtype", "shape", "pieces"})
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise ValueError(f"{key}.dtype: {str(entry['dtype'])[:40]!r} is not one of {', '.join(DTYPES)}")
@@ -160,10 +181,10 @@ def _check_tensor(key: str, entry: Any, room: dict[str, int]) -> None:
             raise ValueError(f"{at}: not of {len(shape)} dimensions")
         if any(o + n > whole for o, n, whole in zip(offset, size, shape, strict=True)):
             raise ValueError(f"{at}: shape {size} at {offset} reaches out of {shape}")
-        if not isinstance(piece["file"], str) or piece["file"] not in room:
+        if not isinstance(piece["file"], str) or piece["file"] not in unclaimed:
             raise ValueError(f"{at}.file: {str(piece['file'])[:80]!r} is not in files")
-        room[piece["file"]] -= math.prod(size) * itemsize
-        if room[piece["file"]] < 0:
+        unclaimed[piece["file"]] -= math.prod(size) * itemsize
+        if unclaimed[piece["file"]] < 0:
             raise ValueError(f"{at}.file: {piece['file']} is too small for its pieces")
         if math.prod(size):
             boxes.append((offset, size))
@@ -174,8 +195,12 @@ def _check_tensor(key: str, entry: Any, room: dict[str, int]) -> None:
 
 
 def overlap(boxes: Sequence[tuple[Sequence[int], Sequence[int]]]) -> bool:
-    """Whether any two boxes (offset, shape; none empty) share an element. A sweep along the dimension with the most
-    cuts compares only boxes that are met there at once, which for a grid of shards is a few."""
+    """Whether any two boxes share an element.
+
+    A sweep along the dimension with the most cuts compares only boxes that meet there, which for a grid of shards are few.
+
+    boxes: (offset, shape) pairs, none of them empty.
+    """
     if len(boxes) < 2:
         return False
     dims = len(boxes[0][0])
@@ -195,7 +220,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _no_number(name: str) -> NoReturn:
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number of JSON")
 
 

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run are, and which of them stay."""
+"""The checkpoint store and the retention policy of a run, from its config."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from mikoshi.trainer.record.run_folder import RunFolder
 
 
 def checkpoints_of(run: RunFolder, config: RunConfig, reader: bool = False) -> Store:
-    """The store that `checkpoint.folder` names, by default the run folder's own. Raises CheckpointError if it cannot be.
-    `reader`: of a command beside the run's own ranks, which must not share what these fetch."""
-    own = f"-{os.environ.get('MIKOSHI_SUPERVISOR', os.getpid())}" if reader else ""
-    return open_store(config.checkpoint.folder or run.checkpoints, scratch=run.path / f".fetched{own}")
+    """Returns the store that `checkpoint.folder` names; by default the run folder's own.
+
+    Raises CheckpointError if the address cannot be used.
+
+    reader: True for a command beside the run's ranks, which must not share the files that these fetch.
+    """
+    suffix = f"-{os.environ.get('MIKOSHI_SUPERVISOR', os.getpid())}" if reader else ""
+    return open_store(config.checkpoint.folder or run.checkpoints, scratch=run.path / f".fetched{suffix}")
 
 
-def keep_of(config: RunConfig) -> Keep:
-    """Which checkpoints the config asks to keep; where its loss guard goes back, those that it may go back to as well."""
-    asked, guard = config.checkpoint, config.guard
-    back = (guard.rewind, asked.regular) if guard.spike == "rewind" else (0, 0)
-    return Keep(asked.keep, asked.keep_every, *back)
+def retention_of(config: RunConfig) -> Keep:
+    """Returns which checkpoints the config keeps, including those that its loss guard may rewind to."""
+    section, guard = config.checkpoint, config.guard
+    rewind = (guard.rewind, section.regular) if guard.spike == "rewind" else (0, 0)
+    return Keep(section.keep, section.keep_every, *rewind)

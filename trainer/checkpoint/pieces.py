@@ -1,7 +1,7 @@
-"""Pieces of tensors in safetensors files: written and digested in one pass, read straight into place, nothing copied.
+"""Pieces of tensors in safetensors files: written and digested in one pass, and read straight into place without a copy.
 
-A file is eight bytes for the header's length (little-endian), the header in JSON, and the pieces' bytes without a gap.
-Larger elements come first, so that every piece is aligned. The format: https://github.com/huggingface/safetensors
+A file is eight bytes for the header's length (little-endian), the header in JSON, and the pieces' bytes without gaps. Larger
+elements come first, so that every piece is aligned. Format: https://github.com/huggingface/safetensors
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mikoshi.trainer.checkpoint.manifest import DTYPES
-from mikoshi.trainer.checkpoint.storage.digests import Both, Digests
+from mikoshi.trainer.checkpoint.storage.digests import DigestPair, Digests
 from mikoshi.trainer.checkpoint.storage.files import opened
 from mikoshi.trainer.errors import CheckpointError
 
@@ -31,7 +31,10 @@ _LARGEST_HEADER = 100_000_000  # the format's own limit
 
 @dataclass(frozen=True)
 class Piece:
-    """A box of a tensor in a file: `start` and `end` count bytes from the end of the header."""
+    """A box of a tensor in a file.
+
+    start, end: byte positions, counted from the end of the header.
+    """
 
     key: str
     dtype: torch.dtype
@@ -42,7 +45,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file is going to hold, in the order of its bytes."""
+    """What a file will hold, in the order of its bytes."""
 
     name: str
     header: bytes
@@ -50,22 +53,28 @@ class Contents:
 
     @property
     def bytes(self) -> int:
-        """Without the header."""
+        """Bytes of all pieces, without the header."""
         return self.pieces[-1].end if self.pieces else 0
 
 
 def dtype_named(name: str) -> torch.dtype:
+    """Returns the torch dtype of a name, such as "float32"."""
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Returns the name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
 def lay_out(name: str, wanted: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> Contents:
-    """A file of these pieces: key, dtype and shape."""
+    """Returns the contents of a file that holds the given pieces.
+
+    name: of the file.
+    wanted: key, dtype and shape of each piece.
+    """
     pieces: list[Piece] = []
     end = 0
     for key, dtype, shape in sorted(wanted, key=lambda piece: -piece[1].itemsize):
@@ -78,16 +87,16 @@ def lay_out(name: str, wanted: Iterable[tuple[str, torch.dtype, tuple[int, ...]]
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """A tensor's elements as a row of bytes in the host's memory: the same memory, where that is possible."""
+    """Returns a tensor's elements as uint8 [bytes] in host memory; the same memory if that is possible."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def write(out: BinaryIO, header: bytes, parts: Iterable[Tensor], stop: threading.Event) -> Digests:
-    """Write the header and rows of bytes; returns the digests of all. Lets other threads run nearly all the time.
+    """Write the header and the byte tensors; returns the digests of all of it. Other threads run nearly all the time.
 
     Raises InterruptedError soon after `stop` is set.
     """
-    digests = Both(header)
+    digests = DigestPair(header)
     out.write(header)
     for part in parts:
         memory = part.numpy().data
@@ -102,7 +111,7 @@ def write(out: BinaryIO, header: bytes, parts: Iterable[Tensor], stop: threading
 
 @dataclass
 class PieceFile:
-    """An open file and what its header says. May be read from several threads."""
+    """An open file and what its header says. Several threads may read from it."""
 
     path: Path
     handle: int
@@ -112,7 +121,11 @@ class PieceFile:
     _mapping: threading.Lock = field(default_factory=threading.Lock)
 
     def fill(self, key: str, offset: Sequence[int], shape: Sequence[int], target: Tensor) -> None:
-        """Copy the box of a piece at `offset` into `target`, of the same shape, converting its dtype if need be."""
+        """Copy a box of a piece into `target`, which has the same shape; the dtype is converted if it differs.
+
+        key: name of the piece in the file.
+        offset, shape: the box within the piece.
+        """
         piece = self.pieces[key]
         whole_rows = tuple(shape[1:]) == piece.shape[1:]
         if whole_rows and target.is_cpu and target.dtype == piece.dtype and target.is_contiguous():
@@ -133,9 +146,9 @@ class PieceFile:
             done += count
 
     def _mapped(self, piece: Piece) -> Tensor:
-        """The piece in the file's own memory: of columns only the pages that hold them are read."""
+        """Returns the piece as mapped memory: for a box of columns only the pages that hold them are read."""
         with self._mapping:
-            if self._map is None:  # a private copy if written to, which nobody does: torch warns of memory that is read-only
+            if self._map is None:  # copy-on-write, though nobody writes: torch warns about read-only memory
                 self._map = mmap.mmap(self.handle, 0, access=mmap.ACCESS_COPY)
         count = math.prod(piece.shape)
         return torch.frombuffer(self._map, dtype=piece.dtype, count=count, offset=self.data + piece.start).view(piece.shape)
@@ -143,7 +156,7 @@ class PieceFile:
 
 @contextmanager
 def piece_file(path: Path) -> Iterator[PieceFile]:
-    """Open a file of pieces. Raises CheckpointError for a header that says what cannot be."""
+    """Open a file of pieces. Raises CheckpointError if its header cannot be right."""
     with opened(path) as handle:
         size = os.fstat(handle).st_size
         length = int.from_bytes(os.pread(handle, 8, 0), "little")

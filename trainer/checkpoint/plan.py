@@ -1,7 +1,7 @@
-"""Who writes which piece of which tensor, and which pieces make up what a rank asks for: DCP's planning, for any layout.
+"""Plans which rank writes which piece of which tensor, and which pieces a rank reads, for any layout.
 
-torch.distributed.checkpoint (DCP) knows where each rank's shards lie in the whole tensors; of replicas one rank writes,
-so that the bytes are shared out evenly. Files and how they are read and written are ours (checkpoint.pieces).
+torch.distributed.checkpoint (DCP) knows where each rank's shards lie in the whole tensors. Of replicas one rank writes, so
+that the bytes are spread evenly. Files, reading and writing are ours (checkpoint.pieces).
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from mikoshi.data.io.cores import cores
-from mikoshi.trainer.checkpoint.agree import cause, from_first_rank, place, to_first_rank
+from mikoshi.trainer.checkpoint.agree import cause, gather_json, rank_and_world, scatter_json
 from mikoshi.trainer.checkpoint.manifest import DTYPES, Manifest, PieceEntry, TensorEntry
 from mikoshi.trainer.checkpoint.pieces import Contents, PieceFile, dtype_name, dtype_named, lay_out, piece_file
 from mikoshi.trainer.errors import CheckpointError
 
-_BoxTold = tuple[str, Sequence[int], Sequence[int], str]
-_ItemTold = tuple[str, str, tuple[list[int], list[int], str, list[int]] | None]
+_BoxRecord = tuple[str, Sequence[int], Sequence[int], str]
+_ItemRecord = tuple[str, str, tuple[list[int], list[int], str, list[int]] | None]
 
 FILE_BYTES = 256 << 20
-"""About how much goes into a file before the next is begun: files are what is written, digested and verified at once."""
+"""About how many bytes a file gets before the next begins. Files are written, digested and verified in parallel."""
 
 
 @dataclass(frozen=True)
 class Box:
-    """A piece that a rank writes: of which tensor, and where in it."""
+    """A piece that a rank writes: which tensor, and where in it."""
 
     name: str
     offset: tuple[int, ...]
@@ -59,52 +59,62 @@ class Box:
 
     @property
     def bytes(self) -> int:
+        """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
-class Written:
-    """A file that this rank writes, and which boxes are the pieces in it, in their order."""
+class PlannedFile:
+    """A file that this rank writes, and the boxes in it, in their order."""
 
     contents: Contents
     boxes: tuple[Box, ...]
 
 
 @dataclass(frozen=True)
-class Share:
-    """What this rank writes of every save of a run. `tensors`: of all ranks, for the manifest; empty but on rank 0."""
+class RankFiles:
+    """What this rank writes in every save of a run.
 
-    files: tuple[Written, ...]
+    tensors: entries of all ranks for the manifest; empty except on rank 0.
+    """
+
+    files: tuple[PlannedFile, ...]
     tensors: dict[str, TensorEntry]
 
 
-def plan_save(state: dict[str, Tensor]) -> Share:
-    """Share out the state among the ranks. Collective. Raises CheckpointError on all ranks for what cannot be saved."""
-    rank, _ = place()
+def plan_save(state: dict[str, Tensor]) -> RankFiles:
+    """Assign the pieces of the state to the ranks. Collective.
+
+    Raises CheckpointError on all ranks if something cannot be saved.
+    """
+    rank, _ = rank_and_world()
     planner = DefaultSavePlanner(flatten_state_dict=False)
-    plans = to_first_rank(_described(planner, state, rank))
+    plans = gather_json(_local_plan(planner, state, rank))
     tensors: dict[str, TensorEntry] = {}
 
-    def share_out() -> list[list[_BoxTold]]:
+    def share_out() -> list[list[_BoxRecord]]:
         assert plans is not None
         try:
-            boxes, metadata = _shared_out(planner, [_plan(told) for told in plans])
+            boxes, metadata = _global_plan(planner, [_decoded_plan(record) for record in plans])
         except (CheckpointError, ValueError, AssertionError) as error:
             raise CheckpointError(f"the state cannot be saved: {error}") from error
-        tensors.update(_entries(boxes, metadata))
+        tensors.update(_tensor_entries(boxes, metadata))
         return [[(box.name, box.offset, box.shape, dtype_name(box.dtype)) for box in group] for group in boxes]
 
-    mine: list[_BoxTold] = from_first_rank(share_out)
-    boxes = [Box(name, tuple(offset), tuple(shape), dtype_named(dtype)) for name, offset, shape, dtype in mine]
-    return Share(_files(rank, boxes), tensors)
+    records: list[_BoxRecord] = scatter_json(share_out)
+    boxes = [Box(name, tuple(offset), tuple(shape), dtype_named(dtype)) for name, offset, shape, dtype in records]
+    return RankFiles(_files(rank, boxes), tensors)
 
 
-def _described(planner: DefaultSavePlanner, state: dict[str, Tensor], rank: int) -> dict[str, Any]:
-    """DCP's plan for what this rank holds, as plain lists: fqn, kind, then of a tensor offsets, sizes, dtype and the whole's
-    size. An error is told instead of raised, as the other ranks already wait for the plan."""
+def _local_plan(planner: DefaultSavePlanner, state: dict[str, Tensor], rank: int) -> dict[str, Any]:
+    """Returns DCP's plan for what this rank holds, as plain lists.
+
+    An item is fqn and kind, and for a tensor offsets, sizes, dtype and the size of the whole. An error is returned and not
+    raised, as the other ranks already wait for the plan.
+    """
     try:
         planner.set_up_planner(state, is_coordinator=rank == 0)
-        items: list[_ItemTold] = []
+        items: list[_ItemRecord] = []
         for item in planner.create_local_plan().items:
             data = item.tensor_data
             box = None
@@ -117,12 +127,12 @@ def _described(planner: DefaultSavePlanner, state: dict[str, Tensor], rank: int)
         return {"error": f"rank {rank}: {cause(error)}"}
 
 
-def _plan(told: dict[str, Any]) -> SavePlan:
-    """What `_described` has described."""
-    if "error" in told:
-        raise CheckpointError(told["error"])
+def _decoded_plan(record: dict[str, Any]) -> SavePlan:
+    """Returns the plan that `_local_plan` has described, or raises its error."""
+    if "error" in record:
+        raise CheckpointError(record["error"])
     items = []
-    for fqn, kind, box in told["items"]:
+    for fqn, kind, box in record["items"]:
         if box is None:
             items.append(WriteItem(MetadataIndex(fqn), WriteItemType[kind]))
             continue
@@ -133,8 +143,8 @@ def _plan(told: dict[str, Any]) -> SavePlan:
     return SavePlan(items)
 
 
-def _shared_out(planner: DefaultSavePlanner, plans: list[SavePlan]) -> tuple[list[list[Box]], Metadata]:
-    """Each rank's boxes, every element once. Empty ones are left out."""
+def _global_plan(planner: DefaultSavePlanner, plans: list[SavePlan]) -> tuple[list[list[Box]], Metadata]:
+    """Returns each rank's boxes, every element once. Empty boxes are left out."""
     finished, metadata = planner.create_global_plan(plans)
     boxes: list[list[Box]] = []
     for plan in finished:
@@ -151,30 +161,30 @@ def _shared_out(planner: DefaultSavePlanner, plans: list[SavePlan]) -> tuple[lis
     return boxes, metadata
 
 
-def _files(rank: int, boxes: Sequence[Box]) -> tuple[Written, ...]:
-    """A rank's boxes, shared out to files that the same boxes always lead to."""
+def _files(rank: int, boxes: Sequence[Box]) -> tuple[PlannedFile, ...]:
+    """Returns a rank's boxes grouped into files; the same boxes always give the same files."""
     groups: list[list[Box]] = []
-    room = 0
+    remaining = 0
     for box in boxes:
-        if not groups or box.bytes > room:
+        if not groups or box.bytes > remaining:
             groups.append([])
-            room = FILE_BYTES
+            remaining = FILE_BYTES
         groups[-1].append(box)
-        room -= box.bytes
+        remaining -= box.bytes
     files = []
     for number, group in enumerate(groups):
         by_key = {box.key: box for box in group}
         file = f"rank-{rank:05d}{f'-{number}' if number else ''}.safetensors"
         contents = lay_out(file, [(box.key, box.dtype, box.shape) for box in group])
-        files.append(Written(contents, tuple(by_key[piece.key] for piece in contents.pieces)))
+        files.append(PlannedFile(contents, tuple(by_key[piece.key] for piece in contents.pieces)))
     return tuple(files)
 
 
-def _entries(boxes: list[list[Box]], metadata: Metadata) -> dict[str, TensorEntry]:
+def _tensor_entries(boxes: list[list[Box]], metadata: Metadata) -> dict[str, TensorEntry]:
     entries: dict[str, TensorEntry] = {}
-    for name, whole in metadata.state_dict_metadata.items():
-        assert isinstance(whole, TensorStorageMetadata)
-        entries[name] = {"dtype": dtype_name(whole.properties.dtype), "shape": list(whole.size), "pieces": []}
+    for name, stored in metadata.state_dict_metadata.items():
+        assert isinstance(stored, TensorStorageMetadata)
+        entries[name] = {"dtype": dtype_name(stored.properties.dtype), "shape": list(stored.size), "pieces": []}
     for rank, group in enumerate(boxes):
         for file in _files(rank, group):
             for box in file.boxes:
@@ -184,15 +194,17 @@ def _entries(boxes: list[list[Box]], metadata: Metadata) -> dict[str, TensorEntr
 
 
 def _key(name: str, offset: Sequence[int]) -> str:
-    """Name of a piece in its file: the tensor's, and where in it the piece begins."""
+    """Returns the name of a piece in its file: the tensor's name and where in the tensor the piece begins."""
     return f"{name}@{','.join(map(str, offset))}"
 
 
 def fill(state: dict[str, Tensor], manifest: Manifest, path_of: Callable[[str], Path]) -> None:
-    """Fill the tensors of `state` from the pieces that overlap them. Collective if a process group exists: the ranks exchange
-    DCP's own plans for loading, as pickles from process to process.
+    """Fill the tensors of `state` from the pieces that overlap them. Collective if a process group exists.
 
-    Raises DCP's CheckpointException, with every rank's error.
+    The ranks exchange DCP's own load plans, as pickles from process to process. Raises DCP's CheckpointException with every
+    rank's error.
+
+    path_of: returns the local path of a file of the checkpoint.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -201,7 +213,7 @@ def fill(state: dict[str, Tensor], manifest: Manifest, path_of: Callable[[str], 
 
 @dataclass
 class _Reader(StorageReader):
-    """DCP's reader: the index comes from the manifest, the bytes straight from the files into place."""
+    """DCP's storage reader: the index comes from the manifest, the bytes straight from the files."""
 
     manifest: Manifest
     path_of: Callable[[str], Path]
@@ -230,16 +242,16 @@ class _Reader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         reads: list[Callable[[], None]] = []
-        with ExitStack() as held, ThreadPoolExecutor(min(4, cores()), "load") as pool:
+        with ExitStack() as open_files, ThreadPoolExecutor(min(4, cores()), "load") as pool:
             files: dict[str, PieceFile] = {}
             for item in plan.items:
                 name = self._piece(item.storage_index)["file"]
                 if name not in files:
-                    files[name] = held.enter_context(piece_file(self.path_of(name)))
+                    files[name] = open_files.enter_context(piece_file(self.path_of(name)))
                 self._check(files[name], item.storage_index)
                 target = planner.resolve_tensor(item).detach()
                 key = _key(item.storage_index.fqn, item.storage_index.offset or ())
-                reads.append(_bind(files[name], key, tuple(item.storage_offsets), tuple(item.lengths), target))
+                reads.append(_bound_read(files[name], key, tuple(item.storage_offsets), tuple(item.lengths), target))
             list(pool.map(lambda read: read(), reads))
         done: Future[None] = Future()
         done.set_result(None)
@@ -249,17 +261,19 @@ class _Reader(StorageReader):
         return self._pieces[index.fqn, tuple(index.offset or ())]
 
     def _check(self, file: PieceFile, index: MetadataIndex) -> None:
-        """What the file's own header says of a piece must be what the manifest says."""
-        wanted, key = self._piece(index), _key(index.fqn, index.offset or ())
+        """Raises CheckpointError if the file's own header and the manifest disagree about a piece."""
+        expected, key = self._piece(index), _key(index.fqn, index.offset or ())
         found, dtype = file.pieces.get(key), self.manifest.tensors[index.fqn]["dtype"]
-        if found is None or list(found.shape) != wanted["shape"] or dtype_name(found.dtype) != dtype:
-            told = "is missing" if found is None else f"is {dtype_name(found.dtype)} of {list(found.shape)}"
-            raise CheckpointError(f"{file.path}: {key} {told}, the manifest says {dtype} of {wanted['shape']}")
+        if found is None or list(found.shape) != expected["shape"] or dtype_name(found.dtype) != dtype:
+            problem = "is missing" if found is None else f"is {dtype_name(found.dtype)} of {list(found.shape)}"
+            raise CheckpointError(f"{file.path}: {key} {problem}, the manifest says {dtype} of {expected['shape']}")
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
         return True
 
 
-def _bind(file: PieceFile, key: str, offset: tuple[int, ...], shape: tuple[int, ...], target: Tensor) -> Callable[[], None]:
+def _bound_read(
+    file: PieceFile, key: str, offset: tuple[int, ...], shape: tuple[int, ...], target: Tensor
+) -> Callable[[], None]:
     return lambda: file.fill(key, offset, shape, target)

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the newest few, every so many steps, what going back may need; and in any case the last valid one."""
+"""Which checkpoints are kept: the newest few, every so many steps, those to rewind to, and always the last valid one."""
 
 from __future__ import annotations
 
@@ -12,61 +12,70 @@ from mikoshi.trainer.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Keep:
-    """`last`: how many of the newest. `every`: steps that this divides stay too; 0: none for that.
+    """A retention policy.
 
-    For a run that may go back `back` steps: of the steps that `of` divides those that lie no further behind the newest stay
-    too, and the last one before them; 0: none for that.
+    last: number of newest checkpoints to keep.
+    every: keep steps that this divides; 0 means none for that reason.
+    rewind: how many steps the run may go back.
+    rewind_every: keep steps that this divides and that lie at most `rewind` steps behind the newest, and the last such step
+      before them; 0 means none.
     """
 
     last: int
     every: int = 0
-    back: int = 0
-    of: int = 0
+    rewind: int = 0
+    rewind_every: int = 0
 
     def __post_init__(self) -> None:
         if self.last < 1 or self.every < 0:
             raise CheckpointError(f"keep the newest {self.last} and every {self.every}: at least 1, and at least 0")
-        if self.back < 0 or self.of < 0:
-            raise CheckpointError(f"keep every {self.of} of the last {self.back} steps: at least 0 both")
+        if self.rewind < 0 or self.rewind_every < 0:
+            raise CheckpointError(f"keep every {self.rewind_every} of the last {self.rewind} steps: at least 0 both")
 
 
-def kept(steps: Sequence[int], keep: Keep) -> dict[int, str]:
-    """Of `steps`, newest first, those that `keep` asks for, and for people why."""
+def kept_steps(steps: Sequence[int], keep: Keep) -> dict[int, str]:
+    """Returns the steps that `keep` keeps, each with the reason for people.
+
+    steps: newest first.
+    """
     reasons: dict[int, str] = {}
-    if keep.back and keep.of and steps:
-        regular = [step for step in steps if step % keep.of == 0]
-        within = sum(step >= steps[0] - keep.back for step in regular)
+    if keep.rewind and keep.rewind_every and steps:
+        regular = [step for step in steps if step % keep.rewind_every == 0]
+        within = sum(step >= steps[0] - keep.rewind for step in regular)
         reasons |= dict.fromkeys(regular[: within + 1], "for going back")
     if keep.every:
         reasons |= {step: f"a multiple of {keep.every}" for step in steps if step % keep.every == 0}
     return reasons | dict.fromkeys(steps[: keep.last], "the newest" if keep.last == 1 else f"one of the newest {keep.last}")
 
 
-def surplus(store: Store, keep: Keep, valid: Collection[int] = (), new: int | None = None) -> list[int]:
-    """The steps that may go, newest first. `valid`: those known to be so; of others the sizes of their files are compared
-    before they count as the last valid one. `new`: one that has just been saved, which stays."""
+def removable(store: Store, keep: Keep, valid: Collection[int] = (), new: int | None = None) -> list[int]:
+    """Returns the steps that may be removed, newest first.
+
+    valid: steps known to be valid; for others the sizes of their files are compared before one counts as the last valid one.
+    new: a step that has just been saved, which is kept.
+    """
     steps = store.steps()
-    stay = {*kept(steps, keep), *(step for step in steps if step == new)}
-    gone = [step for step in steps if step not in stay]
+    kept = {*kept_steps(steps, keep), *(step for step in steps if step == new)}
+    removable_steps = [step for step in steps if step not in kept]
 
-    def good(step: int) -> bool:
-        return step in valid or _whole(store, step)
+    def is_valid(step: int) -> bool:
+        return step in valid or _sizes_match(store, step)
 
-    if not any(good(step) for step in sorted(stay, reverse=True)):
-        last = next((step for step in gone if good(step)), None)
-        gone = [step for step in gone if step != last]
-    return gone
+    if not any(is_valid(step) for step in sorted(kept, reverse=True)):
+        last = next((step for step in removable_steps if is_valid(step)), None)
+        removable_steps = [step for step in removable_steps if step != last]
+    return removable_steps
 
 
 def prune(store: Store, keep: Keep, valid: Collection[int] = (), new: int | None = None) -> list[int]:
-    """Remove what `surplus` finds, the oldest first; returns it. For one process at a time."""
-    gone = surplus(store, keep, valid, new)
-    for step in reversed(gone):
+    """Remove what `removable` finds, the oldest first; returns it, newest first. For one process at a time."""
+    steps = removable(store, keep, valid, new)
+    for step in reversed(steps):
         store.remove(step)
-    return gone
+    return steps
 
 
-def _whole(store: Store, step: int) -> bool:
+def _sizes_match(store: Store, step: int) -> bool:
     try:
         verify(Saved(store, step), digests=False)
     except (CheckpointError, FileNotFoundError):

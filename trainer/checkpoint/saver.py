@@ -1,11 +1,12 @@
-"""Saver: a save is a copy of the state and then somebody else's work, until all ranks know that it is whole, or that it failed.
+"""Saver: a save copies the state, then writes in the background until all ranks know that it is whole or that it failed.
 
     begin     the copy: all that training waits for
     (thread)  each rank writes and digests its files
-    advance   when all have: the stamps are gathered, rank 0 commits in its thread; when it has: the Outcome
+    advance   when all have: the files' digests are gathered and rank 0 commits in its thread; then it returns the Outcome
 
-No collective is called off the main thread. What fails anywhere, fails everywhere: the partial goes, the next save works.
-The main threads wait in slices (checkpoint.waiting): a store may be slower than a process group is patient.
+No collective runs outside of the main thread. A failure on one rank fails the save on all: the partial checkpoint is removed,
+and the next save works. The main threads wait in slices (checkpoint.waiting), as a store may be slower than the timeout of a
+process group.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ import torch
 from torch import Tensor
 
 from mikoshi.parallel.sharding import local
-from mikoshi.trainer.checkpoint.agree import cause, of_all_ranks, place, to_first_rank
+from mikoshi.trainer.checkpoint.agree import all_gather_json, cause, gather_json, rank_and_world
 from mikoshi.trainer.checkpoint.manifest import FileEntry, Manifest, encode, provenance
 from mikoshi.trainer.checkpoint.pieces import bytes_of, write
-from mikoshi.trainer.checkpoint.plan import Share, Written, plan_save
+from mikoshi.trainer.checkpoint.plan import PlannedFile, RankFiles, plan_save
 from mikoshi.trainer.checkpoint.retention import Keep, prune
 from mikoshi.trainer.checkpoint.storage.base import Store
 from mikoshi.trainer.checkpoint.storage.local import LocalStore
 from mikoshi.trainer.checkpoint.verify import step_folder
-from mikoshi.trainer.checkpoint.waiting import Task, on_first_rank_in_time, wait_for_all
+from mikoshi.trainer.checkpoint.waiting import Task, on_first_rank_unhurried, wait_for_all
 from mikoshi.trainer.errors import CheckpointError
 
 _WRITERS = 2  # one waits for the disk while the other digests
@@ -40,8 +41,12 @@ _WRITERS = 2  # one waits for the disk while the other digests
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended, the same on all ranks but for the seconds. `error`: why it failed; then nothing of it is left.
-    `stall_seconds`: for how long training stood still; `seconds`: from `begin` to now."""
+    """How a save ended, the same on all ranks except for the seconds.
+
+    error: why it failed; then nothing of it is left.
+    stall_seconds: for how long training stood still.
+    seconds: from `begin` to the end.
+    """
 
     step: int
     path: str
@@ -51,8 +56,11 @@ class Outcome:
 
 
 @dataclass
-class _Save:
-    """The one under way. `task`: what this rank's thread does or has done, first writing, then, on rank 0, committing."""
+class _PendingSave:
+    """The save that is running.
+
+    task: this rank's thread, which first writes files and then, on rank 0, commits.
+    """
 
     step: int
     record: dict[str, Any]
@@ -65,116 +73,122 @@ class _Save:
 
 
 class Saver:
-    """One run's saves, one at a time. The layout and the names of the state must not change from save to save."""
+    """The saves of one run, one at a time. The layout and the names of the state must not change between saves."""
 
     def __init__(self, store: Store, keep: Keep, background: bool = True) -> None:
         self.store, self.keep, self.background = store, keep, background
-        self._share: Share | None = None
+        self._rank_files: RankFiles | None = None
         self._staged: list[_Staged] = []
-        self._save: _Save | None = None
+        self._pending: _PendingSave | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way; the same on all ranks."""
-        return self._save is not None
+        """Whether a save is running; the same on all ranks."""
+        return self._pending is not None
 
     def begin(self, step: int, state: dict[str, Tensor], record: dict[str, Any], prune: bool = True) -> None:
-        """Take a copy of the state and have it written; without `background`, write it, from where it is. Collective.
-        Without `prune`, all the older ones stay when it is committed.
+        """Copy the state and start writing it; without `background`, write it from where it is. Collective.
 
-        What cannot be written is told by the Outcome. Raises CheckpointError if `step` is there already, or for a state
-        that no checkpoint can hold, and RuntimeError while another save is under way.
+        Failures to write are in the Outcome. Raises CheckpointError if `step` exists already or the state cannot be saved,
+        and RuntimeError while another save is running.
+
+        record: what the run needs to resume, plain JSON.
+        prune: False keeps all older checkpoints when this one is committed.
         """
-        if self._save is not None:
-            raise RuntimeError(f"the save of step {self._save.step} is under way: conclude it before the next")
+        if self._pending is not None:
+            raise RuntimeError(f"the save of step {self._pending.step} is under way: conclude it before the next")
         begun, stop = time.perf_counter(), threading.Event()
         try:
-            on_first_rank_in_time(lambda: self.store.begin(step))
-            self._share = self._share or plan_save(state)
-            task = self._written(step, self._share, state, stop)
-        except OSError as error:  # of the first rank's store, told to all
-            task = Task.over(error) if place()[0] == 0 else Task.over(None)
+            on_first_rank_unhurried(lambda: self.store.begin(step))
+            self._rank_files = self._rank_files or plan_save(state)
+            task = self._start_writing(step, self._rank_files, state, stop)
+        except OSError as error:  # of rank 0's store, raised on all ranks
+            task = Task.finished(error) if rank_and_world()[0] == 0 else Task.finished(None)
         except CheckpointError:
-            if self._share is None:
-                on_first_rank_in_time(lambda: self.store.abandon(step))
+            if self._rank_files is None:
+                on_first_rank_unhurried(lambda: self.store.abandon(step))
             raise
-        self._save = _Save(step, {**record, "step": step}, begun, task, stop, prune)
+        self._pending = _PendingSave(step, {**record, "step": step}, begun, task, stop, prune)
         if not self.background:
             wait_for_all(task, stop)
-        self._save.stall = time.perf_counter() - begun
+        self._pending.stall = time.perf_counter() - begun
 
     def flags(self) -> tuple[bool, bool]:
-        """(failed here, pending here), for all ranks to agree on (any, any) before `advance`."""
-        return (False, False) if self._save is None else self._save.task.flags
+        """Returns (failed, pending) of this rank, of which all ranks agree on (any, any) before they call `advance`."""
+        return (False, False) if self._pending is None else self._pending.task.flags
 
     def advance(self, failed: bool, pending: bool) -> Outcome | None:
-        """Go on with what the ranks agreed on: has any failed, is any still at it. Collective. The Outcome comes once."""
-        save = self._save
+        """Continue with what the ranks agreed on; returns the Outcome once the save has ended. Collective.
+
+        failed: whether any rank has failed.
+        pending: whether any rank is still writing.
+        """
+        save = self._pending
         if save is None:
             return None
         if failed:
-            save.stop.set()  # what others still write is not needed any more
+            save.stop.set()  # stop writing what is no longer needed
         if pending:
             return None
         if failed:
-            return self._failed(save)
+            return self._fail(save)
         if save.committing:
-            return self._ended(save, None)
-        stamps = _gathered(save.task.result)
+            return self._finish(save, None)
+        stamps = _gather_stamps(save.task.result)
         save.committing = True
         if stamps is not None:
-            assert self._share is not None
-            manifest = Manifest(save.record, stamps, self._share.tensors, provenance(save.record, place()[1]))
+            assert self._rank_files is not None
+            manifest = Manifest(save.record, stamps, self._rank_files.tensors, provenance(save.record, rank_and_world()[1]))
             save.task = Task(lambda: self._commit(save.step, manifest, save.prune))
         else:
-            save.task = Task.over(None)
+            save.task = Task.finished(None)
         return None
 
     def conclude(self) -> Outcome | None:
-        """Wait for the save under way, if there is one, to be safe or to have failed. Collective."""
+        """Wait until the running save is committed or has failed; returns its Outcome, or None if there is none. Collective."""
         outcome = None
-        while self._save is not None:
-            failed = wait_for_all(self._save.task, self._save.stop)
+        while self._pending is not None:
+            failed = wait_for_all(self._pending.task, self._pending.stop)
             outcome = self.advance(failed, pending=False)
         return outcome
 
-    def _written(self, step: int, share: Share, state: dict[str, Tensor], stop: threading.Event) -> Task:
-        """This rank's files on their way. A failure here, as for want of memory, is this rank's word in the agreement."""
+    def _start_writing(self, step: int, rank_files: RankFiles, state: dict[str, Tensor], stop: threading.Event) -> Task:
+        """Start writing this rank's files. A failure here, as for lack of memory, becomes this rank's error."""
         try:
             parts: list[Callable[[], Iterable[Tensor]]]
             if self.background:
-                self._staged = self._staged or [_Staged.room_for(file, state) for file in share.files]
+                self._staged = self._staged or [_Staged.allocate(file, state) for file in rank_files.files]
                 _copy(self._staged, state)
                 parts = [staged.parts for staged in self._staged]
             else:
-                parts = [_in_place(file, state) for file in share.files]
-            work = [_Work(file, part) for file, part in zip(share.files, parts, strict=True)]
-            return Task(lambda: _write_all(self.store, step, work, stop, yielding=self.background))
+                parts = [_parts_in_place(file, state) for file in rank_files.files]
+            writes = [_FileWrite(file, part) for file, part in zip(rank_files.files, parts, strict=True)]
+            return Task(lambda: _write_all(self.store, step, writes, stop, low_priority=self.background))
         except (OSError, RuntimeError, MemoryError) as error:
-            return Task.over(error)
+            return Task.finished(error)
 
-    def _commit(self, step: int, manifest: Manifest, pruning: bool) -> None:
+    def _commit(self, step: int, manifest: Manifest, prune_older: bool) -> None:
         self.store.commit(step, encode(manifest))
-        if not pruning:
+        if not prune_older:
             return
-        with suppress(OSError, CheckpointError):  # the save is safe; what could not be removed is tried again by the next
+        with suppress(OSError, CheckpointError):  # the save is committed; the next save tries the removal again
             prune(self.store, self.keep, {step}, step)
 
-    def _failed(self, save: _Save) -> Outcome:
+    def _fail(self, save: _PendingSave) -> Outcome:
         error = save.task.error
-        told = of_all_ranks(None if error is None else cause(error))
-        rank, why = next((rank, why) for rank, why in enumerate(told) if why is not None)
-        on_first_rank_in_time(lambda: self.store.abandon(save.step))
-        return self._ended(save, f"rank {rank}: {why}")
+        errors = all_gather_json(None if error is None else cause(error))
+        rank, why = next((rank, why) for rank, why in enumerate(errors) if why is not None)
+        on_first_rank_unhurried(lambda: self.store.abandon(save.step))
+        return self._finish(save, f"rank {rank}: {why}")
 
-    def _ended(self, save: _Save, error: str | None) -> Outcome:
-        self._save = None
+    def _finish(self, save: _PendingSave, error: str | None) -> Outcome:
+        self._pending = None
         seconds = time.perf_counter() - save.begun
         return Outcome(save.step, self.store.describe(save.step), error, save.stall, seconds)
 
 
 def save(folder: Path, step: int, state: dict[str, Tensor], record: dict[str, Any], keep: int | Keep) -> Path:
-    """Write a checkpoint into a folder and remove those that `keep` does not ask for. Collective.
+    """Write a checkpoint into a folder and remove those that `keep` does not keep; returns its folder. Collective.
 
     Raises CheckpointError on every rank if any rank could not write; nothing half-written is left.
     """
@@ -183,46 +197,46 @@ def save(folder: Path, step: int, state: dict[str, Tensor], record: dict[str, An
     outcome = saver.conclude()
     target = step_folder(folder, step)
     if outcome is None or outcome.error is not None:
-        why = None if outcome is None else outcome.error
-        raise CheckpointError(f"{target}: the checkpoint could not be written: {why}; nothing was left behind")
+        reason = None if outcome is None else outcome.error
+        raise CheckpointError(f"{target}: the checkpoint could not be written: {reason}; nothing was left behind")
     return target
 
 
 @dataclass(frozen=True)
 class _Staged:
-    """Room in the host's memory for a file's bytes as they will stand in it, kept from save to save."""
+    """A buffer in host memory for a file's bytes in their final order, reused from save to save."""
 
     names: tuple[str, ...]
     bytes: Tensor
     views: tuple[Tensor, ...]
 
     @classmethod
-    def room_for(cls, file: Written, state: dict[str, Tensor]) -> _Staged:
+    def allocate(cls, file: PlannedFile, state: dict[str, Tensor]) -> _Staged:
         names = tuple(box.name for box in file.boxes)
         pinned = any(local(state[name]).is_cuda for name in names)
-        room = torch.empty(file.contents.bytes, dtype=torch.uint8, pin_memory=pinned)
-        views = [room[p.start : p.end].view(p.dtype).view(p.shape) for p in file.contents.pieces]
-        return cls(names, room, tuple(views))
+        buffer = torch.empty(file.contents.bytes, dtype=torch.uint8, pin_memory=pinned)
+        views = [buffer[p.start : p.end].view(p.dtype).view(p.shape) for p in file.contents.pieces]
+        return cls(names, buffer, tuple(views))
 
     def parts(self) -> list[Tensor]:
         return [self.bytes]
 
 
 def _copy(staged: list[_Staged], state: dict[str, Tensor]) -> None:
-    """Only what this rank is going to write is copied. Returns when all of it is there."""
+    """Copy what this rank will write. Returns when the copies are complete."""
     devices = set()
-    for one in staged:
-        sources = [local(state[name]).detach() for name in one.names]
+    for file in staged:
+        sources = [local(state[name]).detach() for name in file.names]
         devices |= {source.device for source in sources if source.is_cuda}
-        for name, source, view in zip(one.names, sources, one.views, strict=True):
+        for name, source, view in zip(file.names, sources, file.views, strict=True):
             _check_same(name, source, view.shape, view.dtype)
             view.copy_(source, non_blocking=True)
     for device in devices:
         torch.cuda.synchronize(device)
 
 
-def _in_place(file: Written, state: dict[str, Tensor]) -> Callable[[], Iterator[Tensor]]:
-    """The bytes of a file from where the tensors are, one after another."""
+def _parts_in_place(file: PlannedFile, state: dict[str, Tensor]) -> Callable[[], Iterator[Tensor]]:
+    """Returns a function that yields the bytes of a file from the tensors themselves, one after another."""
     sources = [local(state[box.name]).detach() for box in file.boxes]
     for box, source in zip(file.boxes, sources, strict=True):
         _check_same(box.name, source, box.shape, box.dtype)
@@ -231,57 +245,57 @@ def _in_place(file: Written, state: dict[str, Tensor]) -> Callable[[], Iterator[
 
 def _check_same(name: str, source: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if tuple(source.shape) != tuple(shape) or source.dtype != dtype:
-        told = f"{source.dtype} of {tuple(source.shape)}, at the first save {dtype} of {tuple(shape)}"
-        raise RuntimeError(f"{name} is {told}: the layout must not change")
+        change = f"{source.dtype} of {tuple(source.shape)}, at the first save {dtype} of {tuple(shape)}"
+        raise RuntimeError(f"{name} is {change}: the layout must not change")
 
 
 @dataclass(frozen=True)
-class _Work:
-    file: Written
+class _FileWrite:
+    file: PlannedFile
     parts: Callable[[], Iterable[Tensor]]
 
 
 def _write_all(
-    store: Store, step: int, work: list[_Work], stop: threading.Event, yielding: bool
+    store: Store, step: int, writes: list[_FileWrite], stop: threading.Event, low_priority: bool
 ) -> list[tuple[str, FileEntry]]:
-    """Write and digest the files, a few at once. Raises the first error of any, when all have ended."""
-    left = iter(work)
+    """Write and digest the files, a few at once. Raises the first error after all threads have ended."""
+    remaining = iter(writes)
     stamps: list[tuple[str, FileEntry]] = []
-    taking = threading.Lock()
+    lock = threading.Lock()
 
-    def some() -> None:
-        if yielding:
+    def write_files() -> None:
+        if low_priority:
             _yield_to_training()
         while True:
-            with taking:
-                one = next(left, None)
-            if one is None:
+            with lock:
+                file_write = next(remaining, None)
+            if file_write is None:
                 return
-            contents = one.file.contents
+            contents = file_write.file.contents
             try:
                 with store.create(step, contents.name) as out:
-                    digests = write(out, contents.header, one.parts(), stop)
+                    digests = write(out, contents.header, file_write.parts(), stop)
             except BaseException:
                 stop.set()
                 raise
             stamps.append((contents.name, {"size": len(contents.header) + contents.bytes, **digests}))
 
-    tasks = [Task(some) for _ in work[:_WRITERS]]
-    for task in tasks:
-        task.wait()
-    errors = [task.error for task in tasks if task.error is not None]
+    threads = [Task(write_files) for _ in writes[:_WRITERS]]
+    for thread in threads:
+        thread.wait()
+    errors = [thread.error for thread in threads if thread.error is not None]
     for error in sorted(errors, key=lambda error: isinstance(error, InterruptedError)):
         raise error
     return sorted(stamps, key=lambda stamp: stamp[0])
 
 
 def _yield_to_training() -> None:
-    if sys.platform == "linux":  # where a thread has a niceness of its own
+    if sys.platform == "linux":  # where threads have their own niceness
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
 
 
-def _gathered(mine: list[tuple[str, FileEntry]]) -> dict[str, FileEntry] | None:
-    """All ranks' stamps by file, on rank 0. Collective."""
-    everyone = to_first_rank(mine)
-    return None if everyone is None else {name: entry for stamps in everyone for name, entry in stamps}
+def _gather_stamps(own: list[tuple[str, FileEntry]]) -> dict[str, FileEntry] | None:
+    """Returns all ranks' sizes and digests by file on rank 0, and None elsewhere. Collective."""
+    gathered = gather_json(own)
+    return None if gathered is None else {name: entry for stamps in gathered for name, entry in stamps}

@@ -1,6 +1,6 @@
-"""What can be said of the checkpoints in a store without loading one, for people: every fault by name, and what is kept why.
+"""Describes the checkpoints in a store without loading them: every fault by name, and why each is kept.
 
-Nothing here is collective: one process looks, beside a run that may be writing and removing checkpoints meanwhile.
+Nothing here is collective. One process looks, while a run may be writing and removing checkpoints.
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ from functools import cache
 
 from mikoshi.data.io.cores import cores
 from mikoshi.trainer.checkpoint.manifest import FileEntry, Manifest
-from mikoshi.trainer.checkpoint.retention import Keep, kept
-from mikoshi.trainer.checkpoint.retention import surplus as beside_sizes
+from mikoshi.trainer.checkpoint.retention import Keep, kept_steps, removable
 from mikoshi.trainer.checkpoint.storage.base import Store
-from mikoshi.trainer.checkpoint.storage.digests import Both, differing
+from mikoshi.trainer.checkpoint.storage.digests import DigestPair, differing_digests
 from mikoshi.trainer.checkpoint.storage.files import read_through
 from mikoshi.trainer.checkpoint.verify import read_manifest
 from mikoshi.trainer.errors import CheckpointError
 
 _DEGREES = ("tp", "pp", "cp", "ep")
 
-Seen = Callable[[int], None]
-"""Told of each further number of bytes that was read."""
+Progress = Callable[[int], None]
+"""Called with each further number of bytes read."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One checkpoint. `written`: seconds since the epoch. `layout`: of the run that saved it. `problems`: what is wrong by
-    names and sizes alone. `kept`: why the next save leaves it; empty if it does not."""
+    """One checkpoint.
+
+    written: seconds since the epoch.
+    layout: of the run that saved it.
+    problems: what is wrong, judged by names and sizes alone.
+    kept: why the next save keeps it; empty if it does not.
+    """
 
     step: int
     written: float | None
@@ -44,9 +48,9 @@ class Entry:
 
 
 def survey(store: Store, keep: Keep) -> list[Entry]:
-    """All committed checkpoints, newest first. Those that are removed meanwhile are left out."""
+    """Returns all committed checkpoints, newest first. Those removed in the meantime are left out."""
     found, steps = [], store.steps()
-    why = kept(steps, keep)
+    why = kept_steps(steps, keep)
     for step in steps:
         with suppress(FileNotFoundError):
             found.append(_entry(store, step, why.get(step, "")))
@@ -58,20 +62,20 @@ def _entry(store: Store, step: int, why: str) -> Entry:
         manifest = _manifest(store, step, tensors=False)
         sizes = store.sizes(step)
     except (CheckpointError, OSError) as error:
-        told, written = _told(error), None
+        problem, written = _problem(error), None
         with suppress(CheckpointError, OSError):
-            written = store.written(step)
-        return Entry(step, written, 0, 0, None, "", [told], why)
+            written = store.written_at(step)
+        return Entry(step, written, 0, 0, None, "", [problem], why)
     ranks, layout = manifest.made.get("ranks"), _layout(manifest.record.get("config", ""))
     return Entry(
-        step, store.written(step), sum(size for size in sizes.values() if size > 0), len(sizes),
+        step, store.written_at(step), sum(size for size in sizes.values() if size > 0), len(sizes),
         ranks if type(ranks) is int else None, layout, _mismatches(store, step, manifest, sizes), why,
     )  # fmt: skip
 
 
 @cache
 def _layout(config: str) -> str:
-    """Of a config as a checkpoint has it, which is nearly always that of its neighbours."""
+    """Returns the layout in a config. It is cached, as neighbouring checkpoints nearly always have the same config."""
     try:
         parallel = tomllib.loads(config).get("parallel")
     except (tomllib.TOMLDecodeError, RecursionError):
@@ -82,8 +86,10 @@ def _layout(config: str) -> str:
     return ", ".join([*degrees, f"ZeRO {parallel['zero']}"] if type(parallel.get("zero")) is int else degrees)
 
 
-def _told(error: CheckpointError | OSError) -> str:
-    """What is wrong with a file. Raises what is not about one: the checkpoint is gone, or its store does not answer."""
+def _problem(error: CheckpointError | OSError) -> str:
+    """Returns what is wrong with a file. Raises errors that are not about a file: a removed checkpoint or a store that
+    fails.
+    """
     if isinstance(error, CheckpointError):
         return str(error)
     if isinstance(error, FileNotFoundError) or error.errno is None:
@@ -92,7 +98,7 @@ def _told(error: CheckpointError | OSError) -> str:
 
 
 def _manifest(store: Store, step: int, tensors: bool = True) -> Manifest:
-    """Raises CheckpointError for what is wrong with it; FileNotFoundError if the whole checkpoint is gone."""
+    """Returns the manifest. Raises CheckpointError for what is wrong with it, FileNotFoundError if the checkpoint is gone."""
     try:
         return read_manifest(store, step, tensors)
     except CheckpointError:
@@ -116,58 +122,67 @@ def _mismatches(store: Store, step: int, manifest: Manifest, sizes: Mapping[str,
 
 
 def bytes_of(store: Store, step: int) -> int:
-    """Bytes that `faults` reads; 0 where that cannot be said."""
+    """Returns how many bytes `faults` reads; 0 if that is not known."""
     with suppress(CheckpointError, FileNotFoundError):
         return sum(entry["size"] for entry in _manifest(store, step, tensors=False).files.values())
     return 0
 
 
-def faults(store: Store, step: int, digests: bool = True, seen: Seen | None = None) -> list[str]:
-    """Everything that is wrong with a checkpoint, by name: without `digests`, by names and sizes alone. The files are read
-    in parallel, and both digests of each compared. Raises FileNotFoundError if it was removed meanwhile."""
+def faults(store: Store, step: int, digests: bool = True, progress: Progress | None = None) -> list[str]:
+    """Returns everything that is wrong with a checkpoint. Files are read in parallel.
+
+    Raises FileNotFoundError if it was removed in the meantime.
+
+    digests: True compares both digests of each file; False only names and sizes.
+    progress: called with each further number of bytes read.
+    """
     try:
         manifest = _manifest(store, step)
         sizes = store.sizes(step)
     except (CheckpointError, OSError) as error:
-        return [_told(error)]
+        return [_problem(error)]
     found = _mismatches(store, step, manifest, sizes)
-    whole = [name for name, entry in sorted(manifest.files.items()) if sizes.get(name) == entry["size"]] if digests else []
+    complete = [name for name, entry in sorted(manifest.files.items()) if sizes.get(name) == entry["size"]] if digests else []
 
     def fault(name: str) -> str | None:
-        return _altered(store, step, name, manifest.files[name], seen or (lambda _: None))
+        return _altered(store, step, name, manifest.files[name], progress or (lambda _: None))
 
     with ThreadPoolExecutor(min(8, cores())) as pool:
-        altered = [told for told in pool.map(fault, whole) if told is not None]
+        altered = [problem for problem in pool.map(fault, complete) if problem is not None]
     if altered and step not in store.steps():
         raise FileNotFoundError(store.describe(step))
     return found + altered
 
 
-def _altered(store: Store, step: int, name: str, expected: FileEntry, seen: Seen) -> str | None:
-    digests = Both()
+def _altered(store: Store, step: int, name: str, expected: FileEntry, progress: Progress) -> str | None:
+    digests = DigestPair()
 
     def update(block: memoryview) -> None:
         digests.update(block)
-        seen(len(block))
+        progress(len(block))
 
     try:
         read_through(store.local(step, name, expected["sha256"]), update)
     except (CheckpointError, OSError) as error:
-        return _told(error)
-    if not (differ := differing(digests.hexdigests(), expected)):
+        return _problem(error)
+    if not (differ := differing_digests(digests.hexdigests(), expected)):
         return None
     return f"{store.describe(step)}/{name}: altered: its bytes do not match the manifest's {' and '.join(differ)}"
 
 
-def surplus(store: Store, keep: Keep, seen: Seen | None = None) -> tuple[list[int], int | None]:
-    """The steps that may go, newest first, and the newest one that verifies, digests and all, which is never among them
-    (None where there is no checkpoint). Raises CheckpointError if none verifies."""
+def verified_removable(store: Store, keep: Keep, progress: Progress | None = None) -> tuple[list[int], int | None]:
+    """Returns the steps that may be removed, newest first, and the newest step that verifies with digests; that one is kept.
+
+    The second is None if there is no checkpoint. Raises CheckpointError if none verifies.
+
+    progress: called with each further number of bytes read.
+    """
     reasons: list[str] = []
     for step in store.steps():
         with suppress(FileNotFoundError):
-            if not (found := faults(store, step, seen=seen)):
-                return [other for other in beside_sizes(store, keep, (step,)) if other != step], step
+            if not (found := faults(store, step, progress=progress)):
+                return [other for other in removable(store, keep, (step,)) if other != step], step
             reasons += found
     if reasons:
-        raise CheckpointError("\n".join([*reasons, f"{store.place}: no checkpoint is valid, so none is removed"]))
+        raise CheckpointError("\n".join([*reasons, f"{store.address}: no checkpoint is valid, so none is removed"]))
     return [], None

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what was saved, by its manifest alone: which files, how large, every byte. Needs no torch."""
+"""Whether a checkpoint is what was saved, judged by its manifest: which files, their sizes, every byte. Needs no torch."""
 
 from __future__ import annotations
 
@@ -18,44 +18,54 @@ from mikoshi.trainer.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint: in which store, and of which step."""
+    """A committed checkpoint: its store and its step."""
 
     store: Store
     step: int
 
     @property
     def name(self) -> str:
+        """Its name in the store."""
         return step_name(self.step)
 
     def __str__(self) -> str:
         return self.store.describe(self.step)
 
 
-def at(where: Store | Saved | Path, step: int | None = None) -> Saved:
-    """The checkpoint of `step` in a store or a folder of checkpoints; without `step`, the one whose own folder it is."""
+def checkpoint_at(where: Store | Saved | Path, step: int | None = None) -> Saved:
+    """Returns the checkpoint of `step` in a store or a folder of checkpoints; without `step`, the one whose folder `where`
+    is.
+
+    Raises CheckpointError if `where` is not a checkpoint.
+    """
     if isinstance(where, Saved):
         return where
     if isinstance(where, Path):
         named = step_of(where.name) if step is None else None
         where, step = LocalStore(where if named is None else where.parent), step if named is None else named
     if step is None:
-        raise CheckpointError(f"{where.place}: not a checkpoint: its name is not of the form {step_name(30)}")
+        raise CheckpointError(f"{where.address}: not a checkpoint: its name is not of the form {step_name(30)}")
     return Saved(where, step)
 
 
 def step_folder(folder: Path, step: int) -> Path:
+    """Returns the folder of a step."""
     return folder / step_name(step)
 
 
 def steps_in(folder: Path) -> list[Path]:
-    """Committed checkpoints, newest first. A partial one, being hidden, is not among them."""
+    """Returns the folders of committed checkpoints, newest first. A partial one is hidden and not among them."""
     return [step_folder(folder, step) for step in LocalStore(folder).steps()]
 
 
 def read_manifest(where: Store | Saved | Path, step: int | None = None, tensors: bool = True) -> Manifest:
-    """Raises CheckpointError if the manifest is missing, altered, of another format or step, or says what cannot be. Without
-    `tensors` it is quick: they are left out."""
-    saved = at(where, step)
+    """Returns the manifest of a checkpoint.
+
+    Raises CheckpointError if it is missing, altered, of another format or step, or cannot be right.
+
+    tensors: False leaves them out, which is quick.
+    """
+    saved = checkpoint_at(where, step)
     file = file_of(saved)
     try:
         manifest = parse(saved.store.manifest(saved.step), file, tensors)
@@ -73,23 +83,25 @@ def verify(
     digests: bool = True,
     step: int | None = None,
 ) -> Manifest:
-    """Compare every byte with the manifest, by XXH3, or of `shares` parts of the files only number `share`; without
-    `digests`, only which files there are and their sizes. That finds accidents; see checkpoint.storage.digests.
+    """Compare a checkpoint with its manifest; returns the manifest. XXH3 finds accidents; see checkpoint.storage.digests.
 
-    Raises CheckpointError that names the first file that differs, is missing, or is there without being listed; OSError
-    where the store fails, which says nothing against the checkpoint.
+    Raises CheckpointError that names the first file that differs, is missing or is not listed, and OSError if the store
+    fails, which says nothing about the checkpoint.
+
+    share, shares: read only part `share` of `shares` parts of the files.
+    digests: False compares only names and sizes.
     """
-    saved = at(where, step)
+    saved = checkpoint_at(where, step)
     manifest = read_manifest(saved)
-    there = saved.store.sizes(saved.step)
-    if stray := sorted(there.keys() - manifest.files.keys()):
+    sizes = saved.store.sizes(saved.step)
+    if stray := sorted(sizes.keys() - manifest.files.keys()):
         raise CheckpointError(f"{saved}/{stray[0]}: not in the manifest")
-    mine = sorted(manifest.files.items())[share::shares]
-    for name, entry in mine:
-        _check_size(f"{saved}/{name}", there.get(name), entry["size"])
+    own_share = sorted(manifest.files.items())[share::shares]
+    for name, entry in own_share:
+        _check_size(f"{saved}/{name}", sizes.get(name), entry["size"])
     if digests:
         with ThreadPoolExecutor(min(8, cores()), "verify") as pool:
-            list(pool.map(lambda item: _check_bytes(saved, *item), mine))
+            list(pool.map(lambda item: _check_bytes(saved, *item), own_share))
     return manifest
 
 

@@ -1,7 +1,7 @@
-"""Work in threads, waited for in slices: no rank sits in one collective for as long as another's work takes.
+"""Threads that are waited for in slices, so that no collective lasts as long as another rank's work.
 
-A process group gives up a collective after its timeout, ten minutes by default, and an upload may take longer. So every
-rank waits for its own thread for a few seconds, then all agree whether any is still at it, and beat: alive.
+A process group aborts a collective after its timeout, ten minutes by default, and an upload may take longer. So every rank
+waits for its own thread for a few seconds, then all agree whether any is still working, and each sends a heartbeat.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mikoshi.parallel.process.heartbeat import beat
-from mikoshi.trainer.checkpoint.agree import on_first_rank, place
+from mikoshi.parallel.process.heartbeat import send_heartbeat
+from mikoshi.trainer.checkpoint.agree import on_first_rank, rank_and_world
 from mikoshi.trainer.signals import agree
 
-SLICE, LONG_SLICE = 1.0, 5.0
+FIRST_WAIT, LATER_WAITS = 1.0, 5.0
 """Seconds of the first wait, and of those after it."""
 
 
 class Task:
-    """Work in a thread of its own, which does not keep the process alive. Whatever ends it is kept in `error`."""
+    """Work in a daemon thread. Whatever exception ends it is kept in `error`."""
 
     def __init__(self, work: Callable[[], Any] | None) -> None:
         self.result: Any = None
@@ -33,8 +33,8 @@ class Task:
             self._thread.start()
 
     @classmethod
-    def over(cls, error: BaseException | None) -> Task:
-        """One that has ended before it began."""
+    def finished(cls, error: BaseException | None) -> Task:
+        """Returns a task that has ended already, with or without an error."""
         task = cls(None)
         task.error, task.result = error, []
         return task
@@ -47,44 +47,48 @@ class Task:
 
     @property
     def done(self) -> bool:
+        """Whether the thread has ended."""
         return self._thread is None or not self._thread.is_alive()
 
     @property
     def flags(self) -> tuple[bool, bool]:
-        """(failed, pending). Looked at in this order, as an error comes before the end of its thread."""
+        """(failed, pending), read in an order that never misses an error of a thread that has ended."""
         done = self.done
         return self.error is not None, not done
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until it is done, or `seconds` have passed."""
+        """Wait until it is done, or for at most `seconds`."""
         if self._thread is not None:
             self._thread.join(seconds)
 
-    def ended(self) -> Any:
-        """Its result; raises its error."""
+    def result_or_raise(self) -> Any:
+        """Returns its result or raises its error."""
         if self.error is not None:
             raise self.error
         return self.result
 
 
 def wait_for_all(task: Task, stop: threading.Event | None = None) -> bool:
-    """Until no rank's task is at it any more: whether any has failed, when `stop` is set for the others. Collective."""
-    for seconds in chain((SLICE,), repeat(LONG_SLICE)):
+    """Wait until no rank's task is running; returns whether any has failed. Collective.
+
+    stop: set as soon as any has failed, to stop this rank's task.
+    """
+    for seconds in chain((FIRST_WAIT,), repeat(LATER_WAITS)):
         task.wait(seconds)
         failed, pending = _agreed(*task.flags)
         if failed and stop is not None:
             stop.set()
         if not pending:
             return failed
-        beat("save")
+        send_heartbeat("save")
     raise AssertionError("the slices do not end")
 
 
-def on_first_rank_in_time(action: Callable[[], Any]) -> Any:
-    """As checkpoint.agree.on_first_rank, for what may take longer than the process group waits. Collective."""
-    task = Task(action if place()[0] == 0 else None)
+def on_first_rank_unhurried(action: Callable[[], Any]) -> Any:
+    """Does what `on_first_rank` does, for actions that may outlast the process group's timeout. Collective."""
+    task = Task(action if rank_and_world()[0] == 0 else None)
     wait_for_all(task)
-    return on_first_rank(task.ended)
+    return on_first_rank(task.result_or_raise)
 
 
 def _agreed(failed: bool, pending: bool) -> tuple[bool, bool]:

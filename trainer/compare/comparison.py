@@ -29,7 +29,7 @@ from mikoshi.trainer.config.run import ParallelSection, RunConfig, load_config, 
 from mikoshi.trainer.engines.parts import compiles
 from mikoshi.trainer.errors import ConfigError, RunError
 from mikoshi.trainer.exit_codes import DONE
-from mikoshi.trainer.record.run_folder import RunFolder, predicting, read_jsonl, read_metrics
+from mikoshi.trainer.record.run_folder import RunFolder, predicting_steps, read_jsonl, read_metrics
 from mikoshi.trainer.train.preflight import preflight
 
 PLAN, RUNS, OUTPUT, CONTESTANT = "plan.json", "runs.jsonl", "output.txt", "contestant.toml"
@@ -41,7 +41,11 @@ _SETTING = re.compile(r"[,;]([\w.]+)=")
 
 @dataclass(frozen=True)
 class Contestant:
-    """folder: its name in that of the comparison. refused: why it cannot run, if so. compiled: whether torch compiles it."""
+    """One engine in one layout.
+
+    folder: its name inside the comparison's folder. refused: why it cannot run, empty if it can. compiled: whether torch
+    compiles its blocks.
+    """
 
     engine: str
     layout: str
@@ -51,12 +55,16 @@ class Contestant:
 
     @property
     def name(self) -> str:
+        """Engine and layout, as tables and charts show them."""
         return f"{self.engine}, {self.layout}" if self.layout else self.engine
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is to be run. machine, versions: of what it runs on, for whoever reads the figures."""
+class ComparisonPlan:
+    """The runs of a comparison.
+
+    machine, versions: the hardware and software that the figures belong to.
+    """
 
     config: str
     command: str
@@ -68,15 +76,18 @@ class Plan:
     versions: dict[str, str]
 
     @property
-    def turns(self) -> list[tuple[int, int]]:
-        """(round, contestant) of all runs: everyone once before anyone comes again, there and back, so that noise meets all
-        alike and nobody has always the same one before it."""
+    def schedule(self) -> list[tuple[int, int]]:
+        """(round, contestant) of all runs, in order.
+
+        Each round runs every contestant once, and every second round in reverse order, so that noise of the machine affects
+        all of them alike.
+        """
         able = [number for number, one in enumerate(self.contestants) if not one.refused]
         return [(turn, number) for turn in range(1, self.rounds + 1) for number in (able if turn % 2 else able[::-1])]
 
 
 def run_of(config: RunConfig, folder: Path, turn: int) -> RunConfig:
-    """A contestant's run of a round: nothing is saved, nobody outside is told, and a fault ends it."""
+    """The config of one round of a contestant: it saves no checkpoint, logs to no outside service, and does not restart."""
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"folder": folder, "name": f"round-{turn}"}),
@@ -87,11 +98,14 @@ def run_of(config: RunConfig, folder: Path, turn: int) -> RunConfig:
     )
 
 
-def make_plan(
+def make_comparison(
     path: Path, overrides: Sequence[str], engines: str, layouts: Sequence[str], ranks: int, steps: int, out: Path
 ) -> tuple[list[Contestant], list[RunConfig]]:
-    """Everyone who takes part, engine by engine in each layout, and their configs. Raises ConfigError for what is written
-    wrong, RunError or DataError for what no contestant could run with."""
+    """Contestants, engine by engine in each layout, and their configs.
+
+    A contestant that cannot run is listed with the reason. Raises ConfigError for an invalid option, RunError or DataError for
+    what would stop every contestant.
+    """
     shared = load_config(path, overrides)
     if steps < WARM_UP + 2:
         raise ConfigError(f"--steps {steps}: too few: the first {WARM_UP} of a run are to warm up: give {WARM_UP + 2} or more")
@@ -132,10 +146,10 @@ def _is_key(text: str) -> bool:
 def _with(path: Path, overrides: Sequence[str], engine: str, layout: str) -> RunConfig:
     """The run's config under an engine and a layout. Raises ConfigError."""
     settings: dict[str, str] = {}
-    for word in layout.split():
-        key, equals, value = word.partition("=")
+    for setting in layout.split():
+        key, equals, value = setting.partition("=")
         if not equals or not key or not value:
-            raise ConfigError(f'--layouts "{layout}": {word!r} is no setting: write key=value, such as "tp=2 zero=1"')
+            raise ConfigError(f'--layouts "{layout}": {setting!r} is no setting: write key=value, such as "tp=2 zero=1"')
         key = key if "." in key else f"parallel.{key}"
         if not key.startswith(_OF_A_LAYOUT) or key == "engine.kind":
             raise ConfigError(
@@ -148,7 +162,7 @@ def _with(path: Path, overrides: Sequence[str], engine: str, layout: str) -> Run
                 "once more for the other"
             )
         if value[-1] in ",;" or ((after := _SETTING.search(value)) and _is_key(after[1])):
-            raise ConfigError(f'--layouts "{layout}": {word!r}: settings are separated by spaces: write "tp=2 zero=1"')
+            raise ConfigError(f'--layouts "{layout}": {setting!r}: settings are separated by spaces: write "tp=2 zero=1"')
         settings[key] = value
     try:
         return load_config(path, [*overrides, f'engine.kind="{engine}"', *map("=".join, settings.items())])
@@ -156,8 +170,8 @@ def _with(path: Path, overrides: Sequence[str], engine: str, layout: str) -> Run
         raise ConfigError(f'--layouts "{layout}": {error}' if layout else str(error)) from None
 
 
-def write_plan(plan: Plan, configs: Sequence[RunConfig], out: Path) -> None:
-    """Into a folder of its own, which it makes. Raises RunError."""
+def write_comparison_plan(plan: ComparisonPlan, configs: Sequence[RunConfig], out: Path) -> None:
+    """Create the folder `out` and write the plan and every contestant's config into it. Raises RunError."""
     try:
         for one, config in zip(plan.contestants, configs, strict=True):
             (out / one.folder).mkdir(parents=True, exist_ok=True)
@@ -167,11 +181,11 @@ def write_plan(plan: Plan, configs: Sequence[RunConfig], out: Path) -> None:
         raise RunError(f"--out {out}: cannot be written: {error.strerror}: give another folder") from None
 
 
-def read_plan(out: Path) -> Plan:
-    """Raises RunError where there is none."""
+def read_comparison_plan(out: Path) -> ComparisonPlan:
+    """The plan of the comparison in folder `out`. Raises RunError where there is none."""
     try:
         values = json.loads((out / PLAN).read_text(encoding="utf-8"))
-        return Plan(**{**values, "contestants": [Contestant(**one) for one in values["contestants"]]})
+        return ComparisonPlan(**{**values, "contestants": [Contestant(**one) for one in values["contestants"]]})
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunError(f"{out}: no folder of a comparison ({type(error).__name__}: {error}): give a run's TOML file") from None
 
@@ -187,15 +201,17 @@ class Round:
 
     @property
     def counted(self) -> list[dict[str, Any]]:
+        """Records of the steps after the warm-up."""
         return self.steps[WARM_UP:]
 
     @property
     def rate(self) -> float:
+        """Median tokens/s of the counted steps."""
         return float(statistics.median(r["tokens_per_second"] for r in self.counted))
 
 
 @dataclass(frozen=True)
-class Apart:
+class Difference:
     """The largest difference of a figure from the first contestant's, the largest relative one, and the step of the former.
     What is not a number in one of the two alone is infinitely far."""
 
@@ -220,16 +236,19 @@ class Figures:
     mfu: float | None
     memory: list[int]
     reserved: list[int]
-    loss: Apart
-    grad_norm: Apart
+    loss: Difference
+    grad_norm: Difference
     same_first_loss: bool
     own: float
     left: int
 
 
 @dataclass(frozen=True)
-class Row:
-    """failed: how its last run ended, if not well."""
+class ContestantResult:
+    """What one contestant's rounds measured.
+
+    failed: how its last run ended, empty if it ended well. figures: None where no round has a counted step.
+    """
 
     contestant: Contestant
     failed: str
@@ -241,19 +260,20 @@ class Row:
 class Comparison:
     """first: number of the row that the others are compared with. complete: whether every run has ended, well or not."""
 
-    plan: Plan
-    rows: list[Row]
+    plan: ComparisonPlan
+    rows: list[ContestantResult]
     runs: list[dict[str, Any]]
     first: int | None
     complete: bool
 
     def as_json(self) -> dict[str, Any]:
-        told = asdict(self.plan) | {"warm_up": WARM_UP, "complete": self.complete, "first": self.first, "runs": self.runs}
-        told["contestants"] = [
+        """The plan, the runs and every contestant's figures as JSON values; infinity and NaN become their names."""
+        record = asdict(self.plan) | {"warm_up": WARM_UP, "complete": self.complete, "first": self.first, "runs": self.runs}
+        record["contestants"] = [
             asdict(row.contestant) | {"failed": row.failed, "figures": None if row.figures is None else asdict(row.figures)}
             for row in self.rows
         ]
-        plain: dict[str, Any] = _plain(told)
+        plain: dict[str, Any] = _plain(record)
         return plain
 
 
@@ -267,24 +287,26 @@ def _plain(value: Any) -> Any:
 
 
 def read_comparison(out: Path) -> Comparison:
-    """What has been run so far, and its figures. Raises RunError."""
-    plan = read_plan(out)
+    """The runs recorded so far and their figures. Raises RunError."""
+    plan = read_comparison_plan(out)
     runs = read_jsonl(out / RUNS)
     failed = {run["contestant"]: run["why"] for run in runs if run.get("code", DONE) != DONE}
     measured = [_rounds(out / one.folder, plan.rounds) for one in plan.contestants]
     first = next((number for number, rounds in enumerate(measured) if rounds), None)
     rows = [
-        Row(one, failed.get(number, ""), rounds, figures(rounds, measured[first]) if rounds and first is not None else None)
+        ContestantResult(
+            one, failed.get(number, ""), rounds, figures(rounds, measured[first]) if rounds and first is not None else None
+        )
         for number, (one, rounds) in enumerate(zip(plan.contestants, measured, strict=True))
     ]
     ended = {(run["round"], run["contestant"]) for run in runs if "ended" in run}
-    complete = all((turn, number) in ended or number in failed for turn, number in plan.turns)
+    complete = all((turn, number) in ended or number in failed for turn, number in plan.schedule)
     return Comparison(plan, rows, runs, first, complete)
 
 
-def refusals(plan: Plan) -> Comparison:
-    """A comparison that nobody can take part in: of its plan alone, whether it has been written or not."""
-    return Comparison(plan, [Row(one, "", [], None) for one in plan.contestants], [], None, True)
+def refused_comparison(plan: ComparisonPlan) -> Comparison:
+    """The comparison for a plan whose contestants are all refused. Reads no files."""
+    return Comparison(plan, [ContestantResult(one, "", [], None) for one in plan.contestants], [], None, True)
 
 
 def _rounds(folder: Path, rounds: int) -> list[Round]:
@@ -292,7 +314,7 @@ def _rounds(folder: Path, rounds: int) -> list[Round]:
     found = []
     for number in range(1, rounds + 1):
         run = RunFolder(folder / f"round-{number}")
-        steps = predicting(read_metrics(run.metrics))
+        steps = predicting_steps(read_metrics(run.metrics))
         end = next((event for event in read_jsonl(run.events) if event["event"] == "end"), {})
         if len(steps) > WARM_UP:
             memory = end.get("memory") or [steps[-1]["memory_bytes"]]  # one that was cut short has told of rank 0 alone
@@ -301,7 +323,7 @@ def _rounds(folder: Path, rounds: int) -> list[Round]:
 
 
 def figures(rounds: Sequence[Round], first: Sequence[Round]) -> Figures:
-    """Of a contestant, beside the first one's rounds."""
+    """Figures of one contestant's rounds, compared with the first contestant's."""
     counted = [record for each in rounds for record in each.counted]
     rates = [record["tokens_per_second"] for record in counted]
     middle = statistics.median(rates)
@@ -328,12 +350,12 @@ def _most(rounds: Sequence[list[int]]) -> list[int]:
     return [max(each[rank] for each in rounds if len(each) > rank) for rank in range(longest)]
 
 
-def _furthest(pairs: Sequence[tuple[Round, Round]], key: str) -> Apart:
+def _furthest(pairs: Sequence[tuple[Round, Round]], key: str) -> Difference:
     both = [(a, b) for ours, other in pairs for a, b in zip(ours.steps, other.steps, strict=False)]
     absolute = [(difference(a[key], b[key]), a["step"]) for a, b in both]
     relative = [difference(a[key], b[key], relative=True) for a, b in both]
     most, step = max(absolute, key=lambda pair: pair[0])
-    return Apart(most, max(relative), step)
+    return Difference(most, max(relative), step)
 
 
 def difference(a: float, b: float, relative: bool = False) -> float:

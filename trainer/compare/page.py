@@ -13,8 +13,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from mikoshi.data.io.atomic import write_file
-from mikoshi.trainer.compare.comparison import WARM_UP, Comparison, Row, difference
-from mikoshi.trainer.compare.text import table, words
+from mikoshi.trainer.compare.comparison import WARM_UP, Comparison, ContestantResult, difference
+from mikoshi.trainer.compare.text import summary_lines, table
 from mikoshi.trainer.errors import RunError
 from mikoshi.trainer.report.chart import SCRIPT, STYLE, chart
 
@@ -27,7 +27,7 @@ def write_page(found: Comparison, target: Path) -> None:
     """Make the page of a comparison in which something was measured. Raises RunError where it cannot be written."""
     page = _PAGE.substitute(
         title=html.escape(f"{found.plan.config}: {len(found.rows)} contestants"),
-        words="".join(f"<li>{html.escape(line)}</li>" for line in words(found)),
+        words="".join(f"<li>{html.escape(line)}</li>" for line in summary_lines(found)),
         command=html.escape(found.plan.command),
         table=_table(found),
         charts="\n".join(_charts(found)),
@@ -60,7 +60,7 @@ def _charts(found: Comparison) -> list[str]:
     return charts
 
 
-def _name(number: int, row: Row) -> str:
+def _name(number: int, row: ContestantResult) -> str:
     """Two contestants may be called the same."""
     return f"{number + 1}. {html.escape(row.contestant.name)}"
 
@@ -69,32 +69,32 @@ def _colour(number: int) -> str:
     return _COLOURS[number % len(_COLOURS)]
 
 
-def _bars_axis(rows: Sequence[tuple[int, Row]]) -> dict[str, Any]:
+def _bars_axis(rows: Sequence[tuple[int, ContestantResult]]) -> dict[str, Any]:
     """The first contestant on top."""
     return {"categoryorder": "array", "categoryarray": [_name(*row) for row in reversed(rows)], "automargin": True}
 
 
-def _speeds(rows: Sequence[tuple[int, Row]]) -> list[Any]:
+def _speeds(rows: Sequence[tuple[int, ContestantResult]]) -> list[Any]:
     values = [(number, row, row.figures.tokens_per_second, row.figures.rounds) for number, row in rows if row.figures]
     return [_bars([(n, row, value) for n, row, value, _ in values], "tokens/s", ",.0f")] + [
         _dots(n, row, dots, [f"round {r.number}" for r in row.rounds], ",.0f") for n, row, _, dots in values
     ]
 
 
-def _memory(rows: Sequence[tuple[int, Row]]) -> list[Any]:
+def _memory(rows: Sequence[tuple[int, ContestantResult]]) -> list[Any]:
     values = [(number, row, [peak / _GIB for peak in row.figures.memory]) for number, row in rows if row.figures]
     return [_bars([(n, row, max(peaks)) for n, row, peaks in values], "GiB", ".2f")] + [
         _dots(n, row, peaks, [f"rank {rank}" for rank in range(len(peaks))], ".2f") for n, row, peaks in values
     ]
 
 
-def _mfu(rows: Sequence[tuple[int, Row]]) -> list[Any]:
+def _mfu(rows: Sequence[tuple[int, ContestantResult]]) -> list[Any]:
     """Nothing where the peak of the processor is not known."""
     known = [(n, row, row.figures.mfu) for n, row in rows if row.figures and row.figures.mfu is not None]
     return [_bars(known, "of the peak", ".1%")] if known else []
 
 
-def _bars(values: Sequence[tuple[int, Row, float]], unit: str, shape: str) -> go.Bar:
+def _bars(values: Sequence[tuple[int, ContestantResult, float]], unit: str, shape: str) -> go.Bar:
     return go.Bar(
         x=[value for _, _, value in values], y=[_name(n, row) for n, row, _ in values], orientation="h", opacity=0.75,
         marker={"color": [_colour(n) for n, _, _ in values]}, text=[format(value, shape) for _, _, value in values],
@@ -103,7 +103,7 @@ def _bars(values: Sequence[tuple[int, Row, float]], unit: str, shape: str) -> go
     )  # fmt: skip
 
 
-def _dots(number: int, row: Row, values: Sequence[float], names: Sequence[str], shape: str) -> go.Scatter:
+def _dots(number: int, row: ContestantResult, values: Sequence[float], names: Sequence[str], shape: str) -> go.Scatter:
     return go.Scatter(
         x=list(values), y=[_name(number, row)] * len(values), mode="markers", text=list(names),
         marker={"color": "#1d2129", "size": 8, "line": {"color": "#fff", "width": 1.5}},
@@ -111,11 +111,13 @@ def _dots(number: int, row: Row, values: Sequence[float], names: Sequence[str], 
     )  # fmt: skip
 
 
-def _losses(rows: Sequence[tuple[int, Row]]) -> list[Any]:
+def _losses(rows: Sequence[tuple[int, ContestantResult]]) -> list[Any]:
     return [_line(n, row, [(r["step"], r["loss"]) for r in row.rounds[0].steps], ".6f") for n, row in rows]
 
 
-def _differences(rows: Sequence[tuple[int, Row]], first: Row, key: str) -> tuple[list[Any], list[str], int]:
+def _differences(
+    rows: Sequence[tuple[int, ContestantResult]], first: ContestantResult, key: str
+) -> tuple[list[Any], list[str], int]:
     """Lines, the names of those that have none, and the power of ten at which the lines have their steps without a
     difference: an axis of logarithms has no zero."""
     found = [(number, row, _by_step(row, first, key)) for number, row in rows if row is not first]
@@ -132,7 +134,7 @@ def _differences(rows: Sequence[tuple[int, Row]], first: Row, key: str) -> tuple
     return lines, equal, floor
 
 
-def _by_step(row: Row, first: Row, key: str) -> dict[int, float]:
+def _by_step(row: ContestantResult, first: ContestantResult, key: str) -> dict[int, float]:
     """The largest difference of all rounds in every step."""
     theirs = {each.number: each for each in first.rounds}
     most: dict[int, float] = {}
@@ -142,7 +144,7 @@ def _by_step(row: Row, first: Row, key: str) -> dict[int, float]:
     return most
 
 
-def _line(number: int, row: Row, points: Sequence[tuple[int, float | None]], shape: str) -> go.Scatter:
+def _line(number: int, row: ContestantResult, points: Sequence[tuple[int, float | None]], shape: str) -> go.Scatter:
     """Dashed for those that come later: what lies below shows through."""
     return go.Scatter(
         x=[step for step, _ in points], y=[value for _, value in points], name=_name(number, row), mode="lines+markers",
@@ -201,13 +203,13 @@ def _table(found: Comparison) -> str:
     shown = [name for name in rows[0] if name not in (*named, *_BELOW.values())]
     head = "".join(f"<th>{_two(*_apart(name))}</th>" for name in (*named, *shown))
     body = []
-    for number, (row, told) in enumerate(zip(found.rows, rows, strict=True)):
+    for number, (row, cells) in enumerate(zip(found.rows, rows, strict=True)):
         kind = "failed" if row.failed else "refused" if row.contestant.refused else "first" if number == found.first else ""
-        line = "".join(f"<td class='{name}'>{html.escape(told[name])}</td>" for name in named)
+        line = "".join(f"<td class='{name}'>{html.escape(cells[name])}</td>" for name in named)
         if row.figures is None:
-            line += f"<td class='why' colspan='{len(shown)}'>{html.escape(told.get('', ''))}</td>"
+            line += f"<td class='why' colspan='{len(shown)}'>{html.escape(cells.get('', ''))}</td>"
         else:
-            line += "".join(f"<td{_WHY if not name else ''}>{_cell(told, name)}</td>" for name in shown)
+            line += "".join(f"<td{_WHY if not name else ''}>{_cell(cells, name)}</td>" for name in shown)
         body.append(f"<tr class='{kind}'>{line}</tr>")
     return f"<table><tr>{head}</tr>{''.join(body)}</table>"
 
@@ -216,12 +218,12 @@ _BELOW = {"tokens/s": "middle half of steps", "speed": "in the rounds"}
 _WHY = " class='why'"
 
 
-def _cell(told: dict[str, str], name: str) -> str:
+def _cell(cells: dict[str, str], name: str) -> str:
     """A figure, and its range or its relative below."""
     if not name:
-        return html.escape(told[name])
-    value, below = _apart(told[name])
-    return _two(value, below or told.get(_BELOW.get(name, ""), ""))
+        return html.escape(cells[name])
+    value, below = _apart(cells[name])
+    return _two(value, below or cells.get(_BELOW.get(name, ""), ""))
 
 
 def _apart(text: str) -> tuple[str, str]:

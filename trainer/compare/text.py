@@ -1,4 +1,4 @@
-"""A comparison in words: what fits of it into a terminal, all of it as Markdown, and what has to be known to read it."""
+"""A comparison as text: a table for the terminal, and the full table with notes as Markdown."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mikoshi.trainer.compare.comparison import WARM_UP, Apart, Comparison, Row
+from mikoshi.trainer.compare.comparison import WARM_UP, Comparison, ContestantResult, Difference
 
 COLUMNS = (
     "engine", "layout", "tokens/s", "middle half of steps", "speed", "in the rounds", "MFU", "step", "peak memory a rank",
@@ -17,7 +17,7 @@ AS_IS = "as the config says"
 _GIB = 2**30
 
 
-def cells(row: Row, first: bool) -> dict[str, str]:
+def cells(row: ContestantResult, first: bool) -> dict[str, str]:
     """Of a row, by the columns' names; empty where there is nothing to say."""
     one, f = row.contestant, row.figures
     named = dict.fromkeys(COLUMNS, "") | {"engine": one.engine, "layout": one.layout, "": outcome(row)}
@@ -40,14 +40,14 @@ def cells(row: Row, first: bool) -> dict[str, str]:
     }  # fmt: skip
 
 
-def outcome(row: Row) -> str:
+def outcome(row: ContestantResult) -> str:
     """Why a contestant did not run, or not to its end; empty for one that did."""
     if row.contestant.refused:
         return f"refused: {row.contestant.refused}"
     return f"FAILED: {row.failed}" if row.failed else ""
 
 
-def _apart(apart: Apart) -> str:
+def _apart(apart: Difference) -> str:
     if not apart.absolute:
         return "0"
     return f"{apart.absolute:.1e} ({apart.relative:.1e})"
@@ -67,7 +67,7 @@ def table(found: Comparison) -> list[dict[str, str]]:
     return [{name: row[name] or (AS_IS if name == "layout" else "") for name in said} for row in rows]
 
 
-def words(found: Comparison) -> list[str]:
+def summary_lines(found: Comparison) -> list[str]:
     """What the figures are of, a line each."""
     plan, machine = found.plan, found.plan.machine
     gpus = list(dict.fromkeys(machine["gpus"]))
@@ -104,7 +104,7 @@ def print_comparison(found: Comparison, console: Console, width: int) -> None:
     else:
         for one, row in zip(found.rows, rows, strict=True):
             console.print(Text("\n".join([one.contestant.name, *(f"  {line}" for line in _lines(row))]), style=_style(one)))
-    console.print("\n".join(["", *why, *words(found)]), markup=False)
+    console.print("\n".join(["", *why, *summary_lines(found)]), markup=False)
 
 
 def _drawn(found: Comparison, rows: list[dict[str, str]]) -> Table:
@@ -119,7 +119,7 @@ def _drawn(found: Comparison, rows: list[dict[str, str]]) -> Table:
     return shown
 
 
-def _brief(one: Row, row: dict[str, str]) -> dict[str, str]:
+def _brief(one: ContestantResult, row: dict[str, str]) -> dict[str, str]:
     speed, spread = row.get("speed", ""), row.get("in the rounds", "")
     remark = "FAILED" if one.failed else "refused" if one.contestant.refused else "not all applied" if row.get("") else ""
     measured = one.figures is not None
@@ -152,7 +152,7 @@ def _lines(row: dict[str, str]) -> list[str]:
     return lines
 
 
-def _style(row: Row) -> str:
+def _style(row: ContestantResult) -> str:
     return "red" if row.failed else "dim" if row.contestant.refused else ""
 
 
@@ -162,4 +162,4 @@ def markdown(found: Comparison) -> str:
     heads = list(rows[0])
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row.values())} |" for row in rows]
-    return "\n".join([f"`{found.plan.command}`", "", *[f"- {line}" for line in words(found)], "", *lines, ""])
+    return "\n".join([f"`{found.plan.command}`", "", *[f"- {line}" for line in summary_lines(found)], "", *lines, ""])

@@ -15,6 +15,8 @@ Format = Literal["auto", "jsonl", "json", "parquet", "arrow", "text", "webdatase
 
 class Section(BaseModel):
     # A validator is built when it is first needed: a command that reads no config waits for none.
+    """Base of all config sections: immutable, and unknown keys are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
@@ -72,6 +74,8 @@ class CacheSection(Section):
 
 
 class DataSection(Section):
+    """Sources, preparation, order and streaming of the training data."""
+
     path: str = Field(description="the prepared dataset: a folder, an s3:// gs:// az:// URL, or a Megatron .bin/.idx prefix")
     source: str = Field(
         "",
@@ -183,6 +187,8 @@ class DataSection(Section):
 
 
 class CheckpointSection(Section):
+    """When, where and how the run is saved, and what is kept."""
+
     every: Natural | None = Field(
         None, description="steps between checkpoints; 0: only at the end (default: by time, some minutes apart or more, as "
         "often as loses least to saves and faults together, see recovery.mtbf)",

@@ -40,6 +40,8 @@ class MegatronSection(Section):
 
 
 class EngineSection(Section):
+    """Which engine computes the step, on which device and in which precision."""
+
     kind: Kind = Field("native", description="what computes a step; checkpoints are the same, and any resumes them")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what ranks compute on; auto: GPUs where there are any")
     precision: Literal["auto", "fp32", "bf16"] = Field(

@@ -23,6 +23,8 @@ MOST_BYTES = 200
 
 
 class RunSection(Section):
+    """Name, folder and seed."""
+
     name: str = Field(
         "",
         max_length=LONGEST_NAME,
@@ -41,10 +43,13 @@ class RunSection(Section):
 
     @property
     def path(self) -> Path:
+        """Path of the run folder."""
         return self.folder / self.name
 
 
 class TrainSection(Section):
+    """Length of the run and size of its batches."""
+
     steps: Natural = Field(description="steps of the run, each an update of the weights")
     global_batch: Count = Field(description="rows of a step, over all ranks")
     micro_batch: Count | None = Field(None, description="rows a rank handles at once, at most (default: all of its own)")
@@ -52,6 +57,8 @@ class TrainSection(Section):
 
 
 class EvalSection(Section):
+    """How often and on how much held-out text the run is evaluated."""
+
     every: Natural = Field(0, description="steps between evaluations; 0: only at the end")
     batches: Count = Field(
         8,
@@ -60,6 +67,8 @@ class EvalSection(Section):
 
 
 class ScheduleSection(Section):
+    """Learning rate over the steps."""
+
     kind: Literal["cosine", "linear", "wsd", "constant"] = Field(
         "cosine", description="how the learning rate falls after the warm-up; wsd: constant, then a linear decay at the end"
     )
@@ -74,6 +83,8 @@ class ScheduleSection(Section):
 
 
 class OptimSection(Section):
+    """Optimizer, learning rate, weight decay and clipping."""
+
     kind: Literal["adamw", "muon"] = Field(
         "adamw",
         description="muon: the blocks' matrices, each expert's too, by Muon; routers and the rest by AdamW "
@@ -122,6 +133,8 @@ class ParallelSection(Section):
 
 
 class LogSection(Section):
+    """Where metrics go, and how often the console prints them."""
+
     every: Count = Field(1, description="steps between console lines where it is no terminal; metrics have every step")
     tensorboard: bool = Field(True, description="also write the metrics for TensorBoard, into the run folder")
     wandb: str = Field("", description="Weights & Biases project; empty: off")

@@ -1,4 +1,4 @@
-"""The engine: what turns a batch into an updated model. Small, so that engines of other makers fit behind it."""
+"""The `Engine` protocol: what the training loop asks of every engine, so that engines of other makers fit behind it."""
 
 from __future__ import annotations
 
@@ -14,25 +14,29 @@ from mikoshi.parallel.replicas import Difference
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a step's loss and gradient norm must stay below for any rank to change its weights; NaN never does."""
+class StepLimits:
+    """What a step's loss and gradient norm must stay below for any rank to change its weights. NaN is below nothing.
+
+    loss: nats a predicted token.
+    norm: gradient norm before clipping.
+    """
 
     loss: float = math.inf
     norm: float = math.inf
 
 
-NO_LIMITS = Limits()
+NO_STEP_LIMITS = StepLimits()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step, the same numbers on every rank.
+    """The result of one training step, the same on every rank.
 
-    loss: nats a predicted token, over the global batch. tokens: predicted tokens of the global batch.
-    grad_norm: before clipping. applied: False if a figure was beyond its limit, or nothing was predicted, and no rank
-    changed anything. more: further figures for the metrics, by name.
-
-    Of a batch in which no token is predicted there is neither a loss nor a gradient: both are None.
+    loss: nats a predicted token, over the global batch; None if no token is predicted.
+    tokens: predicted tokens of the global batch.
+    grad_norm: norm before clipping; None if no token is predicted.
+    applied: False if a figure was not below its limit, or nothing was predicted; then no rank changed anything.
+    more: further metrics, by name.
     """
 
     loss: float | None
@@ -42,8 +46,15 @@ class StepResult:
     more: dict[str, float] = field(default_factory=dict)
 
 
-def step_result(loss: float, tokens: int, norm: float, limits: Limits, more: dict[str, float]) -> StepResult:
-    """Of a step whose summed loss is `loss`, with gradients of length `norm`."""
+def step_result(loss: float, tokens: int, norm: float, limits: StepLimits, more: dict[str, float]) -> StepResult:
+    """Returns the result of a step from sums over all ranks.
+
+    loss: summed loss in nats.
+    tokens: number of predicted tokens.
+    norm: norm of the gradients of the summed loss.
+    limits: what the mean loss and the norm a token must stay below.
+    more: further metrics.
+    """
     if not tokens:
         return StepResult(None, 0, None, applied=False)
     mean, norm = loss / tokens, norm / tokens
@@ -51,8 +62,12 @@ def step_result(loss: float, tokens: int, norm: float, limits: Limits, more: dic
 
 
 def gradient_factor(result: StepResult, clip: float) -> float | None:
-    """What the gradients of the summed loss are multiplied by: to those of the mean, and to the clipped length (0: any).
-    None where the step is not to be applied."""
+    """Returns what the gradients of the summed loss are multiplied by, or None if the step must not be applied.
+
+    The factor turns them into gradients of the mean loss and clips their norm.
+
+    clip: largest norm; 0 means that norms are not clipped.
+    """
     if not result.applied or result.grad_norm is None:
         return None
     return (min(1.0, clip / max(result.grad_norm, 1e-12)) if clip else 1.0) / result.tokens
@@ -64,35 +79,51 @@ class Engine(Protocol):
     parameters: list[nn.Parameter]
     """The live parameters of this rank, tensors or DTensors."""
 
-    def step(self, rows: Batch, lr: float, limits: Limits = ...) -> StepResult:
-        """Train on this rank's rows of a global batch, and its columns of them, in as many micro-batches as the config says.
+    def step(self, rows: Batch, lr: float, limits: StepLimits = ...) -> StepResult:
+        """Train on this rank's rows of a global batch, in as many micro-batches as the config says.
 
-        Where a figure is not below its limit, no rank changes anything: the same step can be tried again. Nor does any where
-        no token of the global batch is predicted."""
+        No rank changes anything if a figure is not below its limit, so the same step can be tried again, or if the global
+        batch predicts no token.
+
+        rows: this rank's rows, of which it has the positions that context parallelism gives it.
+        lr: learning rate of the step.
+        limits: what loss and gradient norm must stay below.
+        """
         ...
 
     def evaluate(self, batches: Iterable[Batch], known: int | None = None) -> float | None:
-        """Loss in nats a token over this rank's batches and its peers'; None where they predict none. Changes nothing.
-        `known`: the tokens that there are, over which it is, where the model's vocabulary has more rows."""
+        """Returns the loss in nats a token over the batches of all ranks, or None if they predict no token. Changes nothing.
+
+        batches: this rank's batches.
+        known: number of tokens in the vocabulary; the softmax leaves out the model's rows beyond it.
+        """
         ...
 
     def next_logits(self, ids: Sequence[int]) -> Tensor:
-        """Logits [V] of the token that follows `ids`, of which as many as the training context are read; on every rank."""
+        """Returns the logits [V] of the token that follows `ids`, on every rank.
+
+        ids: token ids; only the last ones, as many as the training context, are read.
+        """
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs, under canonical names: `model.<parameter>` and
-        `optim.<parameter>.<moment>`, tensors or DTensors; filled in place by a restore."""
+        """Returns everything that a resumed run needs, as tensors or DTensors that a restore fills in place.
+
+        The names are canonical: `model.<parameter>` and `optim.<parameter>.<moment>`.
+        """
         ...
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from `state`, a filled dict of `state()`'s shape or a part of it."""
+        """Continue from `state`, which has the names and shapes of `state()` or is a part of it."""
         ...
 
-    def differing(self) -> list[Difference]:
-        """What the ranks that hold the same piece of the state do not hold alike, to the bit; the same list on all."""
+    def replica_differences(self) -> list[Difference]:
+        """Returns every piece of the state that should be the same on several ranks and is not, compared bit by bit.
+
+        All ranks get the same list.
+        """
         ...
 
     def close(self) -> None:
-        """Remove what this rank's engine keeps outside of memory; the last that is asked of it. Not collective."""
+        """Remove what this rank's engine keeps outside of memory. Call it last. Not collective."""
         ...

@@ -1,4 +1,4 @@
-"""Engines behind one protocol, chosen by `engine.kind`."""
+"""Builds the engine that `engine.kind` names, on all ranks or on none."""
 
 from __future__ import annotations
 
@@ -15,43 +15,48 @@ from mikoshi.trainer.engines.base import Engine
 from mikoshi.trainer.engines.limits import refuse
 from mikoshi.trainer.engines.native.engine import NativeEngine, fill_initial
 from mikoshi.trainer.engines.parts import build_parts
-from mikoshi.trainer.engines.precision import settled
+from mikoshi.trainer.engines.precision import resolve_precision
 from mikoshi.trainer.errors import ConfigError
 
 
 def leave_empty(*_: Any) -> None:
-    """For `fill_weights`: they come from a checkpoint, or have no memory."""
+    """A `fill_weights` that writes nothing, for weights that come from a checkpoint or have no memory."""
 
 
-def _refuse_alike(config: RunConfig, layout: Layout, device: torch.device) -> None:
-    """What one rank knows of its node, a disk or a compiler that is not there, ends all of them."""
-    if config.engine.kind == "native" and layout.context_kind != "ring":  # nothing else is not known to all before
+def _refuse_on_all_ranks(config: RunConfig, layout: Layout, device: torch.device) -> None:
+    """Raises ConfigError on all ranks for what one rank finds missing on its node, such as a disk or a compiler."""
+    if config.engine.kind == "native" and layout.context_kind != "ring":  # everything else was checked before the ranks started
         return
-    told: list[str] = [""] * layout.world
-    mine = ""
+    reasons: list[str] = [""] * layout.world
+    reason = ""
     try:
         refuse(config, layout, device.type == "cuda")
     except ConfigError as error:
-        mine = str(error)
-    dist.all_gather_object(told, mine)
-    if first := next(filter(None, told), ""):
-        raise ConfigError(first)
+        reason = str(error)
+    dist.all_gather_object(reasons, reason)
+    if found := next(filter(None, reasons), ""):
+        raise ConfigError(found)
 
 
 def build_engine(
     config: RunConfig, layout: Layout, device: torch.device, fill_weights: Callable[..., None] = fill_initial
 ) -> Engine:
-    """The engine of the config, its weights initialised. Needs the process group of `layout.world` ranks; collective. Raises
-    ConfigError on all ranks for what the engine cannot do: what only they know, their device, no submitting machine could."""
-    config, _ = settled(config, layout, device)
-    _refuse_alike(config, layout, device)
+    """Returns the engine of the config with its weights initialised. Collective.
+
+    Needs a process group of `layout.world` ranks. Raises ConfigError on all ranks for what the engine cannot do, including
+    what only a rank can know, such as its device.
+
+    fill_weights: writes the initial values of a parameter; see `FillWeights`.
+    """
+    config, _ = resolve_precision(config, layout, device)
+    _refuse_on_all_ranks(config, layout, device)
     groups = make_groups(layout, device.type, config.model.moe is not None, config.model.tied)
     if config.engine.kind == "deepspeed":
         from mikoshi.trainer.engines.deepspeed.engine import DeepSpeedEngine  # an extra, and seconds to import
         from mikoshi.trainer.engines.deepspeed.pipeline import DeepSpeedPipeline
 
-        carried = DeepSpeedPipeline if layout.pp > 1 else DeepSpeedEngine
-        return carried(config, layout, device, groups, fill_weights)
+        engine = DeepSpeedPipeline if layout.pp > 1 else DeepSpeedEngine
+        return engine(config, layout, device, groups, fill_weights)
     if config.engine.kind == "megatron":
         from mikoshi.trainer.engines.megatron.engine import megatron_engine
 

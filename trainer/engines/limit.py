@@ -1,4 +1,4 @@
-"""One row of the table of what an engine cannot do, and what it is asked about."""
+"""One row of the table of what an engine cannot do, and the case that it is checked against."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from mikoshi.trainer.config.run import RunConfig
 
 @dataclass(frozen=True)
 class Case:
-    """A run on the ranks of a layout. cuda: whether those are GPUs; None: not known here, as on a submitting machine. here:
-    whether they run on this machine, whose packages and tools are then theirs."""
+    """A run on the ranks of a layout.
+
+    cuda: whether the ranks run on GPUs; None means not known, as on a submitting machine.
+    on_this_machine: whether the ranks run here, so that this machine's packages and tools are theirs.
+    """
 
     config: RunConfig
     layout: Layout
     cuda: bool | None
-    here: bool = True
+    on_this_machine: bool = True
 
 
 def on_gpus(case: Case) -> bool:
@@ -29,18 +32,23 @@ def on_gpus(case: Case) -> bool:
 
 @dataclass(frozen=True)
 class Limit:
-    """What an engine cannot do. what: the setting or the combination, with its keys. why: the reason. instead: overrides, or
-    in words, what comes nearest and works. met: whether a case is one of these; never raises."""
+    """What an engine cannot do.
+
+    what: the setting or the combination of settings, with its keys.
+    why: the reason.
+    instead: overrides, or words, for the nearest thing that works.
+    applies: whether a case is one of these; never raises.
+    """
 
     engine: Kind
     what: str
     why: str
     instead: str
-    met: Callable[[Case], bool]
+    applies: Callable[[Case], bool]
 
 
 def installed(package: str) -> bool:
-    """Whether a package can be imported, told without importing it."""
+    """Whether a package can be imported, found out without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
     except (ImportError, ValueError):

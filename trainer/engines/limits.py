@@ -15,7 +15,7 @@ from mikoshi.trainer.engines.megatron.limits import MEGATRON
 from mikoshi.trainer.errors import ConfigError
 
 
-def _ring(engine: Kind) -> Limit:
+def _ring_in_fp32(engine: Kind) -> Limit:
     return Limit(
         engine, 'parallel.context_kind = "ring" with engine.precision = "fp32" on CUDA',
         "its flash kernel takes half precision alone there",
@@ -25,42 +25,46 @@ def _ring(engine: Kind) -> Limit:
     )  # fmt: skip
 
 
-LIMITS: tuple[Limit, ...] = (_ring("native"), *DEEPSPEED, *MEGATRON, _ring("megatron"))
+LIMITS: tuple[Limit, ...] = (_ring_in_fp32("native"), *DEEPSPEED, *MEGATRON, _ring_in_fp32("megatron"))
 
 
-def refuse(config: RunConfig, layout: Layout, cuda: bool | None, here: bool = True) -> None:
-    """Raises ConfigError with a line for everything that the config's engine cannot do of it, or for what of the user's own
-    DeepSpeed settings contradicts it. `cuda`, `here`: as Case has them."""
-    met = _met(Case(config, layout, cuda, here))
-    if met:
-        raise ConfigError("\n".join(f'engine.kind = "{row.engine}": {row.what}: {row.why}: {row.instead}' for row in met))
+def refuse(config: RunConfig, layout: Layout, cuda: bool | None, on_this_machine: bool = True) -> None:
+    """Raises ConfigError for what the config's engine cannot do, one line each.
+
+    The user's own DeepSpeed settings are checked against the run as well.
+
+    cuda, on_this_machine: see `Case`.
+    """
+    refusals = _applying(Case(config, layout, cuda, on_this_machine))
+    if refusals:
+        raise ConfigError("\n".join(f'engine.kind = "{row.engine}": {row.what}: {row.why}: {row.instead}' for row in refusals))
     if config.engine.kind == "deepspeed":
         user_settings(config, layout)
 
 
-def serves(config: RunConfig, layout: Layout) -> bool:
-    """Whether the config's engine can have a layout, as far as is known anywhere."""
-    return not _met(Case(config, layout, cuda=None, here=False))
+def supports(config: RunConfig, layout: Layout) -> bool:
+    """Whether the config's engine supports a layout, as far as that can be known on any machine."""
+    return not _applying(Case(config, layout, cuda=None, on_this_machine=False))
 
 
 def bf16_refused(config: RunConfig, layout: Layout) -> str:
-    """Why the config's engine cannot compute in bf16 what it can in fp32; empty where it can."""
+    """Returns why the config's engine cannot compute in bf16 what it can in fp32; empty if it can."""
 
-    def met(precision: str) -> dict[str, str]:
+    def refusals(precision: str) -> dict[str, str]:
         engine = config.engine.model_copy(update={"precision": precision})
-        case = Case(config.model_copy(update={"engine": engine}), layout, cuda=None, here=False)
-        return {row.what: row.why for row in _met(case)}
+        case = Case(config.model_copy(update={"engine": engine}), layout, cuda=None, on_this_machine=False)
+        return {row.what: row.why for row in _applying(case)}
 
-    without = met("fp32")
-    return next((why for what, why in met("bf16").items() if what not in without), "")
+    refused_in_fp32 = refusals("fp32")
+    return next((why for what, why in refusals("bf16").items() if what not in refused_in_fp32), "")
 
 
-def _met(case: Case) -> list[Limit]:
-    return [limit for limit in LIMITS if limit.engine == case.config.engine.kind and limit.met(case)]
+def _applying(case: Case) -> list[Limit]:
+    return [limit for limit in LIMITS if limit.engine == case.config.engine.kind and limit.applies(case)]
 
 
 def markdown() -> str:
-    """The table, as the documentation prints it."""
+    """Returns the table of limits as the documentation prints it."""
     rows = ["| engine | not | why | instead |", "|---|---|---|---|"]
     rows += [f"| {row.engine} | {row.what} | {row.why} | {row.instead} |" for row in LIMITS]
     return "\n".join(rows)

@@ -1,4 +1,4 @@
-"""Optimizers and schedules. The learning rate is a function of the step; decay touches matrices only."""
+"""Optimizers and schedules. The learning rate is a function of the step, and weight decay touches matrices only."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from mikoshi.parallel.sharding import like, local, place, whole_but_first
+from mikoshi.parallel.sharding import like, local, local_region, whole_but_first
 from mikoshi.trainer.config.run import OptimSection, ScheduleSection
 
 
 def learning_rate(peak: float, schedule: ScheduleSection, step: int, steps: int) -> float:
-    """Learning rate of step 0, 1, ... of a run of `steps`, which is the schedule's length where it has none of its own.
+    """Returns the learning rate of a step.
 
-    All kinds rise linearly over `warmup` steps. cosine (Loshchilov and Hutter 2017, arXiv:1608.03983) and linear then
-    fall to final x peak at the last step; wsd (Hu et al. 2024, arXiv:2404.06395) stays, and falls over the last
-    `decay` steps; constant stays. After its last step a schedule stays where it ended.
+    All kinds rise linearly over `warmup` steps. cosine (Loshchilov and Hutter 2017, arXiv:1608.03983) and linear then fall to
+    final x peak at the last step. wsd (Hu et al. 2024, arXiv:2404.06395) stays at the peak and falls over the last `decay`
+    steps. constant stays at the peak. After its last step a schedule stays where it ended.
+
+    peak: highest learning rate.
+    step: step number, from 0.
+    steps: steps of the run, which is the schedule's length unless it has its own.
     """
     steps = schedule.steps or steps
     if step < schedule.warmup:
@@ -38,18 +42,25 @@ def learning_rate(peak: float, schedule: ScheduleSection, step: int, steps: int)
 
 @dataclass(frozen=True)
 class Treatment:
-    """How the optimizer moves one parameter. kind: "muon", "adamw", or "bias": a router's, moved by model.moe.bias_rate."""
+    """How the optimizer updates one parameter.
+
+    kind: "muon", "adamw", or "bias" for a router's bias, which model.moe.bias_rate moves.
+    weight_decay: decay a step, times the learning rate.
+    """
 
     kind: Literal["muon", "adamw", "bias"]
     weight_decay: float
 
 
 def treatment(name: str, dimensions: int, config: OptimSection, trained: bool = True) -> Treatment:
-    """What the parameter called `name` gets.
+    """Returns how the parameter called `name` is updated.
 
-    Muon is for the matrices inside the blocks, of which a stack of experts [E, out, in] is E. A router's rows are one
-    vector for every expert, and embedding, positions and head are looked up or predict: these get AdamW, as vectors do.
-    Weight decay touches matrices only.
+    Muon is for the matrices inside the blocks; a stack of experts [E, out, in] counts as E matrices. Embeddings, positions
+    and the head are lookups or predictions, and a router has one vector an expert: they get AdamW, as vectors do. Weight
+    decay touches matrices only.
+
+    dimensions: number of dimensions of the parameter.
+    trained: whether it has a gradient.
     """
     if not trained:
         return Treatment("bias", 0.0)
@@ -74,6 +85,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient. Collective over the ranks that share a parameter."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -81,7 +93,7 @@ class Muon(Optimizer):
                 buffer = self.state[p]["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(buffer, group["momentum"])
-                offset, shape = place(p)
+                offset, shape = local_region(p)
                 if p.ndim == 2:
                     whole = update.full_tensor() if isinstance(update, DTensor) else update
                 else:
@@ -93,13 +105,17 @@ class Muon(Optimizer):
 
 
 def muon_scale(shape: Sequence[int]) -> float:
-    """What Muon's directions are multiplied by beside the learning rate, so that they are as long as AdamW's."""
+    """Returns what Muon's directions are multiplied by beside the learning rate, so that updates match AdamW's
+    (arXiv:2502.16982).
+    """
     return 0.2 * math.sqrt(max(shape[-2:]))
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly: five Newton-Schulz steps with Jordan's coefficients. Of a stack
-    [..., out, in], that of each matrix."""
+    """Returns an approximation of the nearest semi-orthogonal matrix, by five Newton-Schulz steps with Jordan's coefficients.
+
+    matrix: [out, in], or a stack [..., out, in] of which each matrix is treated alone.
+    """
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
@@ -112,10 +128,10 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 class Optimizers:
-    """The optimizers of a rank's parameters, with their state made at once so that it can be saved and restored.
+    """The optimizers of a rank's parameters. Their state exists from the start, so that it can be saved and restored.
 
-    AdamW works element by element, so it is given the plain pieces that this rank holds; Muon needs to know the whole.
-    What takes no gradient (a router's bias) is moved by other hands and has no state.
+    AdamW works element by element and gets this rank's plain pieces. Muon needs whole matrices. A parameter without a
+    gradient, such as a router's bias, is updated elsewhere and has no state.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimSection) -> None:
@@ -146,7 +162,7 @@ class Optimizers:
                 optimizer.state[q] = self.moments[owner.get(id(q), q)]
 
     def step(self, lr: float) -> None:
-        """Update every parameter that has a gradient."""
+        """Update every parameter that has a gradient, at learning rate `lr`."""
         for p, leaf in self.leaves.items():
             leaf.data = local(p).detach()  # FSDP2 may have moved it since
             leaf.grad = None if p.grad is None else local(p.grad)
@@ -158,13 +174,16 @@ class Optimizers:
             leaf.grad = None
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """The live state tensors under canonical names, `optim.<parameter>.<moment>`, cut as their parameters are."""
+        """Yields the live state tensors under canonical names, sharded as their parameters are.
+
+        The names are `optim.<parameter>.<moment>`.
+        """
         for name, p in self.named:
             for key, value in self.moments[p].items():
                 cut = key != "step" and p in self.leaves
                 yield f"optim.{name}.{key}", like(value, p) if cut else value
 
     def pairs(self, first: nn.Parameter, second: nn.Parameter) -> Iterator[tuple[Tensor, Tensor]]:
-        """The moments of two parameters that are to be the same, one by one."""
+        """Yields the matching moments of two parameters that are to stay the same."""
         for key, value in self.moments[first].items():
             yield value, self.moments[second][key]

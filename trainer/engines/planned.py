@@ -1,16 +1,16 @@
-"""From a config to the layout that it asks for: the numbers of its model and batch that degrees must divide."""
+"""From a config to the layout that it asks for: the sizes of its model and batch that the degrees must divide."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from mikoshi.parallel.layout import Asked, Batch, Layout, ModelFacts, plan
+from mikoshi.parallel.layout import BatchShape, Layout, ModelFacts, RequestedLayout, resolve_layout
 from mikoshi.trainer.config.run import RunConfig
 from mikoshi.trainer.model.config import ModelConfig
 
 
 def facts(model: ModelConfig) -> ModelFacts:
-    """The numbers of a model that a layout must divide."""
+    """Returns the sizes of a model that a layout must divide."""
     dense = any(not model.is_moe(layer) for layer in range(model.layers))
     moe = model.moe
     width = 0 if moe is None else moe.width or model.d_mlp
@@ -26,11 +26,15 @@ def facts(model: ModelConfig) -> ModelFacts:
     )
 
 
-def plan_layout(config: RunConfig, world: int, serves: Callable[[Layout], bool] = lambda _: True) -> Layout:
-    """The layout that a config asks for on `world` ranks, whatever its engine. `serves`: which of the nearest layouts may be
-    named instead. Raises LayoutError with the reason and those."""
+def plan_layout(config: RunConfig, world: int, supports: Callable[[Layout], bool] = lambda _: True) -> Layout:
+    """Returns the layout that a config asks for on `world` ranks, whatever its engine.
+
+    Raises LayoutError with the reason and the nearest layouts that work.
+
+    supports: which of the nearest layouts the error may name.
+    """
     p = config.parallel
-    asked = Asked(
+    requested = RequestedLayout(
         zero=p.zero,
         replicas=p.replicas,
         tp=p.tp,
@@ -43,5 +47,5 @@ def plan_layout(config: RunConfig, world: int, serves: Callable[[Layout], bool] 
         context_kind=p.context_kind,
     )
     plain = not config.data.document_mask and config.model.position != "alibi" and not any(config.model.windows)
-    batch = Batch(config.train.global_batch, config.train.micro_batch, config.train.context, plain)
-    return plan(asked, world, facts(config.model), batch, serves)
+    batch = BatchShape(config.train.global_batch, config.train.micro_batch, config.train.context, plain)
+    return resolve_layout(requested, world, facts(config.model), batch, supports)

@@ -28,7 +28,7 @@ from mikoshi.trainer.engines.build import leave_empty
 from mikoshi.trainer.engines.layout import layout_of
 from mikoshi.trainer.engines.native.engine import NativeEngine
 from mikoshi.trainer.engines.parts import build_parts, stage_layers
-from mikoshi.trainer.engines.precision import choose
+from mikoshi.trainer.engines.precision import choose_precision
 from mikoshi.trainer.errors import ConfigError
 from mikoshi.trainer.estimate.ledger import Ledger
 from mikoshi.trainer.model import attention
@@ -69,6 +69,7 @@ class DryRun:
         return self.peak - self.offloaded
 
     def as_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
         return asdict(self)
 
 
@@ -89,7 +90,7 @@ def dry_run(config: RunConfig, world: int, rank: int) -> DryRun:
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"compile": "off"})})
     started = time.perf_counter()
     layout = layout_of(config, world)
-    config, _ = choose(config, layout, "cpu" if config.engine.device == "cpu" else "cuda", able=True)
+    config, _ = choose_precision(config, layout, "cpu" if config.engine.device == "cpu" else "cuda", bf16_everywhere=True)
     stages = stage_layers(config.model, config.train.context, layout.stages)
     _join_nobody(rank, world)
     try:
@@ -107,8 +108,8 @@ def dry_run(config: RunConfig, world: int, rank: int) -> DryRun:
                 for part in engine.parts.values():
                     part.masks = _no_masks(part)  # type: ignore[method-assign]
             ledger = held.enter_context(Ledger(kinds_of(engine)))
-            engine.step(engine.own(batch), lr=1e-4)
-        here, kinds = engine.here, ledger.by_kind()
+            engine.step(engine.own_positions(batch), lr=1e-4)
+        here, kinds = engine.coordinates, ledger.by_kind()
         away = ("parameters", "optimizer") if config.parallel.offload == "optimizer" else ()
         return DryRun(
             rank=rank,

@@ -1,4 +1,4 @@
-"""The largest micro-batch that a run's ranks have memory for, found by trying: real steps of its own engine on its own data.
+"""Finds the largest micro-batch that fits in memory by running real steps of the run's engine on its data.
 
 Sizes go down from all rows of a rank, over those that divide them, by accelerate's find_executable_batch_size, which also
 says which errors are for want of memory. Every attempt has processes of its own: what one leaves behind no other finds, and a
@@ -34,14 +34,17 @@ STEPS = 2
 
 _MEMORY = ("std::bad_alloc", "CUDA_ERROR_OUT_OF_MEMORY")
 """Ways to say so that accelerate does not know."""
-_ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)", re.IGNORECASE)
+_ALLOCATION = re.compile(r"tried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB|TiB)", re.IGNORECASE)
 _UNITS = {"bytes": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One size that was tried. peak: the most bytes that a rank held, where all went well. why: else, what there was too
-    little of; needed: the fewest bytes that a rank would have had to hold, 0 where that is not known."""
+class MicroBatchAttempt:
+    """One micro-batch size that was tried.
+
+    peak: most bytes that a rank used, if it fits. why: what ran out, if it does not. needed: lower bound of the bytes that a
+    rank needs, 0 if unknown.
+    """
 
     micro_batch: int
     fits: bool
@@ -52,9 +55,12 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Told:
-    """How the ranks of an attempt ended. error: in the words of the one that failed, empty where they all did their steps;
-    trace: where it did; needed: as in Attempt."""
+class AttemptResult:
+    """How the ranks of an attempt ended.
+
+    peak: most bytes that a rank used. error: message of the rank that failed, empty if none did. trace: its stack trace.
+    needed: as in MicroBatchAttempt.
+    """
 
     peak: int = 0
     error: str = ""
@@ -62,8 +68,8 @@ class Told:
     needed: int = 0
 
 
-def sizes(config: RunConfig, ranks: int) -> list[int]:
-    """Micro-batches that the run can have, largest first. Raises LayoutError where it has none."""
+def micro_batch_sizes(config: RunConfig, ranks: int) -> list[int]:
+    """Micro-batch sizes that the run can use, largest first. Raises LayoutError where there is none."""
     largest = _with(config, None)
     try:
         layout = layout_of(largest, ranks)
@@ -82,12 +88,19 @@ def _with(config: RunConfig, size: int | None) -> RunConfig:
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})})
 
 
-def find(
-    config: RunConfig, ranks: int, memory: int | None, carry: Callable[[RunConfig], Told], tell: Callable[[Attempt], None]
-) -> tuple[int, list[Attempt]]:
-    """The first size that fits, and all that were tried. memory: bytes that a rank may hold. carry: makes an attempt with a
-    config. Raises ConfigError where not even the smallest fits or accelerate is not there; LaunchError where an attempt ended
-    for another reason."""
+def find_micro_batch(
+    config: RunConfig,
+    ranks: int,
+    memory: int | None,
+    run_attempt: Callable[[RunConfig], AttemptResult],
+    on_attempt: Callable[[MicroBatchAttempt], None],
+) -> tuple[int, list[MicroBatchAttempt]]:
+    """The largest micro-batch that fits, and all attempts.
+
+    memory: bytes that a rank may use, None for no limit. run_attempt: runs a few steps of a config. on_attempt: called with
+    every finished attempt. Raises ConfigError where even the smallest size does not fit or accelerate is not installed, and
+    LaunchError where an attempt failed for another reason than memory.
+    """
     try:
         from accelerate.utils import find_executable_batch_size
         from accelerate.utils.memory import should_reduce_batch_size
@@ -95,22 +108,24 @@ def find(
         raise ConfigError(
             'accelerate is not installed, which goes through the sizes: pip install "mikoshi[accelerate]"'
         ) from None
-    left, tried = sizes(config, ranks), list[Attempt]()
+    left, tried = micro_batch_sizes(config, ranks), list[MicroBatchAttempt]()
 
     def smaller() -> int:
         return left[len(tried)] if len(tried) < len(left) else 0
 
     def attempt(batch_size: int) -> int:
         began = time.monotonic()
-        told = carry(_with(config, batch_size))
-        refused = should_reduce_batch_size(RuntimeError(told.error))
-        if told.error and not refused:
-            raise LaunchError(f"train.micro_batch={batch_size}: {told.error[:300]}\n{told.trace}".rstrip())
-        why = shortage(told.error, memory) if refused else ""
-        tried.append(Attempt(batch_size, not refused, told.peak, round(time.monotonic() - began, 2), why, told.needed))
-        tell(tried[-1])
+        result = run_attempt(_with(config, batch_size))
+        refused = should_reduce_batch_size(RuntimeError(result.error))
+        if result.error and not refused:
+            raise LaunchError(f"train.micro_batch={batch_size}: {result.error[:300]}\n{result.trace}".rstrip())
+        why = shortage(result.error, memory) if refused else ""
+        tried.append(
+            MicroBatchAttempt(batch_size, not refused, result.peak, round(time.monotonic() - began, 2), why, result.needed)
+        )
+        on_attempt(tried[-1])
         if refused:
-            raise RuntimeError(told.error)
+            raise RuntimeError(result.error)
         return batch_size
 
     try:
@@ -120,10 +135,10 @@ def find(
         raise ConfigError(_nothing_fits(config, ranks, memory, tried[-1])) from error
 
 
-def _nothing_fits(config: RunConfig, ranks: int, memory: int | None, last: Attempt) -> str:
+def _nothing_fits(config: RunConfig, ranks: int, memory: int | None, last: MicroBatchAttempt) -> str:
     rows = "one row" if last.micro_batch == 1 else f"{last.micro_batch} rows"
     within = f"within --memory {memory / 2**30:g}" if memory else f"({last.why})"
-    needed = f": it needs {size(last.needed)} at least" if last.needed else f" ({last.why})" if memory else ""
+    needed = f": it needs {format_bytes(last.needed)} at least" if last.needed else f" ({last.why})" if memory else ""
     ways = "; ".join(_helps(config, ranks, memory))
     return f"train.micro_batch={last.micro_batch}: even {rows} a rank does not fit {within}{needed}: what helps: {ways}"
 
@@ -149,31 +164,34 @@ def shortage(error: str, memory: int | None) -> str:
     limit = f" at the limit of {memory / 2**30:g} GiB (--memory)" if memory else ""
     if "SIGKILL" in error:
         return error.rstrip(".")
-    more = f": {size(count)} more were asked for" if (count := asked(error)) else ""
+    more = f": {format_bytes(count)} more were asked for" if (count := requested_bytes(error)) else ""
     return f"out of memory{limit}{more}"
 
 
-def asked(error: str) -> int:
-    """Bytes that an allocator was asked for in vain; 0 where it does not say."""
-    found = _ASKED.search(error)
+def requested_bytes(error: str) -> int:
+    """Bytes of the allocation that failed, 0 if the message does not say."""
+    found = _ALLOCATION.search(error)
     return int(float(found[1]) * _UNITS[found[2].lower()]) if found else 0
 
 
-def size(count: int) -> str:
+def format_bytes(count: int) -> str:
+    """A number of bytes in GiB, MiB or bytes."""
     for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
         if count >= unit / 10:
             return f"{count / unit:.2f} {name}"
     return f"{count} bytes"
 
 
-def try_steps(config: RunConfig, place: World, memory: int | None) -> Told:
-    """This rank's part of an attempt: build the engine and take the run's first steps, which are applied and lost. memory:
-    bytes that it may hold from its first step on. Collective. Raises whatever ends it."""
-    device = pick_device(config.engine.device, place)
-    join(place, device, timedelta(seconds=config.recovery.patience))
-    layout = layout_of(config, place.size)
+def try_steps(config: RunConfig, world: World, memory: int | None) -> AttemptResult:
+    """Run this rank's part of an attempt: build the engine and take the run's first steps. Collective.
+
+    memory: bytes that the rank may use from its first step on. Raises whatever ends the attempt.
+    """
+    device = pick_device(config.engine.device, world)
+    join(world, device, timedelta(seconds=config.recovery.patience))
+    layout = layout_of(config, world.size)
     feed = open_feed(config)
-    loader = feed.loader(layout, layout.coordinates(place.rank), feed.continued(None))
+    loader = feed.loader(layout, layout.coordinates(world.rank), feed.continued(None))
     engine = build_engine(config, layout, device)
     with contextlib.closing(engine), contextlib.closing(loader.stream(0, STEPS, ahead=config.data.prefetch)) as batches:
         for number, rows in enumerate(batches):
@@ -182,7 +200,7 @@ def try_steps(config: RunConfig, place: World, memory: int | None) -> Told:
             engine.step(rows, config.optim.lr)
     wait_for_all()
     leave()
-    return Told(memory_bytes(device))
+    return AttemptResult(memory_bytes(device))
 
 
 def _allow(memory: int, device: torch.device) -> None:
@@ -196,25 +214,29 @@ def _allow(memory: int, device: torch.device) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def in_words(error: BaseException) -> Told:
-    """An error and what it comes from, for accelerate to judge whether it is for want of memory. Here memory is to be had
-    again, of which a rank that has none left needs some to tell."""
+def failed_attempt(error: BaseException) -> AttemptResult:
+    """The result of an attempt that `error` ended.
+
+    Its message joins the chain of causes, from which accelerate decides whether memory ran out. Lifts the memory limit first,
+    because reporting needs memory too.
+    """
     most = resource.getrlimit(resource.RLIMIT_DATA)[1]
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    said: list[str] = []
+    messages: list[str] = []
     seen: BaseException | None = error
     while seen is not None:
         text = " ".join(str(seen).split()) or type(seen).__name__
         short = isinstance(seen, MemoryError) or any(word in text for word in _MEMORY)
-        said.append(f"{text}: out of memory." if short else text)
+        messages.append(f"{text}: out of memory." if short else text)
         seen = seen.__cause__ or seen.__context__
-    words = " <- ".join(said)
-    return Told(error=words, trace="".join(traceback.format_exception(error)), needed=held() + asked(words))
+    message = " <- ".join(messages)
+    return AttemptResult(
+        error=message, trace="".join(traceback.format_exception(error)), needed=memory_in_use() + requested_bytes(message)
+    )
 
 
-def held() -> int:
-    """Bytes that count against a limit and are held now: the allocator's on CUDA, else all data of this process; 0 where the
-    system does not say."""
+def memory_in_use() -> int:
+    """Bytes in use that count against the limit: those of the CUDA allocator, else all data of this process. 0 if unknown."""
     if torch.cuda.is_initialized():
         return torch.cuda.memory_allocated()
     status = Path("/proc/self/status")

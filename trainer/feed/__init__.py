@@ -1,4 +1,4 @@
-"""From prepared or raw text to the batches of a rank, as a run's config says.
+"""The data of a run: from prepared or raw text to each rank's batches.
 
 Entry points: `feed.open_feed`; `streamed` is the way without preparation.
 """

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from mikoshi.data.dataset.dataset import Dataset, is_megatron, is_remote, open_dataset
-from mikoshi.data.dataset.rows import Batch, Columns, ranges
+from mikoshi.data.dataset.rows import Batch, ColumnRanges, column_ranges
 from mikoshi.data.dataset.shards import HELD_OUT, TOKENIZER, TRAIN
 from mikoshi.data.dataset.split import Corpus, open_corpus
 from mikoshi.data.errors import DataError
@@ -17,16 +17,16 @@ from mikoshi.data.io.cache import default_folder
 from mikoshi.data.io.fetch import CacheLimits
 from mikoshi.data.loader.lanes import Stream
 from mikoshi.data.loader.loader import Loader, evaluation_batches
-from mikoshi.data.loader.resume_state import Continued, Identity, Reader, first_digest, go_on
+from mikoshi.data.loader.resume_state import DataResumePoint, Identity, TrainingLoader, first_digest, resume_from_record
 from mikoshi.data.loader.stream import StreamLoader, check_whole_batches
 from mikoshi.data.prepare.prepare import Recipe
 from mikoshi.data.prepare.quality import Filters
-from mikoshi.data.sampling.curriculum import Asked, History
-from mikoshi.data.sampling.sampler import Skips, make_course, skips
+from mikoshi.data.sampling.curriculum import MixtureHistory, MixtureRequest
+from mikoshi.data.sampling.sampler import Skips, make_sampler, make_skips
 from mikoshi.data.sources.text import SourceSpec
 from mikoshi.data.tokenizer.special_tokens import AUTO
 from mikoshi.data.tokenizer.tokenizer import Tokenizer, parse_tokenizer
-from mikoshi.parallel.context import tokens_of
+from mikoshi.parallel.context import token_positions
 from mikoshi.parallel.layout import Coordinates, Layout
 from mikoshi.trainer.config.data import DataSection, MixedSection
 from mikoshi.trainer.config.run import RunConfig
@@ -72,8 +72,8 @@ def recipes(data: DataSection) -> dict[str, Recipe]:
     }  # fmt: skip
 
 
-def places(data: DataSection) -> dict[str, str]:
-    """Where the prepared dataset of each source is."""
+def dataset_locations(data: DataSection) -> dict[str, str]:
+    """Folder or URL of each source's prepared dataset."""
     if not data.mixture:
         return {"": data.path}
     root = data.path.rstrip("/")
@@ -93,8 +93,8 @@ def datasets(config: RunConfig, names: Collection[str] | None = None) -> dict[st
     data = config.data
     limits = cache_limits(config)
     marks = data.separator, data.bos
-    asked = {name: place for name, place in places(data).items() if names is None or name in names}
-    found = {name: open_dataset(place, limits, data.tokenizer, data.held_out, marks) for name, place in asked.items()}
+    chosen = {name: place for name, place in dataset_locations(data).items() if names is None or name in names}
+    found = {name: open_dataset(place, limits, data.tokenizer, data.held_out, marks) for name, place in chosen.items()}
     (first_name, first), *others = found.items()
     for name, other in others:
         if not _one_tokenizer(other, first):
@@ -116,15 +116,15 @@ def _one_tokenizer(one: Dataset, other: Dataset) -> bool:
 def tokenizer_of(dataset: Dataset) -> Tokenizer:
     """The tokenizer that made a dataset. Raises DataError if the file beside it is another."""
     info = dataset.info
-    tokenizer = parse_tokenizer(dataset.read(TOKENIZER), f"{dataset.place}/{TOKENIZER}", info.marks)
+    tokenizer = parse_tokenizer(dataset.read(TOKENIZER), f"{dataset.place}/{TOKENIZER}", info.boundaries)
     expected = tokenizer.digest if is_megatron(dataset.place) else tokenizer.fingerprint
     if (expected, tokenizer.vocab) != (info.tokenizer, info.vocab):
         raise DataError(f"{dataset.place}/{TOKENIZER}: not the tokenizer that made the data; prepare the data again")
     return replace(tokenizer, fingerprint=info.tokenizer)
 
 
-def check_marks(data: DataSection, tokenizer: Tokenizer, place: str) -> None:
-    """Raises ConfigError where the config names other tokens for the beginning and end of documents than the data has."""
+def check_boundary_tokens(data: DataSection, tokenizer: Tokenizer, place: str) -> None:
+    """Raises ConfigError where the config names other separator or BOS tokens than the data was prepared with."""
     name = tokenizer.backend.id_to_token
     begin, end = "none" if tokenizer.bos is None else name(tokenizer.bos), name(tokenizer.separator)
     for key, wanted, has in (("separator", data.separator or end, end), ("bos", data.bos, begin)):
@@ -135,11 +135,11 @@ def check_marks(data: DataSection, tokenizer: Tokenizer, place: str) -> None:
             )
 
 
-def asked(config: RunConfig, corpora: Mapping[str, Corpus]) -> Asked:
-    """The mixture that the config asks for, in samples."""
+def requested_mixture(config: RunConfig, corpora: Mapping[str, Corpus]) -> MixtureRequest:
+    """The mixture that the config requests, in samples."""
     data, context = config.data, config.train.context
     if not data.mixture:
-        return Asked(((0, {"": 1.0}),), {"": None})
+        return MixtureRequest(((0, {"": 1.0}),), {"": None})
     starts = {0, *(-(-tokens // context) for mixed in data.mixture.values() for tokens, _ in mixed.schedule)}
     stages = []
     for start in sorted(starts):
@@ -152,7 +152,7 @@ def asked(config: RunConfig, corpora: Mapping[str, Corpus]) -> Asked:
         name: None if mixed.epochs is None else int(mixed.epochs * corpora[name].samples)
         for name, mixed in data.mixture.items()
     }
-    return Asked(tuple(stages), caps)
+    return MixtureRequest(tuple(stages), caps)
 
 
 @dataclass(frozen=True)
@@ -166,13 +166,13 @@ class Feed:
     held_out: dict[str, Corpus]
     tokenizer: Tokenizer
     identity: Identity
-    asked: Asked
+    mixture: MixtureRequest
     skipped: Skips
     streams: tuple[Stream, ...] = ()
     lanes: int = 0
 
     @property
-    def told(self) -> str:
+    def description(self) -> str:
         """How much there is to train on."""
         if self.streams:
             size = sum(stream.selection.source.bytes for stream in self.streams)
@@ -195,23 +195,23 @@ class Feed:
     @property
     def unigram_nats(self) -> float:
         """Held-out loss of a model that knows only token frequencies, the mean of the sources' by their first weights."""
-        weights = self.asked.stages[0][1]
-        told = sum(w * self.datasets[name].info.unigram_nats for name, w in weights.items())
-        return told / sum(weights.values())
+        weights = self.mixture.stages[0][1]
+        weighted = sum(w * self.datasets[name].info.unigram_nats for name, w in weights.items())
+        return weighted / sum(weights.values())
 
-    def weights(self, continued: Continued, step: int) -> dict[str, float]:
+    def weights(self, continued: DataResumePoint, step: int) -> dict[str, float]:
         """The sources' weights in the mixture at a step."""
         position = int(self.skipped.positions(np.array([step * self.config.train.global_batch]))[0])
         return {name: float(weight) for name, weight in continued.history.weights(position).items()}
 
-    def continued(self, record: Mapping[str, Any] | None) -> Continued:
+    def continued(self, record: Mapping[str, Any] | None) -> DataResumePoint:
         """How the run goes on from a checkpoint's record of its data. Raises DataError if it cannot."""
         accept = self.config.data.on_change == "accept"
-        continued = go_on(record, self.identity, self.asked, self.skipped.spans, accept)
+        continued = resume_from_record(record, self.identity, self.mixture, self.skipped.spans, accept)
         check_steps(self, continued.history)
         return continued
 
-    def loader(self, layout: Layout, here: Coordinates, continued: Continued) -> Reader:
+    def loader(self, layout: Layout, here: Coordinates, continued: DataResumePoint) -> TrainingLoader:
         """This rank's loader, at the beginning of the run. Its sources are numbered as the run's history has them, whatever
         their order in the config."""
         config = self.config
@@ -224,18 +224,18 @@ class Feed:
             streams_now = tuple(named[name] for name in continued.history.names if name in named)
             return StreamLoader(
                 streams_now, continued.history, self.skipped, self.lanes, config.train.context, config.train.global_batch,
-                here.data, layout.data_ranks, config.data.document_mask, columns(config, layout, here), warmup,
+                here.data, layout.data_ranks, config.data.document_mask, context_columns(config, layout, here), warmup,
                 config.data.max_invalid,
             )  # fmt: skip
-        course = make_course(
+        course = make_sampler(
             tuple(self.train[name] for name in continued.history.names if name in self.train), continued.history,
             config.run.seed, config.data.shuffle_window, self.skipped, warmup,
         )  # fmt: skip
         loader = Loader(
             course, config.train.global_batch, here.data, layout.data_ranks, config.data.document_mask,
-            columns(config, layout, here),
+            context_columns(config, layout, here),
         )  # fmt: skip
-        loader.go_on(0, first_digest(self.identity))
+        loader.resume_at(0, first_digest(self.identity))
         return loader
 
     def evaluation(self, layout: Layout, here: Coordinates) -> dict[str, Iterator[Batch]]:
@@ -244,17 +244,17 @@ class Feed:
         return {
             name: evaluation_batches(
                 corpus, config.train.global_batch, config.eval.batches, here.data, layout.data_ranks,
-                config.data.document_mask, columns(config, layout, here),
+                config.data.document_mask, context_columns(config, layout, here),
             )
             for name, corpus in self.held_out.items()
         }  # fmt: skip
 
 
-def columns(config: RunConfig, layout: Layout, here: Coordinates) -> Columns | None:
-    """The columns of every row that a rank holds; None for all."""
+def context_columns(config: RunConfig, layout: Layout, here: Coordinates) -> ColumnRanges | None:
+    """The columns of every row that this rank holds under context parallelism; None for all."""
     if layout.cp == 1:
         return None
-    return ranges(tokens_of(here.cp, layout.cp, config.train.context, layout.context_kind))
+    return column_ranges(token_positions(here.cp, layout.cp, config.train.context, layout.context_kind))
 
 
 def open_feed(config: RunConfig) -> Feed:
@@ -262,8 +262,8 @@ def open_feed(config: RunConfig) -> Feed:
     data, context = config.data, config.train.context
     found = datasets(config)
     tokenizer = tokenizer_of(next(iter(found.values())))
-    check_marks(data, tokenizer, data.path)
-    left_out = skips(data.skip)
+    check_boundary_tokens(data, tokenizer, data.path)
+    left_out = make_skips(data.skip)
     if data.stream:
         check_whole_batches(left_out, config.train.global_batch)
         made, prints, lanes = streams(config, recipes(data), tokenizer, {name: d.info.recipe for name, d in found.items()})
@@ -284,10 +284,10 @@ def open_feed(config: RunConfig) -> Feed:
         "data.lanes": lanes,
         "sources": prints,
     }
-    return Feed(config, found, train, held_out, tokenizer, identity, asked(config, train), left_out, made, lanes)
+    return Feed(config, found, train, held_out, tokenizer, identity, requested_mixture(config, train), left_out, made, lanes)
 
 
-def check_steps(feed: Feed, history: History) -> None:
+def check_steps(feed: Feed, history: MixtureHistory) -> None:
     """Raises ConfigError where the sources give too few samples for the steps."""
     config, end = feed.config, history.end
     wanted = config.train.steps * config.train.global_batch
@@ -307,9 +307,9 @@ def check_cache(feed: Feed) -> None:
     far = [corpus for corpus in feed.train.values() if is_remote(corpus.dataset.place)]
     sizes = [size for c in far for size in sorted((s.bytes for s in c.shards), reverse=True)[: window or None]]
     if sum(sizes) > cache:
-        places = ", ".join(corpus.dataset.place for corpus in far)
+        names = ", ".join(corpus.dataset.place for corpus in far)
         raise ConfigError(
-            f"data.shuffle_window = {window}: {len(sizes)} shards of {places}, {sum(sizes)} bytes, are shuffled together, and "
+            f"data.shuffle_window = {window}: {len(sizes)} shards of {names}, {sum(sizes)} bytes, are shuffled together, and "
             f"data.cache.bytes is {cache}: they would be fetched over and over: set a window of fewer shards, or raise "
             "data.cache.bytes"
         )

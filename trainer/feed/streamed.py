@@ -1,4 +1,4 @@
-"""A run on raw sources, with no preparation: what little is set apart beforehand, and the streams of the rest.
+"""Trains on raw sources without preparation: holds out some documents beforehand and streams the rest.
 
 The dataset folder of such a run holds the tokenizer and as many held-out documents of every source as evaluation needs,
 found by reading from the source's beginning. It is made once; sources whose files have changed since are refused.
@@ -25,19 +25,19 @@ from mikoshi.data.dataset.shards import (
     TOKENIZER,
     TRAIN,
     DatasetInfo,
-    fingerprint,
+    bytes_per_token,
+    dataset_fingerprint,
     read_index,
-    token_bytes,
     unigram_nats,
     write_index,
     write_shard,
 )
 from mikoshi.data.errors import DataError
 from mikoshi.data.io.atomic import commit_folder, locked_folder, write_file
-from mikoshi.data.io.progress import Show, quiet
+from mikoshi.data.io.progress import ProgressCallback, no_progress
 from mikoshi.data.loader.lanes import PIECE_BYTES, Stream
-from mikoshi.data.prepare.piece import Selection, Tally, digest, encode, is_held_out, usable
-from mikoshi.data.prepare.prepare import Recipe, train_on
+from mikoshi.data.prepare.piece import Selection, Tally, encode_documents, is_held_out, text_digest, usable_documents
+from mikoshi.data.prepare.prepare import Recipe, train_shared_tokenizer
 from mikoshi.data.sources.contents import SOURCES, contents_of, read_contents
 from mikoshi.data.sources.sources import Source, open_source, pieces
 from mikoshi.data.tokenizer.special_tokens import AUTO
@@ -65,9 +65,13 @@ def stream_fingerprint(recipe: Recipe, source: Source, before: bool = False) -> 
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def set_apart(config: RunConfig, recipes: dict[str, Recipe], places: dict[str, str], show: Show = quiet) -> None:
-    """Make the folders of a streaming run where they are not there. Raises DataError for sources that cannot be used, or
-    that are not those that a folder was made from."""
+def hold_out(
+    config: RunConfig, recipes: dict[str, Recipe], places: dict[str, str], show: ProgressCallback = no_progress
+) -> None:
+    """Create the folders of tokenizer and held-out text of a streaming run, where they are missing.
+
+    Raises ConfigError or DataError for sources that cannot be used, or that differ from those that a folder was made from.
+    """
     if any(recipe.deduplicate for recipe in recipes.values()):
         raise ConfigError("data.filters.deduplicate needs all documents beforehand: prepare the data, or set it to false")
     for place in places.values():
@@ -82,7 +86,7 @@ def set_apart(config: RunConfig, recipes: dict[str, Recipe], places: dict[str, s
     given = load_tokenizer(named).digest if named and Path(named).is_file() else None
 
     def missing() -> list[str]:
-        return [name for name in recipes if not _is_there(Path(places[name]), recipes[name], sources[name], wanted, given)]
+        return [name for name in recipes if not _is_complete(Path(places[name]), recipes[name], sources[name], wanted, given)]
 
     if not missing():
         return
@@ -93,30 +97,30 @@ def set_apart(config: RunConfig, recipes: dict[str, Recipe], places: dict[str, s
             made, folder = built / "dataset", Path(places[name])
             shutil.rmtree(made, ignore_errors=True)
             made.mkdir()
-            _set_apart(made, recipes[name], sources[name], tokenizer, wanted)
+            _hold_out(made, recipes[name], sources[name], tokenizer, wanted)
             folder.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)  # one of too little held-out text
             commit_folder(folder, made)
         shutil.rmtree(built, ignore_errors=True)
 
 
-def _tokenizer_for(recipes: dict[str, Recipe], made: list[Path], show: Show) -> Tokenizer:
+def _tokenizer_for(recipes: dict[str, Recipe], made: list[Path], show: ProgressCallback) -> Tokenizer:
     """The tokenizer that is named, else that of a folder that was `made` before, else one trained on all. One that is named and
     made a folder goes on as it is there, unless other marks are asked for."""
     first = next(iter(recipes.values()))
     named = None if first.tokenizer is None else first.load_tokenizer()
     if not made:
-        return named or train_on(recipes, show)
+        return named or train_shared_tokenizer(recipes, show)
     saved = _saved_tokenizer(made[0])
     asked = first.separator or first.bos != AUTO
     return saved if named is None or (named.digest == saved.digest and not asked) else named
 
 
 def _saved_tokenizer(folder: Path) -> Tokenizer:
-    return parse_tokenizer((folder / TOKENIZER).read_bytes(), str(folder / TOKENIZER), read_index(folder).marks)
+    return parse_tokenizer((folder / TOKENIZER).read_bytes(), str(folder / TOKENIZER), read_index(folder).boundaries)
 
 
-def _is_there(folder: Path, recipe: Recipe, source: Source, wanted: int, tokenizer: str | None) -> bool:
+def _is_complete(folder: Path, recipe: Recipe, source: Source, wanted: int, tokenizer: str | None) -> bool:
     """Whether the folder holds what the run needs. `tokenizer`: the digest of the one that the user names."""
     if not folder.exists():
         return False
@@ -139,30 +143,30 @@ def _is_there(folder: Path, recipe: Recipe, source: Source, wanted: int, tokeniz
         )
     before = read_contents(folder / SOURCES)
     now = contents_of(source.files, before, sampled=True)
-    if before is not None and (name := now.other_than(before)):
+    if before is not None and (name := now.first_difference(before)):
         raise DataError(
             f"data.path: {folder} was set apart for a stream of other files: {name} has changed since: put it back, or begin "
             "another run with another data.path"
         )
     if now != before:
         with suppress(OSError):  # where it cannot be written the files are read again the next time
-            write_file(folder / SOURCES, now.plain())
+            write_file(folder / SOURCES, now.to_json())
     return info.tokens(HELD_OUT) >= wanted or bool(info.report["exhausted"])
 
 
-def _set_apart(made: Path, recipe: Recipe, source: Source, tokenizer: Tokenizer, wanted: int) -> None:
-    selection, held, count = _selection(recipe, source, tokenizer), list[Any](), 0
+def _hold_out(made: Path, recipe: Recipe, source: Source, tokenizer: Tokenizer, wanted: int) -> None:
+    selection, documents, count = _selection(recipe, source, tokenizer), list[Any](), 0
     counts = {split: np.zeros(tokenizer.vocab, np.int64) for split in (TRAIN, HELD_OUT)}
     tally, exhausted = Tally(), True
     before = contents_of(source.files, None, sampled=True)
-    for document in chain.from_iterable(usable(selection, piece, tally) for piece in pieces(source, PIECE_BYTES)):
-        side = HELD_OUT if is_held_out(digest(document.side), recipe.held_out) else TRAIN
+    for document in chain.from_iterable(usable_documents(selection, piece, tally) for piece in pieces(source, PIECE_BYTES)):
+        side = HELD_OUT if is_held_out(text_digest(document.split_key), recipe.held_out) else TRAIN
         if side == TRAIN and counts[TRAIN].sum() >= _COUNTED_TOKENS:
             continue
-        ((ids, learned),) = encode(tokenizer, [document])
+        ((ids, learned),) = encode_documents(tokenizer, [document])
         counts[side] += np.bincount(ids, minlength=tokenizer.vocab)
         if side == HELD_OUT:
-            held.append((ids, np.ones(len(ids), bool) if learned is None else learned))
+            documents.append((ids, np.ones(len(ids), bool) if learned is None else learned))
             count += len(ids)
         if count >= wanted and counts[TRAIN].sum():
             exhausted = False
@@ -172,14 +176,16 @@ def _set_apart(made: Path, recipe: Recipe, source: Source, tokenizer: Tokenizer,
             f"data.source: no document of {recipe.spec.source!r} {'is held out' if counts[TRAIN].sum() else 'can be used'} "
             f"({tally.invalid} cannot be read, {tally.empty} empty): give more text, or change data.held_out"
         )
-    flags = [flags for _, flags in held]
+    flags = [flags for _, flags in documents]
     prompts = None if all(f.all() for f in flags) else flags
-    shard = write_shard(made / f"{HELD_OUT}-00000.shard", [ids for ids, _ in held], token_bytes(tokenizer.vocab), prompts)
+    shard = write_shard(
+        made / f"{HELD_OUT}-00000.shard", [ids for ids, _ in documents], bytes_per_token(tokenizer.vocab), prompts
+    )
     splits = {TRAIN: [], HELD_OUT: [shard]}
     tokenizer.save(made / TOKENIZER)
-    write_file(made / SOURCES, before.plain())
+    write_file(made / SOURCES, before.to_json())
     write_index(made, DatasetInfo(
-        fingerprint(tokenizer.fingerprint, splits), stream_fingerprint(recipe, source), tokenizer.fingerprint,
+        dataset_fingerprint(tokenizer.fingerprint, splits), stream_fingerprint(recipe, source), tokenizer.fingerprint,
         tokenizer.vocab, tokenizer.separator, splits, unigram_nats(counts[TRAIN], counts[HELD_OUT]),
         {"source": recipe.spec.source, "stream": True, "exhausted": exhausted, "files": source.report},
         tokenizer.bos, tuple(sorted(tokenizer.stops)),

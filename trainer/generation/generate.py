@@ -148,7 +148,7 @@ def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, devi
     if found is None:
         raise CheckpointError(f"{folder.path}: there is no checkpoint yet; train first, or wait for one")
     path, manifest, _ = found
-    config = spread(parse_config(manifest.record["config"], str(path)), overrides, place.size)
+    config = forward_config(parse_config(manifest.record["config"], str(path)), overrides, place.size)
     if config.model.position == "rotary" and config.model.rope.varies(config.train.context):
         raise ConfigError(
             'model.rope.scaling = "dynamic": ranks together read rows of train.context tokens, beyond rope.original_context, '
@@ -161,9 +161,8 @@ def load_engine(folder: RunFolder, overrides: dict[str, int], place: World, devi
     return engine, load_saved(folder.tokenizer)
 
 
-def spread(config: RunConfig, overrides: dict[str, int], world: int) -> RunConfig:
-    """The config of a run for forward passes: parameters shared out, `overrides` of [parallel] and no other dimension, on the
-    native engine, whichever has trained it."""
+def forward_config(config: RunConfig, overrides: dict[str, int], world: int) -> RunConfig:
+    """The config for forward passes on `world` ranks: native engine, ZeRO 3, and only the parallel degrees in `overrides`."""
     plain: dict[str, object] = {"schedule": "1f1b", "virtual_stages": None, "replicas": None, "offload": "none"}
     plain |= {"cp": 1, "ep": 1, "expert_tp": None, "zero": 3}
     parallel = config.parallel.model_copy(update=plain | overrides)

@@ -1,9 +1,16 @@
-"""What a model is given to go on from, and where it stops: as text, or as a run's chat template writes a user's turn."""
+"""Encodes a prompt, plain or by the run's chat template, and finds the tokens that end generation."""
 
 from __future__ import annotations
 
 from mikoshi.data.errors import DataError
-from mikoshi.data.sources.chat import ChatProblem, ChatTemplate, chat_prompt, end_of_turn, load_chat, parse_chat
+from mikoshi.data.sources.chat import (
+    ChatProblem,
+    ChatTemplate,
+    chat_prompt,
+    end_of_turn,
+    load_chat_template,
+    parse_chat_template,
+)
 from mikoshi.data.tokenizer.tokenizer import Tokenizer
 from mikoshi.trainer.config.data import DataSection
 from mikoshi.trainer.config.run import load_config
@@ -15,12 +22,12 @@ def chat_of(data: DataSection) -> ChatTemplate | None:
     """The chat template of a run's data; None where it has none, or several, or its file is here no more."""
     mixed = data.mixture.values()
     inherited = (data.chat, data.chat_date)
-    asked = {(m.chat or data.chat, m.chat_date or data.chat_date) for m in mixed} if data.mixture else {inherited}
-    asked = {pair for pair in asked if pair[0]}
-    if len(asked) != 1:
+    templates = {(m.chat or data.chat, m.chat_date or data.chat_date) for m in mixed} if data.mixture else {inherited}
+    templates = {pair for pair in templates if pair[0]}
+    if len(templates) != 1:
         return None
     try:
-        return load_chat(*asked.pop())
+        return load_chat_template(*templates.pop())
     except DataError:
         return None
 
@@ -28,11 +35,11 @@ def chat_of(data: DataSection) -> ChatTemplate | None:
 def template_of(folder: RunFolder) -> ChatTemplate | None:
     """The chat template that the run has kept; of a run of before, the one that its config names."""
     if folder.chat.is_file():
-        return parse_chat(folder.chat.read_text(encoding="utf-8"))
+        return parse_chat_template(folder.chat.read_text(encoding="utf-8"))
     return chat_of(load_config(folder.path).data)
 
 
-def start_of(
+def encode_prompt(
     folder: RunFolder, tokenizer: Tokenizer, prompt: str, chat: bool, special: bool | None
 ) -> tuple[list[int], frozenset[int]]:
     """The ids to go on from, never empty, and those at which generation stops: the tokenizer's, and the end of a turn under

@@ -1,4 +1,4 @@
-"""What is wrong with a run that goes on: losses that cannot be trusted, and ranks that are slow.
+"""Watches a running job: losses that cannot be trusted, and slow ranks.
 
 Entry points: `loss_guard` and `straggler.Stragglers`.
 """

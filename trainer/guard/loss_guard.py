@@ -1,4 +1,4 @@
-"""The loss guard: a step whose figures cannot be trusted is seen, by the same rule on every rank and in every repetition.
+"""The loss guard detects steps whose loss or gradient norm cannot be trusted, by the same rule on every rank and every run.
 
 It knows only the figures of steps, which are equal on all ranks, and its state goes into every checkpoint: a run that is
 killed and goes on decides as one that was not. Going back is decided in a file of its own, before anything is undone.
@@ -16,7 +16,7 @@ from typing import Any
 
 from mikoshi.data.io.atomic import write_file
 from mikoshi.trainer.config.data import GuardSection
-from mikoshi.trainer.engines.base import Limits
+from mikoshi.trainer.engines.base import StepLimits
 from mikoshi.trainer.errors import CheckpointError, RunError
 
 _NORMAL = 1.4826  # makes the median absolute deviation that of a normal distribution's standard deviation
@@ -65,10 +65,10 @@ class LossGuard:
         """Steps in a row, up to the last one, that nobody applied; one that predicts nothing is none of them and ends none."""
         self._levels: tuple[_Level, _Level] | None = None
 
-    def limits(self) -> Limits:
+    def limits(self) -> StepLimits:
         """What the next step's figures must stay below to be applied. Where spikes are only recorded, anything finite is."""
         levels = None if self.section.spike == "record" else self._level()
-        return Limits() if levels is None else Limits(levels[0].bound, levels[1].bound)
+        return StepLimits() if levels is None else StepLimits(levels[0].bound, levels[1].bound)
 
     def judge(self, loss: float, norm: float) -> Verdict:
         """What a step's loss and gradient norm are, compared with those of the applied steps before it."""
@@ -81,21 +81,21 @@ class LossGuard:
         of_loss, of_norm = levels
         why = []
         if not loss < of_loss.bound:
-            why.append(_told("loss", loss, of_loss.middle, (loss - of_loss.middle) / of_loss.deviation))
+            why.append(_describe("loss", loss, of_loss.middle, (loss - of_loss.middle) / of_loss.deviation))
         if not norm < of_norm.bound:
             off = (_log(norm) - of_norm.middle) / of_norm.deviation
-            why.append(_told("gradient norm", norm, math.exp(of_norm.middle), off))
+            why.append(_describe("gradient norm", norm, math.exp(of_norm.middle), off))
         return Verdict("spike", " and ".join(why)) if why else Verdict()
 
     def accept(self, loss: float, norm: float) -> None:
-        """A step with these figures was applied."""
+        """Record that a step with this loss and gradient norm was applied."""
         self.left = 0
         self.losses.append(loss)
         self.norms.append(norm)
         self._levels = None
 
     def leave(self) -> None:
-        """A step was not applied."""
+        """Record that a step was not applied."""
         self.left += 1
 
     def state(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _median(ordered: list[float]) -> float:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
-def _told(name: str, value: float, middle: float, deviations: float) -> str:
+def _describe(name: str, value: float, middle: float, deviations: float) -> str:
     return f"the {name} is {value:.4g}, {deviations:.1f} deviations above the median of {middle:.4g}"
 
 

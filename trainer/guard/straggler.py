@@ -1,4 +1,4 @@
-"""A rank that is slow for its peers is named: each tells how long its own work of a step takes, waiting for others left out.
+"""Finds ranks that are slower than their peers, by the time that each spends on its own work without waiting for others.
 
 On CPU that is the time that the main thread was running: a wait in a collective sleeps. (The time that it waited for a core
 is left out. Where ranks share cores it is most of a step, and differs among equal ranks by as much as what is looked for.)
@@ -27,16 +27,18 @@ _SIDE = 4096
 
 
 @dataclass(frozen=True)
-class Slow:
-    """A rank whose work takes `ratio` times as long as that of the median of its peers."""
+class SlowRank:
+    """A rank whose work takes `ratio` times as long as the median of its peers."""
 
     rank: int
     ratio: float
 
 
 class Stragglers:
-    """Watches the steps of this rank, compares it with its peers every `window` steps, and names who is slow in three windows
-    in a row: of 5 steps each, within 20 steps of its first slow one."""
+    """Compares this rank's step times with its peers' every `window` steps.
+
+    A rank is reported after three slow windows in a row: with windows of 5 steps, within 20 steps of its first slow one.
+    """
 
     def __init__(self, device: torch.device, peers: Sequence[int], window: int = 5) -> None:
         """`peers`: for every rank the number of its group. The ranks of a group have equal work to do."""
@@ -48,12 +50,12 @@ class Stragglers:
         self.begun: float | None = None
 
     def begin(self) -> None:
-        """This rank's own work of a step begins."""
+        """Mark the start of this rank's own work in a step."""
         if self.probe is None:
             self.begun = time.thread_time()
 
     def end(self) -> None:
-        """Its work is done; on CUDA the step's figures have been read, so that its stream is idle."""
+        """Mark its end. On CUDA the caller has read the step's results, so that the stream is idle."""
         if self.probe is not None:
             self.known.extend(self.probe.times())
         elif self.begun is not None:
@@ -61,34 +63,44 @@ class Stragglers:
             self.begun = None
 
     def due(self, step: int) -> bool:
+        """Whether the ranks compare their times after this step."""
         return len(self.peers) > 1 and step % self.window == 0
 
-    def named(self) -> list[Slow]:
-        """The ranks that were slow in the last three windows, the same list on each; who stays slow is named again after as
-        many. A window in which a rank's time was not taken (on CUDA that is seldom done) is none of its own. Collective."""
+    def slow_ranks(self) -> list[SlowRank]:
+        """The ranks that were slow in the last three windows, the same list on every rank. Collective.
+
+        A rank that stays slow is reported again after three more windows. A window without a measurement of a rank (common on
+        CUDA) does not count for that rank.
+        """
         fresh = bool(self.known)
         self.last = median(self.known) if fresh else self.last
         self.known.clear()
-        told = torch.zeros(2, len(self.peers), dtype=torch.float64)
-        told[:, dist.get_rank()] = torch.tensor([self.last, float(fresh)])
-        dist.all_reduce(told)
-        now = slow(told[0].tolist(), self.peers if self.probe is None else [0] * len(self.peers))
-        return self.lasting(now, [rank for rank, taken in enumerate(told[1].tolist()) if taken])
+        times_and_fresh = torch.zeros(2, len(self.peers), dtype=torch.float64)
+        times_and_fresh[:, dist.get_rank()] = torch.tensor([self.last, float(fresh)])
+        dist.all_reduce(times_and_fresh)
+        now = find_slow(times_and_fresh[0].tolist(), self.peers if self.probe is None else [0] * len(self.peers))
+        return self.persistent(now, [rank for rank, taken in enumerate(times_and_fresh[1].tolist()) if taken])
 
-    def lasting(self, now: Sequence[Slow], taken: Sequence[int]) -> list[Slow]:
-        """Of those slow in this window, in which the time of the ranks `taken` was: who has been in as many as it takes."""
+    def persistent(self, now: Sequence[SlowRank], taken: Sequence[int]) -> list[SlowRank]:
+        """Ranks that have now been slow in enough windows in a row.
+
+        now: ranks that were slow in this window. taken: ranks that were measured in it.
+        """
         ratios, found = {one.rank: one.ratio for one in now}, []
         for rank in taken:
             self.ratios[rank] = [*self.ratios[rank], ratios[rank]] if rank in ratios else []
             if len(self.ratios[rank]) == _IN_A_ROW:
-                found.append(Slow(rank, median(self.ratios[rank])))
+                found.append(SlowRank(rank, median(self.ratios[rank])))
                 self.ratios[rank] = []
         return found
 
 
-def slow(times: Sequence[float], peers: Sequence[int]) -> list[Slow]:
-    """Of each rank's time, 0 where it knows none, and each one's group: who is slow. A rank without peers is not judged. Each
-    group is sorted once: every rank of thousands does this every few steps."""
+def find_slow(times: Sequence[float], peers: Sequence[int]) -> list[SlowRank]:
+    """The ranks whose time is at least 1.5 times the median of their peers.
+
+    times: seconds of each rank, 0 where unknown. peers: group number of each rank. A rank without peers is not judged. Each
+    group is sorted once, because every rank of thousands calls this every few steps.
+    """
     groups: dict[int, list[float]] = {}
     for time_taken, peer in zip(times, peers, strict=True):
         if time_taken > 0:
@@ -99,7 +111,7 @@ def slow(times: Sequence[float], peers: Sequence[int]) -> list[Slow]:
     for rank, (mine, peer) in enumerate(zip(times, peers, strict=True)):
         usual = _median_without(groups.get(peer, []), mine) if mine > 0 else 0.0
         if usual and mine >= _SLOW * usual:
-            found.append(Slow(rank, mine / usual))
+            found.append(SlowRank(rank, mine / usual))
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a run would do or has read, for people: its layout, its optimizer, its batches, its data.
+"""Views of a run for people: layout, optimizer, batches and data.
 
 Entry points: `layout.layout_view`, `batches`, `statistics`, `verify`.
 """

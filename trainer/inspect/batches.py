@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.text import Text
 
 from mikoshi.data.dataset.dataset import is_megatron
-from mikoshi.data.dataset.rows import IGNORED, Where
+from mikoshi.data.dataset.rows import IGNORED, RowLocation
 from mikoshi.data.dataset.shards import Shard
 from mikoshi.data.dataset.split import Corpus
 from mikoshi.data.loader.loader import Loader, read_samples
-from mikoshi.data.loader.resume_state import Continued, go_on
+from mikoshi.data.loader.resume_state import DataResumePoint, resume_from_record
 from mikoshi.data.tokenizer.tokenizer import Tokenizer
 from mikoshi.parallel.layout import Layout
 from mikoshi.trainer.checkpoint.of_run import checkpoints_of
@@ -33,7 +33,7 @@ from mikoshi.trainer.errors import CheckpointError, ConfigError
 from mikoshi.trainer.feed.feed import Feed, open_feed
 from mikoshi.trainer.guard.loss_guard import read_rewinds
 from mikoshi.trainer.record.run_folder import open_run
-from mikoshi.trainer.train.resume import without
+from mikoshi.trainer.train.resume import without_rewound
 
 OPEN, CLOSE = "⟪", "⟫"
 """What stands around text that is not predicted, where nothing can be dimmed."""
@@ -48,20 +48,23 @@ _VISIBLE = {
 
 
 @dataclass(frozen=True)
-class View:
-    """A run's prepared data, open to be looked at by one reader of all rows. `done`: steps of the checkpoint whose record
-    says which samples were consumed; None where only a config is known."""
+class DataView:
+    """A run's prepared data, opened for inspection by one reader of all rows.
+
+    done: step of the checkpoint that says which samples were consumed; None where only a config is known.
+    """
 
     feed: Feed
-    continued: Continued
+    continued: DataResumePoint
     loader: Loader
     done: int | None
 
     def corpus(self, source: int) -> Corpus:
-        return self.loader.course.corpora[source]
+        """The corpus of a source, by its number in the mixture."""
+        return self.loader.sampler.corpora[source]
 
 
-def open_view(path: Path, overrides: Sequence[str] = ()) -> View:
+def open_view(path: Path, overrides: Sequence[str] = ()) -> DataView:
     """The data of a config, or of a run folder as its newest checkpoint has consumed it. Raises ConfigError, DataError or
     CheckpointError, also for a stream, which has no order that could be looked into."""
     config = load_config(path, overrides)
@@ -71,14 +74,14 @@ def open_view(path: Path, overrides: Sequence[str] = ()) -> View:
             "prepare the data and set data.stream = false"
         )
     of_run = path.is_dir()
-    feed = open_feed(without(config, read_rewinds(open_run(path).rewinds) if of_run else []))
+    feed = open_feed(without_rewound(config, read_rewinds(open_run(path).rewinds) if of_run else []))
     found = _newest(checkpoints_of(open_run(path), config)) if of_run else None
     accept = config.data.on_change == "accept"  # and steps that the sources are not enough for are no reason not to look
-    continued = go_on(found[1] if found else None, feed.identity, feed.asked, feed.skipped.spans, accept)
+    continued = resume_from_record(found[1] if found else None, feed.identity, feed.mixture, feed.skipped.spans, accept)
     layout = Layout()
     loader = feed.loader(layout, layout.coordinates(0), continued)
     assert isinstance(loader, Loader)
-    return View(feed, continued, loader, found[0] if found else None)
+    return DataView(feed, continued, loader, found[0] if found else None)
 
 
 def _newest(store: Store) -> tuple[int, dict[str, Any]] | None:
@@ -113,7 +116,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """A row of a global batch: its number, its sample and its position in the order, where it comes from, its ids and
     labels, and for each place the document's number in the row and the position in it (None: read as one document)."""
 
@@ -132,6 +135,7 @@ class Row:
 
     @property
     def documents(self) -> int:
+        """Number of documents in the row; padding does not count."""
         return len({s.document for s in self.segments} - {None})
 
 
@@ -141,7 +145,7 @@ def shard_name(corpus: Corpus, shard: int) -> str:
     return f"{place}, {file} part" if is_megatron(place) else f"{place.rstrip('/')}/{file}"
 
 
-def rows_at(view: View, step: int, first: int, count: int) -> list[Row]:
+def batch_rows(view: DataView, step: int, first: int, count: int) -> list[BatchRow]:
     """Rows `first` to `first + count - 1` of the global batch at a step, as many of them as it has. Raises ConfigError for
     a step or row that there is none of, DataError for a step after the last that the sources are enough for."""
     batch = view.loader.global_batch
@@ -149,16 +153,16 @@ def rows_at(view: View, step: int, first: int, count: int) -> list[Row]:
         raise ConfigError(f"--step {step}: there is no such step: give 0, the first batch, or more, under {MOST_STEPS}")
     if not 0 <= first < batch:
         raise ConfigError(f"--row {first}: the batch has rows 0 to {batch - 1} (train.global_batch = {batch})")
-    course = view.loader.course
+    course = view.loader.sampler
     samples = view.loader.samples(step).part(first, first + count)
     read = read_samples(course, samples, len(samples), view.loader.document_mask)
     out = []
     for n in range(len(samples)):
         source, shard, number = (int(a[n]) for a in (samples.source, samples.shard, samples.row))
         corpus = view.corpus(source)
-        where = corpus.where(shard, number)
+        where = corpus.locate(shard, number)
         docs = None if read.docs is None else read.docs[n]
-        out.append(Row(
+        out.append(BatchRow(
             first + n, step * batch + first + n, int(samples.position[n]), course.mixture.names[source],
             int(samples.draw[n]) // corpus.samples, shard_name(corpus, shard), number, read.tokens[n].tolist(),
             read.labels[n].tolist(), None if docs is None else docs.tolist(),
@@ -168,7 +172,7 @@ def rows_at(view: View, step: int, first: int, count: int) -> list[Row]:
     return out
 
 
-def _token_at(where: Where, context: int) -> Ids:
+def _token_at(where: RowLocation, context: int) -> Ids:
     """Which token of its shard is read at each place of a row; -1 for padding."""
     if where.pieces is None:
         return np.arange(where.first, where.first + context)
@@ -224,7 +228,7 @@ def shown(tokenizer: Tokenizer, segment: Segment, styled: bool) -> Text:
     return out
 
 
-def print_batch(view: View, step: int, rows: Sequence[Row], console: Console) -> None:
+def print_batch(view: DataView, step: int, rows: Sequence[BatchRow], console: Console) -> None:
     """The rows, each under a line that says what it is, and the documents in them."""
     feed, samples, styled = view.feed, view.loader.samples(step), is_styled(console)
     batch, position = view.loader.global_batch, samples.position
@@ -233,32 +237,36 @@ def print_batch(view: View, step: int, rows: Sequence[Row], console: Console) ->
         when = ", consumed" if step < view.done else f", to come: the newest checkpoint is of step {view.done}"
     if step >= feed.config.train.steps:
         when += f", after the last of train.steps = {feed.config.train.steps}"
-    say(console, f"step {step}, counted from 0 (in the log, step {step + 1}){when}")
-    say(console, f"samples {step * batch} to {(step + 1) * batch - 1}, positions {position[0]} to {position[-1]} of the order")
-    if len(view.loader.course.mixture.names) > 1:
-        names, counts = view.loader.course.mixture.names, np.bincount(samples.source).tolist()
+    print_line(console, f"step {step}, counted from 0 (in the log, step {step + 1}){when}")
+    print_line(
+        console, f"samples {step * batch} to {(step + 1) * batch - 1}, positions {position[0]} to {position[-1]} of the order"
+    )
+    if len(view.loader.sampler.mixture.names) > 1:
+        names, counts = view.loader.sampler.mixture.names, np.bincount(samples.source).tolist()
         weights = feed.weights(view.continued, step)
         parts = [
             f"{name} {count} row{'' if count == 1 else 's'} ({weights.get(name, 0) / sum(weights.values()):.2%} asked)"
             for name, count in zip(names, counts, strict=False)
         ]
-        say(console, ", ".join(parts))
-    say(console, legend(styled))
+        print_line(console, ", ".join(parts))
+    print_line(console, legend(styled))
     for row in rows:
         print_row(row, feed.tokenizer, len(row.ids), console)
     if len(rows) < batch:
-        say(console, f"\n{len(rows)} of {batch} rows shown: --rows and --row choose others")
+        print_line(console, f"\n{len(rows)} of {batch} rows shown: --rows and --row choose others")
 
 
 def legend(styled: bool) -> str:
+    """One line that explains how text without a prediction is marked."""
     return "dimmed: read but not predicted" if styled else f"between {OPEN} and {CLOSE}: read but not predicted"
 
 
-def print_row(row: Row, tokenizer: Tokenizer, context: int, console: Console) -> None:
+def print_row(row: BatchRow, tokenizer: Tokenizer, context: int, console: Console) -> None:
+    """Print one row: a heading, and the text of each of its documents."""
     predicted = sum(label != IGNORED for label in row.labels)
     source = f"{row.source}, " if row.source else ""
     several = "1 document" if row.documents == 1 else f"{row.documents} documents"
-    say(
+    print_line(
         console,
         f"\n=== row {row.row}, position {row.position}: {source}{row.shard} row {row.shard_row}, epoch {row.epoch}; "
         f"{several}, {predicted} of {context} places predict ===",
@@ -267,21 +275,22 @@ def print_row(row: Row, tokenizer: Tokenizer, context: int, console: Console) ->
     before: int | None = None
     for segment in row.segments:
         if segment.document is None:
-            say(console, f"--- padding: {segment.places} places ---", "cyan")
+            print_line(console, f"--- padding: {segment.places} places ---", "cyan")
             continue
         last = segment.offset + len(segment.tokens) - 1
         what = "goes on, attention begins anew" if segment.document == before else f"document {segment.document} of the shard"
         where = f"its tokens {segment.offset} to {last}" if segment.offset or not segment.ends else f"whole, {last + 1} tokens"
         ends = ", its end" if segment.ends and segment.offset else ""
-        say(console, f"--- {what}: {where}{ends} ---", "cyan")
+        print_line(console, f"--- {what}: {where}{ends} ---", "cyan")
         console.print(shown(tokenizer, segment, is_styled(console)))
         before = segment.document
 
 
-def say(console: Console, text: str, style: str = "") -> None:
+def print_line(console: Console, text: str, style: str = "") -> None:
     """Print a line that is never wrapped."""
     console.print(text, style=style, markup=False, soft_wrap=True)
 
 
 def is_styled(console: Console) -> bool:
+    """Whether the console shows styles such as dimmed text."""
     return console.is_terminal and console.color_system is not None

@@ -1,4 +1,4 @@
-"""What every rank of a layout carries, in numbers: from the config alone, before a GPU or the data is touched."""
+"""Computes what each rank of a layout holds, from the config alone, without a GPU or data."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mikoshi.parallel.context import tokens_of
+from mikoshi.parallel.context import token_positions
 from mikoshi.parallel.layout import Coordinates, Layout
 from mikoshi.parallel.schedule import bubble, splits_backward
-from mikoshi.parallel.sharding import axes
+from mikoshi.parallel.sharding import axes_of
 from mikoshi.trainer.config.run import RunConfig
 from mikoshi.trainer.engines.layout import layout_of
 from mikoshi.trainer.engines.parts import head_flops, layer_flops, stage_layers
@@ -36,9 +36,11 @@ class StageView:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Elements of the model's state that a rank keeps from one micro-batch to the next, at most. optimizer: of master
-    weights and of each of the optimizer's moments."""
+class KeptElements:
+    """Most elements of the model's state that a rank keeps between micro-batches.
+
+    optimizer: elements of the master weights, and of each moment.
+    """
 
     parameters: int
     gradients: int
@@ -59,7 +61,7 @@ class RankView:
     experts: range | None
     tokens: tuple[range, ...]
     rows: range
-    kept: Kept
+    kept: KeptElements
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ def _experts(config: RunConfig, layout: Layout, rank: int) -> range:
 def _tokens(layout: Layout, cp: int, context: int) -> tuple[range, ...]:
     if layout.cp == 1:
         return (range(context),)
-    positions = tokens_of(cp, layout.cp, context, layout.context_kind)
+    positions = token_positions(cp, layout.cp, context, layout.context_kind)
     cuts = [0, *(np.flatnonzero(np.diff(positions) != 1) + 1).tolist(), len(positions)]
     return tuple(range(int(positions[a]), int(positions[b - 1]) + 1) for a, b in itertools.pairwise(cuts))
 
@@ -150,18 +152,18 @@ def _stage_views(config: RunConfig, layout: Layout, parts: list[GPT]) -> Iterabl
         yield StageView(stage, ranks[stage], part.part.layers, part.part.first, part.part.last, cost / sum(costs), size)
 
 
-def _kept(layout: Layout, parts: list[GPT], kv_heads: int) -> Kept:
+def _kept(layout: Layout, parts: list[GPT], kv_heads: int) -> KeptElements:
     """By the sharding table for tp, ep and expert_tp, and by ZeRO for the shards of what these leave."""
     held = shared = 0
     for name, p in (named for part in parts for named in part.named_parameters()):
-        by = axes(name, kv_heads < layout.tp)
+        by = axes_of(name, kv_heads < layout.tp)
         if by.ep is None:
             cuts, shards = layout.tp if by.tp is not None else 1, layout.state_grid[1]
         else:
             cuts, shards = layout.ep * layout.expert_tp, layout.expert_grid[1]
         held += p.numel() // cuts
         shared += -(-p.numel() // (cuts * shards))
-    return Kept(
+    return KeptElements(
         parameters=shared if parameters_shared(layout) else held,
         gradients=shared if gradients_shared(layout) else held,
         optimizer=shared,
@@ -195,7 +197,7 @@ def spans(many: Iterable[range]) -> list[str]:
     return [span(numbers) for numbers in joined]
 
 
-def count(number: float) -> str:
+def format_count(number: float) -> str:
     """1.8T, 62.2M, 950."""
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if number >= size:
@@ -203,12 +205,13 @@ def count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def plural(number: int, word: str) -> str:
-    return f"{number:,} {word}{'' if number == 1 else 's'}"
+def plural(number: int, noun: str) -> str:
+    """A number and its noun, in the plural unless the number is 1."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def stage_words(stage: StageView) -> str:
-    """layers of a stage and what else is with them."""
+def format_stage(stage: StageView) -> str:
+    """Layers of a stage, with embedding and head if it has them."""
     more = (" + embedding" if stage.embedding else "") + (" + head" if stage.head else "")
     return span(stage.layers) + more
 
@@ -236,35 +239,35 @@ def degrees(view: LayoutView) -> str:
 def notes(view: LayoutView) -> list[str]:
     """What holds of all ranks and no table shows."""
     at = view.layout
-    said = [f"{plural(view.node_ranks, 'GPU')} a node, assumed"]
+    lines = [f"{plural(view.node_ranks, 'GPU')} a node, assumed"]
     padding = at.data_ranks * at.micro_rows * at.micro_batches - len({row for rank in view.ranks for row in rank.rows})
     if padding:
-        said.append(
+        lines.append(
             f"{at.data_ranks} data ranks do not share the batch out evenly: the last have {plural(padding, 'row')} of padding, "
             "which costs time and changes nothing"
         )
     if at.tp > 1:
-        said.append(
+        lines.append(
             f"between blocks a rank holds 1/{at.tp} of its tokens: the sequence is cut in {at.tp} (sequence parallel), "
             "and gathered for attention and MLP"
         )
     if at.world > 1:
-        said.append(_kept_shares(view))
+        lines.append(_kept_shares(view))
     if view.kv_sharers > 1:
-        said.append(f"there are fewer key/value heads than ranks to share them: each is read by {view.kv_sharers} ranks")
+        lines.append(f"there are fewer key/value heads than ranks to share them: each is read by {view.kv_sharers} ranks")
     if view.experts:
-        said.append(f"of each MoE layer's {view.experts} experts a rank holds {view.experts // at.ep}" + (
+        lines.append(f"of each MoE layer's {view.experts} experts a rank holds {view.experts // at.ep}" + (
             f", and of each of these 1/{at.expert_tp}" if at.expert_tp > 1 else ""
         ))  # fmt: skip
     if at.pp > 1:
-        said.append("bubble and timeline take stages as alike, transfers as free, and a backward pass as two forward ones")
+        lines.append("bubble and timeline take stages as alike, transfers as free, and a backward pass as two forward ones")
         shares = [sum(s.flops for s in view.stages if s.pp == pp) * at.pp for pp in range(at.pp)]
         if max(shares) > _UNEVEN:
-            said.append(
+            lines.append(
                 f"pipeline rank {shares.index(max(shares))} has {max(shares):.2f} times an even share of the FLOPs: the others "
                 "wait for it, beyond the bubble"
             )
-    return said
+    return lines
 
 
 def _kept_shares(view: LayoutView) -> str:
@@ -287,8 +290,9 @@ def _one_in(parts: int) -> str:
 
 def carried(view: LayoutView, stages: Sequence[int]) -> str:
     """Layers of several stages, with embedding and head."""
-    return ", ".join(stage_words(view.stages[s]) for s in stages)
+    return ", ".join(format_stage(view.stages[s]) for s in stages)
 
 
-def kept_words(kept: Kept) -> str:
-    return f"{count(kept.parameters)} / {count(kept.gradients)} / {count(kept.optimizer)}"
+def format_kept(kept: KeptElements) -> str:
+    """Elements of parameters, gradients and optimizer, shortened."""
+    return f"{format_count(kept.parameters)} / {format_count(kept.gradients)} / {format_count(kept.optimizer)}"

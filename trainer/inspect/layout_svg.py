@@ -18,9 +18,9 @@ from mikoshi.trainer.inspect.layout import (
     RankView,
     bubble_of,
     carried,
-    count,
     degrees,
-    kept_words,
+    format_count,
+    format_kept,
     notes,
     plural,
     span,
@@ -48,13 +48,13 @@ _WORK: dict[str, tuple[str, str]] = {
 def write_drawing(view: LayoutView, target: Path) -> None:
     """Draw into a file. Raises RunError where it cannot be written."""
     try:
-        write_file(target, draw(view).encode())
+        write_file(target, draw_layout(view).encode())
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "not a file's name"
         raise RunError(f"{target}: the drawing cannot be written there: {why}") from None
 
 
-def draw(view: LayoutView) -> str:
+def draw_layout(view: LayoutView) -> str:
     """The picture, as SVG."""
     parts: list[str] = []
     y = float(_MARGIN)
@@ -74,33 +74,33 @@ def draw(view: LayoutView) -> str:
     )
 
 
-Drawn = tuple[list[str], float]
+Section = tuple[list[str], float]
 """Elements, and the height at which the next section begins."""
 
 
-def _text(x: float, y: float, words: str, size: float, fill: str = _INK, anchor: str = "start", bold: bool = False) -> str:
+def _text(x: float, y: float, text: str, size: float, fill: str = _INK, anchor: str = "start", bold: bool = False) -> str:
     weight = ' font-weight="600"' if bold else ""
-    place = f'x="{x:.6g}" y="{y:.6g}" font-size="{size:.3g}" fill="{fill}" text-anchor="{anchor}"'
-    return f"<text {place}{weight}>{escape(words, quote=False)}</text>"
+    position = f'x="{x:.6g}" y="{y:.6g}" font-size="{size:.3g}" fill="{fill}" text-anchor="{anchor}"'
+    return f"<text {position}{weight}>{escape(text, quote=False)}</text>"
 
 
 def _rect(x: float, y: float, width: float, height: float, fill: str, stroke: str = "none", radius: float = 5) -> str:
-    place = f'x="{x:.6g}" y="{y:.6g}" width="{width:.6g}" height="{height:.6g}" rx="{radius:.3g}"'
-    return f'<rect {place} fill="{fill}" stroke="{stroke}"/>'
+    position = f'x="{x:.6g}" y="{y:.6g}" width="{width:.6g}" height="{height:.6g}" rx="{radius:.3g}"'
+    return f'<rect {position} fill="{fill}" stroke="{stroke}"/>'
 
 
 def _fits(width: float, size: float, advance: float = _DIGIT) -> int:
     return max(1, int(width / (advance * size)))
 
 
-def _paragraph(x: float, y: float, words: str, size: float, fill: str, width: float) -> Drawn:
-    lines = textwrap.wrap(words, _fits(width, size, _PROSE), break_on_hyphens=False)
+def _paragraph(x: float, y: float, text: str, size: float, fill: str, width: float) -> Section:
+    lines = textwrap.wrap(text, _fits(width, size, _PROSE), break_on_hyphens=False)
     return [_text(x, y + size + i * size * 1.4, line, size, fill) for i, line in enumerate(lines)], y + len(lines) * size * 1.4
 
 
-def _short(words: str, width: float, size: float, advance: float = _DIGIT) -> str:
+def _short(text: str, width: float, size: float, advance: float = _DIGIT) -> str:
     most = _fits(width, size, advance)
-    return words if len(words) <= most else words[: most - 1] + "…"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _colours(pp: int, of: int) -> tuple[str, str]:
@@ -110,7 +110,7 @@ def _colours(pp: int, of: int) -> tuple[str, str]:
     return tuple("#" + "".join(f"{round(255 * c):02x}" for c in rgb) for rgb in (fill, edge))  # type: ignore[return-value]
 
 
-def _title(view: LayoutView, y: float) -> Drawn:
+def _title(view: LayoutView, y: float) -> Section:
     out = [_text(_MARGIN, y + 20, _short(view.name or "Layout", _WIDTH - 2 * _MARGIN, 20, 0.8), 20, bold=True)]
     more, y = _paragraph(_MARGIN, y + 28, degrees(view), 13, _SOFT, _WIDTH - 2 * _MARGIN)
     return out + more, y + 10
@@ -121,16 +121,16 @@ def _chosen(many: int, most: int) -> list[int]:
     return list(range(many)) if many <= most else [*range(most - 1), many - 1]
 
 
-def _stages(view: LayoutView, y: float) -> Drawn:
+def _stages(view: LayoutView, y: float) -> Section:
     """One line a pipeline rank: its colour, layers, share of FLOPs and parameters."""
     layout, out = view.layout, []
-    held = [[s for s in view.stages if s.pp == pp] for pp in range(layout.pp)]
+    stages_of_rank = [[s for s in view.stages if s.pp == pp] for pp in range(layout.pp)]
     lines = []
     for pp in _chosen(layout.pp, _MOST_STAGE_LINES):
-        share, size = sum(s.flops for s in held[pp]), sum(s.parameters for s in held[pp])
+        share, size = sum(s.flops for s in stages_of_rank[pp]), sum(s.parameters for s in stages_of_rank[pp])
         name = f"pipeline rank {pp}: " if layout.pp > 1 else ""
-        layers = carried(view, [s.stage for s in held[pp]])
-        lines.append((pp, f"{name}layers {layers}", f"{share:.1%} of FLOPs, {count(size)} parameters"))
+        layers = carried(view, [s.stage for s in stages_of_rank[pp]])
+        lines.append((pp, f"{name}layers {layers}", f"{share:.1%} of FLOPs, {format_count(size)} parameters"))
     most = max(len(layers) * 12 + len(figures) * 11 for _, layers, figures in lines) * _PROSE + 80
     columns = 2 if len(lines) > 1 and most <= _WIDTH / 2 - _MARGIN else 1
     width = (_WIDTH - 2 * _MARGIN) / 2 if columns == 2 else min(_WIDTH - 2 * _MARGIN, most)
@@ -162,7 +162,7 @@ def _drawn_nodes(view: LayoutView) -> list[list[RankView]]:
     return [list(view.ranks[first : ends[first]]) for first in sorted([*chosen, *more])]
 
 
-def _grid(view: LayoutView, y: float) -> Drawn:
+def _grid(view: LayoutView, y: float) -> Section:
     nodes, out = _drawn_nodes(view), []
     columns = min(_COLUMNS, max(len(node) for node in nodes))
     beside = min(len(nodes), _COLUMNS // columns)  # nodes in a row
@@ -178,7 +178,7 @@ def _grid(view: LayoutView, y: float) -> Drawn:
         for i, node in enumerate(row):
             x = _MARGIN + i * (panel + 2 * _GAP)
             out.append(_rect(x, y, panel, height, _PANEL, _LINE, 7))
-            out.append(_text(x + _GAP + 2, y + 15, _short(_node_words(view, node), panel - 16, 11), 11, _SOFT))
+            out.append(_text(x + _GAP + 2, y + 15, _short(_node_label(view, node), panel - 16, 11), 11, _SOFT))
             for j, rank in enumerate(node):
                 at = (x + _GAP + j % columns * (box + _GAP), y + 22 + j // columns * (tall + _GAP))
                 out += _box(view, rank, *at, box, tall, texts[rank.rank])
@@ -192,12 +192,12 @@ def _grid(view: LayoutView, y: float) -> Drawn:
     return out, y + 4
 
 
-def _node_words(view: LayoutView, node: Sequence[RankView]) -> str:
+def _node_label(view: LayoutView, node: Sequence[RankView]) -> str:
     whole = view.ranks[node[0].node * view.node_ranks : (node[0].node + 1) * view.node_ranks]
-    words = f"node {node[0].node}"
+    text = f"node {node[0].node}"
     if len(whole) > 1:
-        words += f": ranks {whole[0].rank}-{whole[-1].rank}"
-    return words + (f", of which {node[0].rank}-{node[-1].rank}" if len(node) < len(whole) else "")
+        text += f": ranks {whole[0].rank}-{whole[-1].rank}"
+    return text + (f", of which {node[0].rank}-{node[-1].rank}" if len(node) < len(whole) else "")
 
 
 def _box_lines(view: LayoutView, rank: RankView, width: float) -> list[str]:
@@ -228,15 +228,15 @@ def _packed(name: str, values: Iterable[str], width: float) -> list[str]:
 def _box(view: LayoutView, rank: RankView, x: float, y: float, width: float, height: float, lines: Sequence[str]) -> list[str]:
     fill, edge = _colours(rank.at.pp, view.layout.pp)
     at = rank.at
-    told = [
+    tooltip = [
         f"rank {rank.rank}: pp {at.pp}, replica {at.replica}, shard {at.shard}, cp {at.cp}, tp {at.tp}",
         f"layers {carried(view, rank.stages)}",
-        f"keeps {kept_words(rank.kept)} elements of parameters / gradients / optimizer",
+        f"keeps {format_kept(rank.kept)} elements of parameters / gradients / optimizer",
     ]
     data = f"data {at.data}"
     short = "" if len(f"rank {rank.rank}") * 12 + len(data) * 10 > (width - 18) / _DIGIT else data
     return [
-        f"<g><title>{escape(chr(10).join(told))}</title>",
+        f"<g><title>{escape(chr(10).join(tooltip))}</title>",
         _rect(x, y, width, height, fill, edge),
         _text(x + 7, y + 15, f"rank {rank.rank}", 12, bold=True),
         _text(x + width - 7, y + 15, short, 10, _SOFT, "end"),
@@ -245,13 +245,13 @@ def _box(view: LayoutView, rank: RankView, x: float, y: float, width: float, hei
     ]
 
 
-def _remarks(view: LayoutView, y: float) -> Drawn:
-    words = ". ".join(note[0].upper() + note[1:] for note in notes(view)) + "."
-    out, y = _paragraph(_MARGIN, y, words, 11, _SOFT, _WIDTH - 2 * _MARGIN)
+def _remarks(view: LayoutView, y: float) -> Section:
+    text = ". ".join(note[0].upper() + note[1:] for note in notes(view)) + "."
+    out, y = _paragraph(_MARGIN, y, text, 11, _SOFT, _WIDTH - 2 * _MARGIN)
     return out, y + 12
 
 
-def _clock(view: LayoutView, y: float) -> Drawn:
+def _clock(view: LayoutView, y: float) -> Section:
     """The pipeline's timeline; nothing where there is no pipeline."""
     layout = view.layout
     if layout.pp == 1:
@@ -320,9 +320,9 @@ def _bars(
         start, stop = max(bar.start, window[0]), min(bar.end, window[1])
         x, width = left + (start - window[0]) * unit, (stop - start) * unit
         paths.setdefault(_shade(bar, layout.pp), []).append(f"M{x:.5g} {y:.5g}h{width:.4g}v{tall}h-{width:.4g}z")
-        words, size = str(bar.action.micro), 10 if tall > 16 else 9
+        text, size = str(bar.action.micro), 10 if tall > 16 else 9
         if digits * size * _DIGIT + 1 <= width:
-            numbers.append(_text(x + width / 2, y + tall / 2 + size * 0.36, words, size, anchor="middle"))
+            numbers.append(_text(x + width / 2, y + tall / 2 + size * 0.36, text, size, anchor="middle"))
     edge = 'stroke="#fff" stroke-width="0.7"' if unit > 3 else ""
     return [f'<path fill="{fill}" {edge} d="{"".join(path)}"/>' for fill, path in paths.items()] + numbers
 

@@ -12,13 +12,13 @@ from mikoshi.trainer.inspect.layout import (
     LayoutView,
     RankView,
     carried,
-    count,
     degrees,
-    kept_words,
+    format_count,
+    format_kept,
+    format_stage,
     notes,
     span,
     spans,
-    stage_words,
 )
 
 _EVERY_RANK = 64
@@ -55,7 +55,7 @@ def _stage_table(view: LayoutView) -> Table:
     right = ("stage", "pipeline rank", "FLOPs", "parameters")
     table = _table("stage", "pipeline rank", "layers", "FLOPs", "parameters", right=right)
     for s in view.stages:
-        table.add_row(str(s.stage), str(s.pp), stage_words(s), f"{s.flops:.1%}", count(s.parameters))
+        table.add_row(str(s.stage), str(s.pp), format_stage(s), f"{s.flops:.1%}", format_count(s.parameters))
     return table
 
 
@@ -88,7 +88,7 @@ def _rank_table(view: LayoutView) -> Table:
     for r, alike in listed:
         cells = [str(r.rank), str(r.node), ",".join(map(str, r.stages)), carried(view, r.stages), span(r.heads)]
         cells += [span(r.kv_heads) + (f" (with {view.kv_sharers - 1} more)" if view.kv_sharers > 1 else "")]
-        cells += [",".join(spans(r.tokens)), str(r.at.data), span(r.rows), kept_words(r.kept)]
+        cells += [",".join(spans(r.tokens)), str(r.at.data), span(r.rows), format_kept(r.kept)]
         if experts:
             cells.insert(6, "-" if r.experts is None else span(r.experts))
         if not all_shown:

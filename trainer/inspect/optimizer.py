@@ -1,4 +1,4 @@
-"""What every parameter of a run gets from its optimizer: kind, weight decay, learning rate; from the config alone."""
+"""Lists optimizer, weight decay and learning rate of every parameter, from the config alone."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mikoshi.trainer.model.gpt import GPT
 
 
 @dataclass(frozen=True)
-class Treated:
+class ParameterTreatment:
     """One parameter. optimizer: "muon", "adamw", or "bias" for a router's, which no gradient moves. rate: the peak learning
     rate, or the bias's step. scale: what Muon's direction, whose singular values are near 1, is multiplied by beside it."""
 
@@ -26,10 +26,11 @@ class Treated:
 
     @property
     def elements(self) -> int:
+        """Number of elements of the parameter."""
         return torch.Size(self.shape).numel()
 
 
-def treated(config: RunConfig) -> list[Treated]:
+def parameter_treatments(config: RunConfig) -> list[ParameterTreatment]:
     """Every parameter of the whole model, in its order."""
     with torch.device("meta"):
         model = GPT(config.model)
@@ -39,13 +40,13 @@ def treated(config: RunConfig) -> list[Treated]:
         how = treatment(name, p.ndim, config.optim, p.requires_grad)
         rate = bias_rate if how.kind == "bias" else config.optim.lr
         scale = muon_scale(p.shape) if how.kind == "muon" else 1.0
-        found.append(Treated(name, tuple(p.shape), how.kind, how.weight_decay, rate, scale))
+        found.append(ParameterTreatment(name, tuple(p.shape), how.kind, how.weight_decay, rate, scale))
     return found
 
 
 def optim_lines(config: RunConfig) -> Iterator[str]:
     """A line a parameter under a head, and what each kind has of the whole."""
-    rows = treated(config)
+    rows = parameter_treatments(config)
     name, shape = max(len(row.name) for row in rows), max(len(_shape(row)) for row in rows)
     yield f"{'parameter':<{name}}  {'shape':<{shape}}  optimizer  weight decay  learning rate  scale"
     for row in rows:
@@ -63,5 +64,5 @@ def optim_lines(config: RunConfig) -> Iterator[str]:
         yield "scale: 0.2 x sqrt(the longer side), which makes Muon's update as long as AdamW's; each expert has its own"
 
 
-def _shape(row: Treated) -> str:
+def _shape(row: ParameterTreatment) -> str:
     return "x".join(map(str, row.shape))

@@ -12,12 +12,12 @@ from mikoshi.data.dataset.shards import Shard
 from mikoshi.data.dataset.split import Corpus
 from mikoshi.data.tokenizer.tokenizer import Tokenizer
 from mikoshi.trainer.errors import ConfigError
-from mikoshi.trainer.inspect.batches import Segment, View, is_styled, legend, say, shard_name, shown
+from mikoshi.trainer.inspect.batches import DataView, Segment, is_styled, legend, print_line, shard_name, shown
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A document: where it stands, how many tokens it has in all, and its first ones."""
+class SampledDocument:
+    """A document: its place in a shard, its number of tokens, and its first tokens."""
 
     source: str
     shard: str
@@ -27,7 +27,9 @@ class Drawn:
     beginning: Segment
 
 
-def draw(view: View, source: str | None, count: int, seed: int, held_out: bool, most_tokens: int) -> list[Drawn]:
+def sample_documents(
+    view: DataView, source: str | None, count: int, seed: int, held_out: bool, most_tokens: int
+) -> list[SampledDocument]:
     """`count` different documents of every source, or of one, each as likely as any other of its source (all, where there
     are fewer); of each no more than its first `most_tokens` tokens. Raises ConfigError for a source that there is none of."""
     corpora = view.feed.held_out if held_out else view.feed.train
@@ -42,7 +44,7 @@ def draw(view: View, source: str | None, count: int, seed: int, held_out: bool, 
     return out
 
 
-def _of(name: str, corpus: Corpus, count: int, seed: int, most_tokens: int) -> list[Drawn]:
+def _of(name: str, corpus: Corpus, count: int, seed: int, most_tokens: int) -> list[SampledDocument]:
     before = np.cumsum([0, *(shard.documents for shard in corpus.shards)])
     total = int(before[-1])
     rng = np.random.default_rng([seed, *name.encode()])
@@ -52,7 +54,7 @@ def _of(name: str, corpus: Corpus, count: int, seed: int, most_tokens: int) -> l
         opened, document = corpus.dataset.shard(corpus.shards[shard]), number - int(before[shard])
         first, stop = int(opened.ends[document - 1]) if document else 0, int(opened.ends[document])
         beginning = _beginning(opened, document, first, min(stop, first + most_tokens), stop)
-        found.append(Drawn(name, shard_name(corpus, shard), document, first, stop - first, beginning))
+        found.append(SampledDocument(name, shard_name(corpus, shard), document, first, stop - first, beginning))
     return found
 
 
@@ -65,11 +67,12 @@ def _beginning(shard: Shard, document: int, first: int, stop: int, end: int) -> 
     return Segment(document, 0, 0, stop - first, shard.tokens[first:stop].tolist(), flags.tolist(), stop == end)
 
 
-def print_drawn(found: Sequence[Drawn], tokenizer: Tokenizer, console: Console) -> None:
-    say(console, legend(is_styled(console)))
+def print_documents(found: Sequence[SampledDocument], tokenizer: Tokenizer, console: Console) -> None:
+    """Print each document under a heading that says where it is."""
+    print_line(console, legend(is_styled(console)))
     for one in found:
         source = f"{one.source}, " if one.source else ""
         cut = "" if one.beginning.ends else f", the first {one.beginning.places} shown (--tokens)"
         place = f"{source}{one.shard}, document {one.document}, from token {one.first_token}"
-        say(console, f"\n=== {place}: {one.tokens} tokens{cut} ===", "bold")
+        print_line(console, f"\n=== {place}: {one.tokens} tokens{cut} ===", "bold")
         console.print(shown(tokenizer, one.beginning, is_styled(console)))

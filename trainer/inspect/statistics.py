@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mikoshi.data.dataset.dataset import is_remote
-from mikoshi.data.dataset.predicted import share_of_nothing
+from mikoshi.data.dataset.predicted import unpredicted_share
 from mikoshi.data.dataset.shards import HELD_OUT, TRAIN
 from mikoshi.data.dataset.split import Corpus
-from mikoshi.data.sampling.curriculum import History
+from mikoshi.data.sampling.curriculum import MixtureHistory
 from mikoshi.data.sampling.mixture import whole_weights
 from mikoshi.data.sampling.sampler import Skips
-from mikoshi.trainer.inspect.batches import View, say
+from mikoshi.trainer.inspect.batches import DataView, print_line
 
 _MOST_DOCUMENTS = 1 << 26
 _BAR = 40
@@ -64,8 +64,8 @@ class SourceStats:
 
 
 @dataclass(frozen=True)
-class Weighed:
-    """Shares from a step (and position) on: as asked, and in the whole numbers that the order is made with."""
+class MixtureWeights:
+    """Shares of the sources from a step (and position) on: as requested, and as rounded to the whole numbers of the sampler."""
 
     step: int
     position: int
@@ -82,18 +82,18 @@ class Stats:
     wanted: int
     steps: int
     rows: int
-    weights: tuple[Weighed, ...]
+    weights: tuple[MixtureWeights, ...]
     sources: tuple[SourceStats, ...]
 
 
-def stats(view: View) -> Stats:
+def stats(view: DataView) -> Stats:
     """Raises DataError where a shard or an index is not as listed."""
     config, history, skipped = view.feed.config, view.continued.history, view.feed.skipped
     batch = config.train.global_batch
     steps = min(config.train.steps, _samples_before(skipped, history.end) // batch)
     rows = steps * batch
-    reads = drawn(history, skipped, rows)
-    caps = history.asked[-1][1].caps
+    reads = samples_by_source(history, skipped, rows)
+    caps = history.requests[-1][1].caps
     sources = tuple(
         _source(name, view, reads[name], rows, _spent(view, name, steps, reads) if caps.get(name) is not None else None)
         for name in view.feed.train
@@ -102,7 +102,7 @@ def stats(view: View) -> Stats:
     return Stats(config.train.context, config.data.packing, config.train.steps, steps, rows, weights, sources)
 
 
-def drawn(history: History, skipped: Skips, samples: int) -> dict[str, int]:
+def samples_by_source(history: MixtureHistory, skipped: Skips, samples: int) -> dict[str, int]:
     """How many of the first `samples` samples are of each source."""
     end = int(skipped.positions(np.array([max(0, samples - 1)]))[0]) + 1 if samples else 0
     counts = history.counts(end)
@@ -117,7 +117,7 @@ def _samples_before(skipped: Skips, position: int) -> int:
     return position - sum(min(stop, position) - start for start, stop in skipped.spans if start < position)
 
 
-def _spent(view: View, name: str, steps: int, reads: Mapping[str, int]) -> int | None:
+def _spent(view: DataView, name: str, steps: int, reads: Mapping[str, int]) -> int | None:
     """The step, counted from 0, that reads the last row of a source whose epochs end in the run; None if they do not."""
     history, skipped, batch = view.continued.history, view.feed.skipped, view.loader.global_batch
     if not steps or not reads[name]:
@@ -128,37 +128,38 @@ def _spent(view: View, name: str, steps: int, reads: Mapping[str, int]) -> int |
     low, high = 0, steps
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if drawn(history, skipped, middle * batch)[name] == reads[name] else (middle, high)
+        drawn = samples_by_source(history, skipped, middle * batch)[name]
+        low, high = (low, middle) if drawn == reads[name] else (middle, high)
     return low
 
 
-def _weighed(history: History, skipped: Skips, batch: int) -> list[Weighed]:
+def _weighed(history: MixtureHistory, skipped: Skips, batch: int) -> list[MixtureWeights]:
     out = []
-    ends = [*(since for since, _ in history.asked), history.end][1:]
-    for (since, asked), end in zip(history.asked, ends, strict=True):
+    ends = [*(since for since, _ in history.requests), history.end][1:]
+    for (since, asked), end in zip(history.requests, ends, strict=True):
         passed = [stage for stage in asked.stages if stage[0] <= since][-1:]
         for start, weights in [*((since, w) for _, w in passed), *(s for s in asked.stages if since < s[0] < end)]:
             whole, total = whole_weights(weights), sum(weights.values())
-            out.append(Weighed(
+            out.append(MixtureWeights(
                 _samples_before(skipped, start) // batch, start, {n: w / total for n, w in weights.items()},
                 {n: w / sum(whole.values()) for n, w in whole.items()},
             ))  # fmt: skip
     return out
 
 
-def _source(name: str, view: View, reads: int, rows: int, spent: int | None) -> SourceStats:
+def _source(name: str, view: DataView, reads: int, rows: int, spent: int | None) -> SourceStats:
     corpus = view.feed.train[name]
     info, splits = corpus.info, {split: shards for split, shards in corpus.info.splits.items() if split in (TRAIN, HELD_OUT)}
     packed, lengths = _packed(corpus)
-    told, mask = info.report.get("lengths"), view.feed.config.data.document_mask
-    nothing = {TRAIN: share_of_nothing(corpus, mask), HELD_OUT: share_of_nothing(view.feed.held_out[name], mask)}
+    recorded, mask = info.report.get("lengths"), view.feed.config.data.document_mask
+    nothing = {TRAIN: unpredicted_share(corpus, mask), HELD_OUT: unpredicted_share(view.feed.held_out[name], mask)}
     return SourceStats(
         name, corpus.dataset.place,
         {split: sum(s.documents for s in shards) for split, shards in splits.items()},
         {split: sum(s.tokens for s in shards) for split, shards in splits.items()},
         {split: sum(s.bytes for s in shards) for split, shards in splits.items()},
-        reads, reads / corpus.samples, reads / max(1, rows), view.continued.history.asked[-1][1].caps.get(name), spent,
-        {int(size): int(count) for size, count in told.items()} if told else lengths, packed, nothing,
+        reads, reads / corpus.samples, reads / max(1, rows), view.continued.history.requests[-1][1].caps.get(name), spent,
+        {int(size): int(count) for size, count in recorded.items()} if recorded else lengths, packed, nothing,
         {key: value for key, value in info.report.items() if key != "lengths"},
     )  # fmt: skip
 
@@ -202,11 +203,12 @@ def rows_joined(ends: Ids, rows: int, context: int) -> int:
 
 
 def bucket(size: int) -> str:
+    """Label of the histogram bucket from `size` to `2 * size - 1` tokens."""
     return f"{size:,}-{2 * size - 1:,}" if size > 1 else "1"
 
 
-def packing_words(packed: Packed, packing: str, context: int) -> str:
-    """One line on how rows are made."""
+def describe_packing(packed: Packed, packing: str, context: int) -> str:
+    """One line on how documents are packed into rows."""
     how = "fitted to whole documents" if packing == "fit" else "cut from the text as it comes"
     parts = [f"{packed.rows:,} rows of {context:,} tokens, {how}: {packed.used:.2%} of the places hold a token"]
     if packed.joined is not None:
@@ -216,11 +218,11 @@ def packing_words(packed: Packed, packing: str, context: int) -> str:
     return ", ".join(parts)
 
 
-def nothing_words(nothing: Mapping[str, float | None]) -> list[str]:
-    """One line on the rows that teach nothing, where there are any."""
+def describe_empty_rows(nothing: Mapping[str, float | None]) -> list[str]:
+    """One line on rows that predict no token; none where there are no such rows."""
     names = {TRAIN: "training", HELD_OUT: "held-out"}
-    told = [f"{share:.1%} of the {names[split]} rows" for split, share in nothing.items() if share]
-    return [f"{' and '.join(told)} predict no token: a step of such rows alone changes nothing"] if told else []
+    parts = [f"{share:.1%} of the {names[split]} rows" for split, share in nothing.items() if share]
+    return [f"{' and '.join(parts)} predict no token: a step of such rows alone changes nothing"] if parts else []
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
@@ -237,9 +239,10 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
 
 
 def print_stats(found: Stats, console: Console) -> None:
-    say(console, f"train.steps = {found.wanted:,}: {found.rows:,} rows of {found.context:,} tokens")
+    """Print the statistics as tables, with a histogram of document lengths for each source."""
+    print_line(console, f"train.steps = {found.wanted:,}: {found.rows:,} rows of {found.context:,} tokens")
     if found.steps < found.wanted:
-        say(console, f"the sources' epochs are enough for {found.steps:,} steps only", "red")
+        print_line(console, f"the sources' epochs are enough for {found.steps:,} steps only", "red")
     columns = ("source", "documents", "tokens", "held out", "rows", "read by the run", "epochs", "share")
     table = _table(columns)
     for s in found.sources:
@@ -251,16 +254,16 @@ def print_stats(found: Stats, console: Console) -> None:
     if len(found.sources) > 1:
         _print_weights(found, console)
     for s in found.sources:
-        say(console, f"\n{s.name or 'the source'}: {s.place}", "bold")
+        print_line(console, f"\n{s.name or 'the source'}: {s.place}", "bold")
         if s.cap is not None:
             end = "not reached in the run" if s.spent is None else f"its last is read in step {s.spent:,}"
-            say(console, f"  at most {s.cap:,} rows: {end}")
-        say(console, f"  {packing_words(s.packed, found.packing, found.context)}")
-        for line in [*nothing_words(s.nothing), *report_lines(s.report)]:
-            say(console, f"  {line}")
-        say(console, "  tokens a document, the separator among them:")
+            print_line(console, f"  at most {s.cap:,} rows: {end}")
+        print_line(console, f"  {describe_packing(s.packed, found.packing, found.context)}")
+        for line in [*describe_empty_rows(s.nothing), *report_lines(s.report)]:
+            print_line(console, f"  {line}")
+        print_line(console, "  tokens a document, the separator among them:")
         for line in bars(s.lengths):
-            say(console, f"  {line}")
+            print_line(console, f"  {line}")
 
 
 def _print_weights(found: Stats, console: Console) -> None:

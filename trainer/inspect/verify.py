@@ -1,4 +1,4 @@
-"""Every digest of a run's prepared data, read and compared: what is damaged is named, all of it."""
+"""Verifies every digest of a run's prepared data and names every damaged file."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import numpy.typing as npt
 from mikoshi.data.dataset.dataset import is_megatron, is_remote, open_dataset
 from mikoshi.data.dataset.packing import plan_name, read_plan, verify_plan
 from mikoshi.data.dataset.shards import HELD_OUT, TOKENIZER, TRAIN, DatasetInfo, ShardInfo, read_index, verify_shard
-from mikoshi.data.errors import DataError, StorageError, of_storage
+from mikoshi.data.errors import DataError, StorageError, storage_error
 from mikoshi.data.io.cores import cores
 from mikoshi.data.io.fetch import CacheLimits
-from mikoshi.data.io.progress import Progress, Show, quiet
+from mikoshi.data.io.progress import Progress, ProgressCallback, no_progress
 from mikoshi.data.tokenizer.tokenizer import parse_tokenizer
 from mikoshi.trainer.config.run import RunConfig
-from mikoshi.trainer.feed.feed import cache_limits, places
+from mikoshi.trainer.feed.feed import cache_limits, dataset_locations
 
 Mapped = Callable[[str, int, str], npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
-class Check:
-    """One file (a corpus of Megatron's is two), read whole by `run`, which raises DataError if it is not what it was."""
+class FileCheck:
+    """One file (a Megatron corpus is two). `run` reads all of it and raises DataError if its digest differs."""
 
     name: str
     bytes: int
@@ -35,8 +35,8 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """`files` of a dataset were read, of `bytes` in all; `damaged` says of each that is not whole what it is."""
+class DatasetCheck:
+    """Result for one dataset: `files` were read, of `bytes` in all; `damaged` has a message for each damaged one."""
 
     source: str
     place: str
@@ -45,18 +45,18 @@ class Verdict:
     damaged: tuple[str, ...]
 
 
-def verify(config: RunConfig, show: Show = quiet) -> Iterator[Verdict]:
+def verify_datasets(config: RunConfig, show: ProgressCallback = no_progress) -> Iterator[DatasetCheck]:
     """Check the datasets of a run's config, one after another."""
     limits = cache_limits(config)
-    for source, place in places(config.data).items():
+    for source, place in dataset_locations(config.data).items():
         yield _verdict(config, source, place, limits, show)
 
 
-def _verdict(config: RunConfig, source: str, place: str, limits: CacheLimits, show: Show) -> Verdict:
+def _verdict(config: RunConfig, source: str, place: str, limits: CacheLimits, show: ProgressCallback) -> DatasetCheck:
     try:
         checks = _checks(config, place, limits)
     except DataError as error:  # without its index nothing else of it can be judged
-        return Verdict(source, place, 0, 0, (str(error),))
+        return DatasetCheck(source, place, 0, 0, (str(error),))
     progress = Progress(f"verifying {source or place}", sum(check.bytes for check in checks))
     damaged = []
     with ThreadPoolExecutor(cores()) as pool:
@@ -66,26 +66,26 @@ def _verdict(config: RunConfig, source: str, place: str, limits: CacheLimits, sh
             if problem is not None:
                 plain = problem.removeprefix(f"{Path(check.name).name}: ")
                 damaged.append(problem if check.name in problem else f"{check.name}: {plain}")
-    return Verdict(source, place, len(checks), progress.done_bytes, tuple(dict.fromkeys(damaged)))
+    return DatasetCheck(source, place, len(checks), progress.done_bytes, tuple(dict.fromkeys(damaged)))
 
 
-def _problem(check: Check) -> str | None:
+def _problem(check: FileCheck) -> str | None:
     try:
         check.run()
     except (DataError, StorageError) as error:
         return str(error)
     except OSError as error:
-        return str(of_storage(error, f"{check.name}: cannot be read: {error.strerror or error}", "prepare the data again"))
+        return str(storage_error(error, f"{check.name}: cannot be read: {error.strerror or error}", "prepare the data again"))
     return None
 
 
-def _checks(config: RunConfig, place: str, limits: CacheLimits) -> list[Check]:
+def _checks(config: RunConfig, place: str, limits: CacheLimits) -> list[FileCheck]:
     if not is_remote(place) and not is_megatron(place):
         return _near(Path(place))
     dataset = open_dataset(place, limits, config.data.tokenizer, config.data.held_out, (config.data.separator, config.data.bos))
     if is_megatron(place):
         whole = dataset.shards(TRAIN)[0]  # both splits are parts of one file
-        return [Check(place, whole.bytes, lambda: dataset.verify(whole))]
+        return [FileCheck(place, whole.bytes, lambda: dataset.verify(whole))]
     base = place.rstrip("/")
     checks = [_shard_check(f"{base}/{s.file}", s, dataset.verify) for shards in dataset.info.splits.values() for s in shards]
     content = dataset.read(TOKENIZER)
@@ -97,7 +97,7 @@ def _checks(config: RunConfig, place: str, limits: CacheLimits) -> list[Check]:
     return checks
 
 
-def _near(folder: Path) -> list[Check]:
+def _near(folder: Path) -> list[FileCheck]:
     """Checks of a folder that may have any of its files missing or cut short."""
     info = read_index(folder)
     shards = [shard for shards in info.splits.values() for shard in shards]
@@ -110,7 +110,7 @@ def _near(folder: Path) -> list[Check]:
             found = path.stat().st_size
         except OSError as error:
             way = "remove the plan's .json, and prepare again"
-            raise of_storage(error, f"{path}: cannot be read: {error.strerror}", way) from None
+            raise storage_error(error, f"{path}: cannot be read: {error.strerror}", way) from None
         if found != size:
             raise DataError(f"{path}: has {found} bytes, {size} are listed; remove the plan's .json, and prepare again")
         return np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
@@ -120,34 +120,34 @@ def _near(folder: Path) -> list[Check]:
     return checks
 
 
-def _shard_check(name: str, shard: ShardInfo, verify_one: Callable[[ShardInfo], None]) -> Check:
-    return Check(name, shard.bytes, lambda: verify_one(shard))
+def _shard_check(name: str, shard: ShardInfo, verify_one: Callable[[ShardInfo], None]) -> FileCheck:
+    return FileCheck(name, shard.bytes, lambda: verify_one(shard))
 
 
-def _tokenizer_check(name: str, info: DatasetInfo, size: int, read: Callable[[], bytes]) -> Check:
+def _tokenizer_check(name: str, info: DatasetInfo, size: int, read: Callable[[], bytes]) -> FileCheck:
     def run() -> None:
-        if parse_tokenizer(read(), name, info.marks).fingerprint != info.tokenizer:
+        if parse_tokenizer(read(), name, info.boundaries).fingerprint != info.tokenizer:
             raise DataError(f"{name}: not the tokenizer that made the data; prepare the data again")
 
-    return Check(name, size, run)
+    return FileCheck(name, size, run)
 
 
-def _plan_checks(base: str, name: str, content: bytes, info: DatasetInfo, mapped: Mapped) -> list[Check]:
+def _plan_checks(base: str, name: str, content: bytes, info: DatasetInfo, mapped: Mapped) -> list[FileCheck]:
     """A check for each file that a plan of rows lists, and one that the plan as a whole is of this data."""
 
     def belongs() -> None:
         _, context, split = name.removesuffix(".json").split("-", 2)
         read_plan(content, f"{base}/{name}", info, split, int(context), mapped)
 
-    whole = Check(f"{base}/{name}", 0, belongs)
+    whole = FileCheck(f"{base}/{name}", 0, belongs)
     try:
         files = {str(kind): (int(file["bytes"]), dict(file)) for kind, file in json.loads(content)["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         return [whole]  # which says that it is damaged
 
-    def one(kind: str, size: int, file: dict[str, object]) -> Check:
+    def one(kind: str, size: int, file: dict[str, object]) -> FileCheck:
         listed = json.dumps({"files": {kind: file}}).encode()
         stem = name.removesuffix(".json")
-        return Check(f"{base}/{stem}.{kind}", size, lambda: verify_plan(listed, f"{base}/{name}", mapped))
+        return FileCheck(f"{base}/{stem}.{kind}", size, lambda: verify_plan(listed, f"{base}/{name}", mapped))
 
     return [one(kind, size, file) for kind, (size, file) in files.items()] + [whole]

@@ -1,7 +1,7 @@
-"""A run that begins with weights from elsewhere: a committed checkpoint of step 0, which `mikoshi train` goes on from.
+"""Starts a run with weights from elsewhere: writes a committed checkpoint of step 0, from which `mikoshi train` continues.
 
-One tensor is in memory at a time, so that a model larger than the host's memory can be brought in; one process does it, and
-any layout and engine goes on from it, at the beginning of the run's data.
+One process does it with one tensor in memory at a time, so a model may be larger than the host's memory. Any layout and
+engine continues from it, at the beginning of the run's data.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from mikoshi.trainer.engines.layout import layout_of
 from mikoshi.trainer.engines.optim import Optimizers
 from mikoshi.trainer.errors import CheckpointError
 from mikoshi.trainer.feed.feed import Feed, open_feed
-from mikoshi.trainer.generation.generate import spread
+from mikoshi.trainer.generation.generate import forward_config
 from mikoshi.trainer.guard.loss_guard import LossGuard
 from mikoshi.trainer.model.gpt import GPT
 from mikoshi.trainer.record.run_folder import RunFolder
 
 Weights = Callable[[str], Tensor] | Mapping[str, Tensor]
-"""Whole tensors by canonical name, of any floating type, each asked for once."""
+"""Whole tensors by canonical name, of any floating dtype. Each is read once."""
 
 
 def begin_run(config: RunConfig, weights: Weights, optimizer: Weights | None = None, *, source: str) -> str:
-    """Write the checkpoint of step 0 of the run that `config` describes; returns where it is.
+    """Write the checkpoint of step 0 of the run that `config` describes; returns its path or URL.
 
-    weights: `blocks.0.attn.q.weight`. optimizer: `blocks.0.attn.q.weight.exp_avg`; by default the moments of a run's
-    beginning, zeros. source: where they come from, for messages and the run's events. Raises CheckpointError where the run
-    has checkpoints already or a tensor is missing or of another shape, and then nothing is left; DataError where the run's
-    data is not there; RunError while the run trains.
+    Raises CheckpointError if the run has checkpoints already or a tensor is missing or has another shape, and then leaves
+    nothing; DataError if the run's data is missing; RunError while the run trains.
+
+    weights: such as `blocks.0.attn.q.weight`.
+    optimizer: such as `blocks.0.attn.q.weight.exp_avg`; None means zeros, as at the beginning of a run.
+    source: where they come from, for messages and the run's events.
     """
     feed, folder = open_feed(config), RunFolder(config.run.path)
     folder.make()
@@ -49,7 +51,7 @@ def begin_run(config: RunConfig, weights: Weights, optimizer: Weights | None = N
     with folder.lock(patience=0):
         if steps := store.steps():
             raise CheckpointError(
-                f"{store.place}: the run has checkpoints already, the newest of step {steps[0]}: give another run.name"
+                f"{store.address}: the run has checkpoints already, the newest of step {steps[0]}: give another run.name"
             )
         state = expected_state(config)
         record = {"step": 0, "config": to_toml(config), "data": data_record(config, feed)}
@@ -62,7 +64,7 @@ def begin_run(config: RunConfig, weights: Weights, optimizer: Weights | None = N
 
 
 def expected_state(config: RunConfig) -> dict[str, Tensor]:
-    """Every tensor of a run's checkpoint under its canonical name, whole and without memory: what an engine itself makes."""
+    """Returns every tensor of a run's checkpoint under its canonical name, whole, on the meta device."""
     with FakeTensorMode():
         model = GPT(config.model)
         named = list(model.named_parameters())
@@ -72,18 +74,18 @@ def expected_state(config: RunConfig) -> dict[str, Tensor]:
 
 def data_record(config: RunConfig, feed: Feed) -> dict[str, Any]:
     """How the data of a run go on from its beginning."""
-    layout = layout_of(spread(config, {"tp": 1, "pp": 1}, 1), 1)  # the record is the same in any
+    layout = layout_of(forward_config(config, {"tp": 1, "pp": 1}, 1), 1)  # the record is the same in any
     continued = feed.continued(None)
     loader = feed.loader(layout, layout.coordinates(0), continued)
     return make_record(loader, 0, feed.identity, continued.history, lambda numbers: numbers)
 
 
 def _reader(weights: Weights, optimizer: Weights | None, source: str) -> Callable[[str, Tensor], Tensor]:
-    """Gives the tensor of a name of the state. Raises CheckpointError if it cannot be that."""
+    """Returns the function that reads a tensor of the state. It raises CheckpointError if the tensor does not fit."""
 
-    def ask(place: Weights, name: str) -> Tensor:
+    def look_up(tensors: Weights, name: str) -> Tensor:
         try:
-            return place(name) if callable(place) else place[name]
+            return tensors(name) if callable(tensors) else tensors[name]
         except KeyError:
             raise CheckpointError(f"{source}: it has no {name}: import into the config it was made by") from None
 
@@ -91,7 +93,7 @@ def _reader(weights: Weights, optimizer: Weights | None, source: str) -> Callabl
         kind, _, rest = name.partition(".")
         if kind == "optim" and optimizer is None:
             return torch.zeros(like.shape, dtype=like.dtype)
-        tensor = ask(weights if kind == "model" or optimizer is None else optimizer, rest)
+        tensor = look_up(weights if kind == "model" or optimizer is None else optimizer, rest)
         if tensor.shape != like.shape:
             raise CheckpointError(
                 f"{source}: {rest} is of shape {list(tensor.shape)}, the config's model has {list(like.shape)}: import into "
@@ -105,7 +107,7 @@ def _reader(weights: Weights, optimizer: Weights | None, source: str) -> Callabl
 
 
 def _write(store: Store, state: dict[str, Tensor], read: Callable[[str, Tensor], Tensor], record: dict[str, Any]) -> None:
-    """Step 0, committed or not there."""
+    """Write step 0: committed, or not there."""
     share = plan_save(state)
     store.begin(0)
     try:

@@ -1,7 +1,7 @@
-"""A torch DataLoader for `accelerate`, transformers' Trainer or a loop of one's own gives the rows that `mikoshi train` reads:
-in the same order whatever the ranks, gone on with at the very next one.
+"""A torch DataLoader with the rows that `mikoshi train` reads, for `accelerate`, transformers' Trainer or a loop of one's own:
+in the same order on any number of ranks, and resumed at the very next row.
 
-A script for `accelerate launch`, of which any number of processes makes the same steps, and goes on with another's:
+A script for `accelerate launch`; any number of processes takes the same steps and resumes from another number's state:
 
     from pathlib import Path
     from accelerate import Accelerator
@@ -23,8 +23,8 @@ A script for `accelerate launch`, of which any number of processes makes the sam
             optimizer.zero_grad()
     accelerator.save_state("state")
 
-With the Trainer, `get_train_dataloader` returns the batches, with `micro_batches=self.args.gradient_accumulation_steps`; in a
-run that it resumes it goes past what was consumed by itself.
+With the Trainer, return the batches from `get_train_dataloader`, with
+`micro_batches=self.args.gradient_accumulation_steps`; when it resumes a run it skips consumed batches by itself.
 """
 
 from __future__ import annotations
@@ -45,18 +45,21 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mikoshi.data.dataset.rows import IGNORED, Batch
 from mikoshi.data.errors import DataError
 from mikoshi.data.loader.loader import Loader
-from mikoshi.data.loader.resume_state import Continued, Reader, first_digest, make_record
+from mikoshi.data.loader.resume_state import DataResumePoint, TrainingLoader, first_digest, make_record
 from mikoshi.data.loader.stream import StreamLoader
 from mikoshi.parallel.layout import Coordinates, Layout
 from mikoshi.trainer.config.run import RunConfig
 from mikoshi.trainer.errors import ConfigError
-from mikoshi.trainer.feed.feed import Feed, check_cache, open_feed, places, recipes
-from mikoshi.trainer.feed.streamed import set_apart
+from mikoshi.trainer.feed.feed import Feed, check_cache, dataset_locations, open_feed, recipes
+from mikoshi.trainer.feed.streamed import hold_out
 
 
 @dataclass(frozen=True)
 class _Ranks:
-    """This rank among those that read different rows, and what they meet in. None: the whole process group."""
+    """This rank among those that read different rows.
+
+    group: their process group; None means the whole group.
+    """
 
     rank: int
     world: int
@@ -64,19 +67,21 @@ class _Ranks:
     group: dist.ProcessGroup | None = None
 
     def total(self, numbers: Tensor) -> Tensor:
-        """Added up over the ranks. Collective."""
+        """Returns the sum over the ranks. Collective."""
         if self.world > 1:
             dist.all_reduce(numbers, group=self.group)
         return numbers
 
     def total_array(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        told: npt.NDArray[np.int64] = self.total(torch.from_numpy(numbers).to(self.device, copy=True)).cpu().numpy()
-        return told
+        total: npt.NDArray[np.int64] = self.total(torch.from_numpy(numbers).to(self.device, copy=True)).cpu().numpy()
+        return total
 
 
 class _Sealed(Mapping[str, Any]):
-    """A part of a step on its way to the DataLoader that opens it. Another one, that would put such parts together, share
-    them out or send them to other ranks, finds an error in it."""
+    """A part of a step on its way to the DataLoader that opens it.
+
+    Any other loader that would collate, split or dispatch such parts gets an error.
+    """
 
     def __init__(self, rows: Batch, predicted: int | None) -> None:
         self.rows, self.predicted = rows, predicted
@@ -99,7 +104,10 @@ class _Sealed(Mapping[str, Any]):
 
 
 class _Parts(IterableDataset[_Sealed]):
-    """This rank's rows of every step, in `count` parts a step. `handed`: how many parts are out."""
+    """This rank's rows of every step, in `count` parts a step.
+
+    yielded: how many parts have been yielded.
+    """
 
     def __init__(self, feed: Feed, ranks: _Ranks, count: int, flat: bool, documents: bool, start: int) -> None:
         self.feed, self.ranks, self.count, self.flat, self.documents = feed, ranks, count, flat, documents
@@ -107,17 +115,17 @@ class _Parts(IterableDataset[_Sealed]):
         self.reading: Generator[_Sealed, None, None] | None = None
         self.begin_at(start, feed.continued(None))
 
-    def begin_at(self, step: int, continued: Continued, record: Mapping[str, Any] | None = None) -> None:
-        """Go on with `step`, by the record of what was consumed before it if there is one."""
+    def begin_at(self, step: int, continued: DataResumePoint, record: Mapping[str, Any] | None = None) -> None:
+        """Continue with `step`, by the record of what was consumed before it, if there is one."""
         loader = _loader_of(self.feed, self.ranks, continued)
         if record is not None:
-            loader.follow(record["state"], step)
+            loader.replay(record["state"], step)
         elif isinstance(loader, Loader):
-            loader.go_on(step, first_digest(self.feed.identity))
+            loader.resume_at(step, first_digest(self.feed.identity))
         elif step:
             raise ConfigError(f"start_step = {step}: a stream cannot leap ahead: give load_state_dict the state at that step")
         self.stop()
-        self.loader, self.continued, self.begin, self.handed = loader, continued, step, step * self.count
+        self.loader, self.continued, self.begin, self.yielded = loader, continued, step, step * self.count
 
     def stop(self) -> None:
         if self.reading is not None:
@@ -135,33 +143,35 @@ class _Parts(IterableDataset[_Sealed]):
             )
         if self.reading is not None:
             self.stop()
-            if isinstance(self.loader, StreamLoader):  # its lanes have been read ahead
-                step = self.handed // self.count
+            if isinstance(self.loader, StreamLoader):  # it has read ahead
+                step = self.yielded // self.count
                 lanes = self.loader.state(step, self.ranks.total_array)["lanes"]
                 self.loader.restart(step, np.array(lanes, dtype=np.int64))
         self.reading = self._read()
         return self.reading
 
     def _read(self) -> Generator[_Sealed, None, None]:
-        config, (step, first) = self.feed.config, divmod(self.handed, self.count)
+        config, (step, first) = self.feed.config, divmod(self.yielded, self.count)
         for rows in self.loader.stream(step, config.train.steps, ahead=config.data.prefetch):
             predicted = int(np.count_nonzero(rows.labels != IGNORED))
             cuts = np.linspace(0, len(rows.tokens), self.count + 1).astype(int).tolist()
             for part in range(first, self.count):
-                self.handed += 1
-                yield _Sealed(rows.rows(cuts[part], cuts[part + 1]), predicted if part == first else None)
+                self.yielded += 1
+                yield _Sealed(rows.slice_rows(cuts[part], cuts[part + 1]), predicted if part == first else None)
             first = 0
 
     def open(self, sealed: _Sealed) -> dict[str, Any]:
-        """A part as arguments of a model. Collective in the first part of a step."""
+        """Returns a part as arguments of a model. Collective in the first part of a step."""
         rows = sealed.rows
         counted = np.broadcast_to(np.arange(rows.tokens.shape[1]), rows.tokens.shape)
         positions = np.array(counted if rows.positions is None else rows.positions, dtype=np.int64)
-        input_ids, shifted, position_ids = (_on(self.ranks.device, array) for array in (rows.tokens, rows.labels, positions))
+        input_ids, shifted, position_ids = (
+            _to_device(self.ranks.device, array) for array in (rows.tokens, rows.labels, positions)
+        )
         if self.flat:
             input_ids, shifted, position_ids = (t.reshape(1, -1) for t in (input_ids, shifted, position_ids))
         if sealed.predicted is not None:
-            total = self.ranks.total(torch.full((), sealed.predicted, device=self.ranks.device))  # no wait for the GPU
+            total = self.ranks.total(torch.full((), sealed.predicted, device=self.ranks.device))  # without waiting for the GPU
             self.items = total.clamp(min=1).to(torch.float32) / (self.ranks.world * self.count)
         labels = torch.full_like(shifted, IGNORED)
         labels[:, 1:] = shifted[:, :-1]
@@ -172,15 +182,18 @@ class _Parts(IterableDataset[_Sealed]):
 
 
 class TrainingBatches(DataLoader[Any]):
-    """Made by `training_batches`. An iterator begun anew goes on where the one before it was left, which ends with that;
-    `len` counts the batches from the beginning, or from where a state was loaded, to train.steps."""
+    """The DataLoader that `training_batches` returns.
 
-    # What accelerate looks for: already a rank's own, and with a state to be saved beside the model's.
+    A new iterator continues where the one before stopped, and ends that one. `len` counts the batches from the beginning, or
+    from where a state was loaded, to train.steps.
+    """
+
+    # Attributes that accelerate reads: each rank has its own batches already, and there is a state to save.
     _is_accelerate_prepared = True
     use_stateful_dataloader = True
 
     def __init__(self, parts: _Parts) -> None:
-        # A generator of its own, so that iterating draws nothing from torch's global one.
+        # An own generator, so that iterating does not use torch's global one.
         super().__init__(
             parts,
             batch_size=None,
@@ -191,20 +204,23 @@ class TrainingBatches(DataLoader[Any]):
 
     @property
     def micro_batches(self) -> int:
-        """Batches of a step."""
+        """Batches in a step."""
         return self._parts.count
 
     @property
     def largest(self) -> int:
-        """Rows of data in the largest batch."""
+        """Rows in the largest batch."""
         rows = math.ceil(self._parts.feed.config.train.global_batch / self._parts.ranks.world)
         return math.ceil(rows / self._parts.count)
 
     def state_dict(self) -> dict[str, Any]:
-        """The record of the data that a checkpoint of `mikoshi train` holds, the same on every rank: plain values, for JSON
-        or torch.save. Of a stream (data.stream) collective. Raises DataError in the middle of a step."""
+        """Returns the record of the data that a checkpoint of `mikoshi train` holds, the same on every rank.
+
+        It is plain values, for JSON or torch.save. Collective for a stream (data.stream). Raises DataError in the middle of a
+        step.
+        """
         parts, config = self._parts, self._parts.feed.config
-        step, part = divmod(parts.handed, parts.count)
+        step, part = divmod(parts.yielded, parts.count)
         if part:
             raise DataError(
                 f"data: {part} of the {parts.count} batches of step {step + 1} were used, whose gradients no state holds: save "
@@ -215,8 +231,10 @@ class TrainingBatches(DataLoader[Any]):
         return {**record, "global_batch": config.train.global_batch}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a state, of whatever number of ranks and parts a step, or from the record of `mikoshi train`; the next
-        iterator does. Raises DataError if the data is not the same, and leaves everything as it was."""
+        """Continue from a state, or from the record of `mikoshi train`, of any number of ranks and parts a step.
+
+        It takes effect with the next iterator. Raises DataError if the data differs, and then changes nothing.
+        """
         parts, train = self._parts, self._parts.feed.config.train
         if "samples" not in state_dict or "state" not in state_dict:
             raise DataError(f"data: a state of {', '.join(map(str, state_dict)) or 'nothing'} is not one of training_batches")
@@ -264,7 +282,7 @@ def training_batches(
     """
     if isinstance(data, RunConfig):
         if data.data.stream:
-            set_apart(data, recipes(data.data), places(data.data))
+            hold_out(data, recipes(data.data), dataset_locations(data.data))
         data = open_feed(data)
         check_cache(data)
     config = data.config
@@ -275,17 +293,17 @@ def training_batches(
     return TrainingBatches(_Parts(data, ranks, count, flat, documents, start_step))
 
 
-def _loader_of(feed: Feed, ranks: _Ranks, continued: Continued) -> Reader:
+def _loader_of(feed: Feed, ranks: _Ranks, continued: DataResumePoint) -> TrainingLoader:
     """The loader of a rank where all ranks read different rows."""
-    here = Coordinates(pp=0, replica=0, shard=ranks.rank, cp=0, tp=0, data=ranks.rank)
-    return feed.loader(Layout(shards=ranks.world), here, continued)
+    coordinates = Coordinates(pp=0, replica=0, shard=ranks.rank, cp=0, tp=0, data=ranks.rank)
+    return feed.loader(Layout(shards=ranks.world), coordinates, continued)
 
 
 def _ranks(rank: int | None, world: int | None, device: torch.device | str | None, group: dist.ProcessGroup | None) -> _Ranks:
-    place = _accelerate("PartialState")
+    state = _accelerate("PartialState")
     if device is None:
         nccl = dist.is_initialized() and dist.get_backend(group) == "nccl"
-        device = place.get("device") or (torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu")
+        device = state.get("device") or (torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu")
     if (rank is None) != (world is None):
         raise ConfigError(f"rank = {rank}, world = {world}: give both or neither")
     if rank is None or world is None:
@@ -296,30 +314,32 @@ def _ranks(rank: int | None, world: int | None, device: torch.device | str | Non
                 "and group of those that read different ones"
             )
         rank, world = (dist.get_rank(group), dist.get_world_size(group)) if dist.is_initialized() else (0, 1)
-        if group is None and place.get("num_processes", world) != world:
+        if group is None and state.get("num_processes", world) != world:
             raise ConfigError(
-                f"training_batches: accelerate knows of {place['num_processes']} processes and torch.distributed of {world}: "
+                f"training_batches: accelerate knows of {state['num_processes']} processes and torch.distributed of {world}: "
                 "give rank and world"
             )
     if not 0 <= rank < world:
         raise ConfigError(f"rank = {rank}: of world = {world} it must be one of 0 to {world - 1}")
-    met = dist.get_world_size(group) if dist.is_initialized() else 1
-    if world > 1 and met != world:
+    group_size = dist.get_world_size(group) if dist.is_initialized() else 1
+    if world > 1 and group_size != world:
         raise ConfigError(
-            f"world = {world}: the process group is of {met}, and the tokens of a step are counted over all ranks that read "
-            "different rows: give their group, and begin it before"
+            f"world = {world}: the process group is of {group_size}, and the tokens of a step are counted over all ranks "
+            "that read different rows: give their group, and begin it before"
         )
     return _Ranks(rank, world, torch.device(device), group)
 
 
-def _count(config: RunConfig, rows: int, asked: int | None) -> int:
-    """Into how many parts a rank's rows of a step are cut."""
+def _count(config: RunConfig, rows: int, requested: int | None) -> int:
+    """Returns how many parts a rank's rows of a step are split into."""
     accumulated: int | None = _accelerate("GradientState").get("plugin_kwargs", {}).get("num_steps")
     most = config.train.micro_batch or rows
-    name = "micro_batches" if asked is not None else "gradient_accumulation_steps"
-    count = asked if asked is not None else accumulated or -(-rows // most)
-    if asked is not None and accumulated not in (None, 1, asked):  # 1 is the Trainer's, which accumulates by itself
-        raise ConfigError(f"micro_batches = {asked}: accelerate's gradient_accumulation_steps is {accumulated}: leave one out")
+    name = "micro_batches" if requested is not None else "gradient_accumulation_steps"
+    count = requested if requested is not None else accumulated or -(-rows // most)
+    if requested is not None and accumulated not in (None, 1, requested):  # the Trainer sets 1 and accumulates by itself
+        raise ConfigError(
+            f"micro_batches = {requested}: accelerate's gradient_accumulation_steps is {accumulated}: leave one out"
+        )
     if not 1 <= count <= rows:
         raise ConfigError(f"{name} = {count}: a rank has {rows} rows of train.global_batch: give 1 to {rows}")
     if -(-rows // count) > most:
@@ -330,14 +350,14 @@ def _count(config: RunConfig, rows: int, asked: int | None) -> int:
     return count
 
 
-def _on(device: torch.device, array: npt.NDArray[np.int64]) -> Tensor:
-    """On its way to the device; page-locked memory lets it go there while the GPU computes."""
+def _to_device(device: torch.device, array: npt.NDArray[np.int64]) -> Tensor:
+    """Returns an array on the device; from pinned memory it is copied while the GPU computes."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _accelerate(name: str) -> Mapping[str, Any]:
-    """What one of accelerate's shared states holds; nothing where accelerate is not in use."""
+    """Returns one of accelerate's shared states; empty if accelerate is not in use."""
     state = getattr(sys.modules.get("accelerate.state"), name, None)
     shared: Mapping[str, Any] = getattr(state, "_shared_state", {})
     return shared

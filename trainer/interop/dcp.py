@@ -1,10 +1,10 @@
-"""A folder that torch.distributed.checkpoint (DCP) has written, read as data: no byte of it is run, whoever wrote it.
+"""Reads a folder that torch.distributed.checkpoint (DCP) has written as data: no byte of it is executed, whoever wrote it.
 
-    .metadata        a pickle: of which tensors there are, cut into which chunks, and where each lies
+    .metadata        a pickle: which tensors there are, how they are split into chunks, and where each chunk lies
     __0_0.distcp     chunks one after another, each as torch.save writes a tensor: a ZIP file with a pickle and the bytes
 
-Both pickles are only read (interop.pickled). What they say of sizes and places is compared with what is there before
-memory is taken for it.
+Both pickles are only parsed (interop.pickled). The sizes and positions in them are checked against the files before memory is
+allocated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mikoshi.trainer.checkpoint.manifest import DTYPES, overlap
 from mikoshi.trainer.checkpoint.pieces import dtype_named
-from mikoshi.trainer.checkpoint.storage.base import checked
+from mikoshi.trainer.checkpoint.storage.base import checked_name
 from mikoshi.trainer.checkpoint.storage.files import opened
 from mikoshi.trainer.errors import CheckpointError
 from mikoshi.trainer.interop.pickled import Made, Named, read_pickle
@@ -58,7 +58,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor: where in the tensor, and where in which file of the folder."""
+    """A box of a tensor: where it lies in the tensor, and where in which file."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -68,8 +68,8 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of the folder; its chunks make it up exactly."""
+class StoredTensor:
+    """A tensor of the folder. Its chunks make it up exactly."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -77,17 +77,23 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Folder:
-    """The tensors of a DCP folder by name. `others`: names of what is no tensor, which is not read."""
+class DCPFolder:
+    """The tensors of a DCP folder by name.
+
+    objects: names of entries that are not tensors; they are not read.
+    """
 
     path: Path
-    tensors: dict[str, Stored]
-    others: tuple[str, ...] = field(default=())
+    tensors: dict[str, StoredTensor]
+    objects: tuple[str, ...] = field(default=())
     _last: dict[Chunk, Tensor] = field(default_factory=dict, repr=False)
-    """The chunk read last: what asks for rows of it asks for more of them next."""
+    """The chunk read last, kept because the next read usually takes more of its rows."""
 
     def read(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
-        """The box of a tensor of that shape at `offset`. Raises CheckpointError for what is not as the folder says."""
+        """Returns the box of a tensor with `shape` at `offset`.
+
+        Raises CheckpointError if a file does not match the folder's metadata.
+        """
         stored = self.tensors[name]
         found = torch.empty(shape, dtype=stored.dtype)
         for chunk in stored.chunks:
@@ -109,7 +115,7 @@ class Folder:
             data = _bytes(handle, chunk)
         if data is None:
             raise CheckpointError(f"{path}: ends before {name}: it was cut short")
-        tensor = _sound(f"{path}: {name}", lambda: saved_tensor(data))
+        tensor = _checked_read(f"{path}: {name}", lambda: saved_tensor(data))
         if tuple(tensor.shape) != chunk.shape or tensor.dtype != dtype:
             raise CheckpointError(
                 f"{path}: {name} is {tensor.dtype} of {list(tensor.shape)}, {METADATA} says {dtype} of {list(chunk.shape)}"
@@ -119,7 +125,7 @@ class Folder:
 
 
 def _bytes(handle: int, chunk: Chunk) -> bytearray | None:
-    """A chunk's bytes; None where the file ends before them."""
+    """Returns a chunk's bytes, or None if the file ends before them."""
     data, done = bytearray(chunk.length), 0
     with memoryview(data) as view:
         while done < chunk.length:
@@ -130,9 +136,11 @@ def _bytes(handle: int, chunk: Chunk) -> bytearray | None:
     return data
 
 
-def open_folder(path: Path) -> Folder:
-    """What a DCP folder holds. Raises CheckpointError for a `.metadata` that is missing, that names what no checkpoint
-    does, or that says what cannot be."""
+def open_folder(path: Path) -> DCPFolder:
+    """Returns what a DCP folder holds.
+
+    Raises CheckpointError if `.metadata` is missing, refers to classes that no checkpoint has, or cannot be right.
+    """
     file = path / METADATA
     with opened(file) as handle:
         size = os.fstat(handle).st_size
@@ -140,11 +148,11 @@ def open_folder(path: Path) -> Folder:
             raise CheckpointError(f"{file}: {size} bytes are more than any has")
         with os.fdopen(os.dup(handle), "rb") as content:
             data = content.read()
-    return _sound(str(file), lambda: _folder(path, _fields(read_pickle(data, _METADATA_NAMES), "Metadata")))
+    return _checked_read(str(file), lambda: _folder(path, _fields(read_pickle(data, _METADATA_NAMES), "Metadata")))
 
 
-def _sound(where: str, read: Callable[[], T]) -> T:
-    """What `read` returns; what it finds wrong in one line with the file's name."""
+def _checked_read(where: str, read: Callable[[], T]) -> T:
+    """Returns what `read` returns; errors become a CheckpointError of one line with the file's name."""
     try:
         return read()
     except CheckpointError:
@@ -164,14 +172,14 @@ def _sound(where: str, read: Callable[[], T]) -> T:
 
 
 def _fields(value: Any, kind: str) -> dict[str, Any]:
-    """The fields of a data class of that name."""
+    """Returns the fields of a data class of that name."""
     if not isinstance(value, Made) or not value.kind.endswith("." + kind) or not isinstance(value.state or {}, dict):
         raise ValueError(f"no {kind} where there should be one")
     return value.state or {}
 
 
 def _counts(value: Any) -> tuple[int, ...]:
-    """A torch.Size, or a tuple or list of counts."""
+    """Returns the counts in a torch.Size, a tuple or a list."""
     if isinstance(value, Made) and value.kind == "torch.Size" and len(value.args) == 1:
         value = value.args[0]
     counts = tuple(value) if isinstance(value, (tuple, list)) else None
@@ -180,36 +188,42 @@ def _counts(value: Any) -> tuple[int, ...]:
     return counts
 
 
-def _folder(path: Path, metadata: dict[str, Any]) -> Folder:
-    places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
+def _folder(path: Path, metadata: dict[str, Any]) -> DCPFolder:
+    locations: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
     sizes: dict[str, int] = {}
     for index, info in metadata["storage_data"].items():
         at = _fields(index, "MetadataIndex")
         if at.get("offset") is not None:
-            places[_name(at["fqn"]), _counts(at["offset"])] = _place(path, _fields(info, "_StorageInfo"), sizes)
-    tensors, others = {}, []
+            locations[_name(at["fqn"]), _counts(at["offset"])] = _location(path, _fields(info, "_StorageInfo"), sizes)
+    tensors, objects = {}, []
     for key, entry in metadata["state_dict_metadata"].items():
         name = _name(key)
         if isinstance(entry, Made) and entry.kind.endswith(".BytesStorageMetadata"):
-            others.append(name)
+            objects.append(name)
         else:
-            tensors[name] = _stored(name, _fields(entry, "TensorStorageMetadata"), places)
-    return Folder(path, tensors, tuple(others))
+            tensors[name] = _stored(name, _fields(entry, "TensorStorageMetadata"), locations)
+    return DCPFolder(path, tensors, tuple(objects))
 
 
 def _name(value: Any) -> str:
-    """Never the text of something else: that of nested tuples which share their parts can be larger than any memory."""
+    """Returns a name. Raises ValueError for anything but a string.
+
+    The text of nested tuples that share their parts could be larger than any memory.
+    """
     if not isinstance(value, str):
         raise ValueError("a name that is no text")
     return value
 
 
-def _place(path: Path, info: dict[str, Any], sizes: dict[str, int]) -> tuple[str, int, int]:
-    """File, first byte and length of a chunk, all of which are there. `sizes`: of the files seen so far."""
+def _location(path: Path, info: dict[str, Any], sizes: dict[str, int]) -> tuple[str, int, int]:
+    """Returns file, first byte and length of a chunk, which is all there.
+
+    sizes: of the files seen so far.
+    """
     name = info["relative_path"]
     if not isinstance(name, str):
         raise ValueError("a file's name that is no text")
-    checked(str(path), name)
+    checked_name(str(path), name)
     start, length = _counts((info["offset"], info["length"]))
     if info.get("transform_descriptors"):
         raise ValueError(f"{name}: written with an extension of DCP (compressed or encrypted): save it without")
@@ -221,11 +235,13 @@ def _place(path: Path, info: dict[str, Any], sizes: dict[str, int]) -> tuple[str
     return name, start, length
 
 
-def _stored(name: str, entry: dict[str, Any], places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]) -> Stored:
+def _stored(
+    name: str, entry: dict[str, Any], locations: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]
+) -> StoredTensor:
     properties = entry["properties"]
     state = properties.state if isinstance(properties, Made) else None
-    told = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
-    kind = told.kind.removeprefix("torch.") if isinstance(told, Named) else ""
+    named = state.get("dtype") if isinstance(state, dict) else state[0] if isinstance(state, tuple) and state else None
+    kind = named.kind.removeprefix("torch.") if isinstance(named, Named) else ""
     if kind not in DTYPES:
         raise ValueError(f"{name[:200]}: of no type that is known")
     dtype, shape, chunks = dtype_named(kind), _counts(entry["size"]), []
@@ -236,17 +252,20 @@ def _stored(name: str, entry: dict[str, Any], places: dict[tuple[str, tuple[int,
             raise ValueError(f"{name[:200]}: a chunk of {list(size)} at {list(offset)} reaches out of {list(shape)}")
         if not math.prod(size):
             continue
-        file, start, length = places[name, offset]
+        file, start, length = locations[name, offset]
         if math.prod(size) * dtype.itemsize > length:
             raise ValueError(f"{name[:200]}: {length} bytes of {file} are too few for {kind} of {list(size)}")
         chunks.append(Chunk(offset, size, file, start, length))
     if sum(math.prod(c.shape) for c in chunks) != math.prod(shape) or overlap([(c.offset, c.shape) for c in chunks]):
         raise ValueError(f"{name[:200]}: its chunks do not make up {list(shape)}")
-    return Stored(dtype, shape, tuple(chunks))
+    return StoredTensor(dtype, shape, tuple(chunks))
 
 
 def saved_tensor(data: bytearray) -> Tensor:
-    """The tensor that torch.save has written, in the memory of `data`. Raises ValueError or BadZipFile."""
+    """Returns the tensor that torch.save has written, in the memory of `data`.
+
+    Raises ValueError or BadZipFile.
+    """
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         if any(info.compress_type != zipfile.ZIP_STORED for info in entries.values()):
@@ -274,7 +293,10 @@ def saved_tensor(data: bytearray) -> Tensor:
 def _viewed(
     data: bytearray, entry: zipfile.ZipInfo, dtype: torch.dtype, first: int, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> Tensor:
-    """Elements of a ZIP entry's bytes, which are taken as they stand: its checksum is left out by some who write such files."""
+    """Returns a tensor over a ZIP entry's bytes.
+
+    The checksum is not compared, as some writers leave it out.
+    """
     header = entry.header_offset
     names = int.from_bytes(data[header + 26 : header + 28], "little") + int.from_bytes(
         data[header + 28 : header + 30], "little"

@@ -1,6 +1,6 @@
-"""Hugging Face models as ours: the same config and the same weights, so that the same tokens give the same logits.
+"""Hugging Face models as ours: the same config and weights, so that the same tokens give the same logits.
 
-One table of names per family; what differs in layout (transposed or fused matrices) is undone while reading.
+Each family has one table of names. Differences in layout, such as transposed or fused matrices, are undone while reading.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from mikoshi.trainer.model.config import ModelConfig, MoEConfig, RopeConfig
 
 
 class InteropError(ValueError):
-    """A Hugging Face model that ours cannot represent; the message names the setting."""
+    """A Hugging Face model that ours cannot represent. The message names the setting."""
 
 
 _GELU = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
-# Settings that change the computation and that ours knows in one value only.
-_ONLY = {
+# Settings that change the computation and of which our model supports one value.
+_ONE_VALUE = {
     "apply_residual_connection_post_layernorm": False, "scale_attn_by_inverse_layer_idx": False, "scale_attn_weights": True,
     "attention_bias": False, "mlp_bias": False, "use_qk_norm": False, "add_cross_attention": False,
     "router_jitter_noise": 0.0,
@@ -32,9 +32,9 @@ _ONLY = {
 
 
 def model_config(hf: Any) -> ModelConfig:
-    """The ModelConfig of a `transformers` config object. Raises InteropError for what it cannot express."""
+    """Returns the ModelConfig of a `transformers` config object. Raises InteropError for what it cannot express."""
     family = hf.model_type
-    for key, only in _ONLY.items():
+    for key, only in _ONE_VALUE.items():
         if getattr(hf, key, only) != only:
             raise InteropError(f"{key} = {getattr(hf, key)!r}: only {only!r} is known for {family}")
     if family in ("gpt2", "openai-gpt"):
@@ -85,7 +85,9 @@ def _moe(hf: Any) -> MoEConfig | None:
 
 
 def deepseek_moe_config(hf: Any) -> MoEConfig:
-    """The experts of a DeepSeek-V3 config object; its attention (MLA) is not one of ours. bias_rate as in training."""
+    """Returns the experts of a DeepSeek-V3 config object. Its attention (MLA) is not supported. bias_rate is as in its
+    training.
+    """
     return MoEConfig(
         experts=hf.n_routed_experts, top_k=hf.num_experts_per_tok, width=hf.moe_intermediate_size,
         shared=hf.n_shared_experts or 0, router="sigmoid", normalise=hf.norm_topk_prob, scale=hf.routed_scaling_factor,
@@ -104,7 +106,7 @@ def _gpt2(hf: Any) -> ModelConfig:
     )  # fmt: skip
 
 
-# What older files have beside rope_type, and what transformers itself does not look at.
+# Keys of older files, and keys that transformers itself ignores.
 _ROPE_KNOWN = {"rope_theta", "rope_type", "type", "original_max_position_embeddings", "finetuned"}
 _ROPE_SAME = ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
 _YARN_SAME = ("attention_factor", "mscale", "mscale_all_dim")
@@ -124,7 +126,7 @@ def _rope(hf: Any) -> RopeConfig:
     trained = given.get("original_max_position_embeddings") or hf.max_position_embeddings
     values = {key: given[key] for key in _ROPE_SAME if given.get(key) is not None}
     if scaling == "yarn":
-        # As transformers reads them: 0 is as good as none, but for attention_factor.
+        # As in transformers: 0 counts as not set, except for attention_factor.
         values |= {key: given[key] for key in ("mscale", "mscale_all_dim") if given.get(key)}
         values |= {"attention_factor": given.get("attention_factor"), "truncate": given.get("truncate", True)}
         values.setdefault("factor", hf.max_position_embeddings / trained)
@@ -132,13 +134,13 @@ def _rope(hf: Any) -> RopeConfig:
         return RopeConfig(
             theta=given["rope_theta"],
             scaling=scaling,
-            # Dynamic scaling there begins where the positions end, whatever else the file says.
+            # In transformers dynamic scaling begins after max_position_embeddings, whatever else the file says.
             original_context=hf.max_position_embeddings if scaling == "dynamic" else trained,
             **values,
         )
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
-        raise InteropError(f"rope_parameters: {told}") from None
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors())
+        raise InteropError(f"rope_parameters: {problems}") from None
 
 
 def _windows(hf: Any) -> tuple[int, ...]:
@@ -149,7 +151,7 @@ def _windows(hf: Any) -> tuple[int, ...]:
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-Read = Callable[[Tensor, ModelConfig], Tensor]
+Convert = Callable[[Tensor, ModelConfig], Tensor]
 
 
 def _same(t: Tensor, _c: ModelConfig) -> Tensor:
@@ -160,39 +162,39 @@ def _transposed(t: Tensor, _c: ModelConfig) -> Tensor:
     return t.T.contiguous() if t.ndim == 2 else t
 
 
-def _third(which: int) -> Read:
-    """q, k or v of GPT-2's fused and transposed matrix."""
+def _third(which: int) -> Convert:
+    """Returns the conversion that takes q, k or v out of GPT-2's fused and transposed matrix."""
     return lambda t, c: _transposed(t.split(c.width, dim=-1)[which], c).contiguous()
 
 
-def _interleaved(which: int) -> Read:
-    """q, k or v of BLOOM's matrix, whose rows go head by head and in a head q, k, v."""
+def _interleaved(which: int) -> Convert:
+    """Returns the conversion that takes q, k or v out of BLOOM's matrix, whose rows go head by head and in a head q, k, v."""
     return lambda t, c: t.unflatten(0, (c.heads, 3, c.d_head))[:, which].flatten(0, 1).contiguous()
 
 
 def _halves(t: Tensor, c: ModelConfig) -> Tensor:
-    """Cohere turns neighbouring elements (0,1), (2,3)...; ours turns (i, i + D/2): the same under this reordering."""
+    """Reorder rows: Cohere rotates neighbouring elements (0,1), (2,3)..., ours rotates (i, i + D/2)."""
     heads = t.unflatten(0, (-1, c.d_head // 2, 2))
     out: Tensor = heads.transpose(1, 2).flatten(0, 2).contiguous()
     return out
 
 
-def _half(which: int) -> Read:
-    """gate or up of every expert, [E, F, C], out of the fused [E, 2F, C]."""
+def _half(which: int) -> Convert:
+    """Returns the conversion that takes gate or up of every expert, [E, F, C], out of the fused [E, 2F, C]."""
     return lambda t, _c: t.chunk(2, dim=1)[which].contiguous()
 
 
-Row = tuple[str, str, Read]
-"""Their owner of `.weight` and `.bias`, or a whole name; ours; and how the tensor is read."""
+NameRule = tuple[str, str, Convert]
+"""Their name (of a module with `.weight` and `.bias`, or of a tensor), ours, and the conversion of the tensor."""
 
-_GPT2: list[Row] = [
+_GPT2: list[NameRule] = [
     ("wte", "embed", _same), ("wpe", "position", _same), ("ln_f", "norm", _same),
     (r"h.#.ln_1", "blocks.#.attn_norm", _same), (r"h.#.ln_2", "blocks.#.mlp_norm", _same),
     *((r"h.#.attn.c_attn", f"blocks.#.attn.{part}", _third(i)) for i, part in enumerate("qkv")),
     (r"h.#.attn.c_proj", "blocks.#.attn.out", _transposed),
     (r"h.#.mlp.c_fc", "blocks.#.mlp.up", _transposed), (r"h.#.mlp.c_proj", "blocks.#.mlp.down", _transposed),
 ]  # fmt: skip
-_BLOOM: list[Row] = [
+_BLOOM: list[NameRule] = [
     ("word_embeddings", "embed", _same), ("word_embeddings_layernorm", "embed_norm", _same), ("ln_f", "norm", _same),
     (r"h.#.input_layernorm", "blocks.#.attn_norm", _same),
     (r"h.#.post_attention_layernorm", "blocks.#.mlp_norm", _same),
@@ -200,7 +202,7 @@ _BLOOM: list[Row] = [
     (r"h.#.self_attention.dense", "blocks.#.attn.out", _same),
     (r"h.#.mlp.dense_h_to_4h", "blocks.#.mlp.up", _same), (r"h.#.mlp.dense_4h_to_h", "blocks.#.mlp.down", _same),
 ]  # fmt: skip
-_LLAMA: list[Row] = [
+_LLAMA: list[NameRule] = [
     ("embed_tokens", "embed", _same), ("norm", "norm", _same),
     (r"layers.#.input_layernorm", "blocks.#.attn_norm", _same),
     (r"layers.#.post_attention_layernorm", "blocks.#.mlp_norm", _same),
@@ -209,19 +211,19 @@ _LLAMA: list[Row] = [
     *((rf"layers.#.self_attn.{p}_norm", f"blocks.#.attn.{p}_norm", _same) for p in "qk"),
     *((rf"layers.#.mlp.{p}_proj", f"blocks.#.mlp.{p}", _same) for p in ("gate", "up", "down")),
 ]  # fmt: skip
-_EXPERTS: list[Row] = [
+_EXPERTS: list[NameRule] = [
     ("layers.#.mlp.gate", "blocks.#.mlp.router", _same),
     *(("layers.#.mlp.experts.gate_up_proj", f"blocks.#.mlp.experts.{p}", _half(i)) for i, p in enumerate(("gate", "up"))),
     ("layers.#.mlp.experts.down_proj", "blocks.#.mlp.experts.down", _same),
 ]
-_DEEPSEEK_MOE: list[Row] = [
+_DEEPSEEK_MOE: list[NameRule] = [
     ("gate.e_score_correction_bias", "router.bias", _same),
     *((theirs.removeprefix("layers.#.mlp."), ours.removeprefix("blocks.#.mlp."), read) for theirs, ours, read in _EXPERTS),
     *((f"shared_experts.{p}_proj", f"shared.{p}", _same) for p in ("gate", "up", "down")),
 ]
 _COHERE = [(hf, ours, _halves if ours.endswith((".q", ".k")) else read) for hf, ours, read in _LLAMA]
 
-TABLES: dict[str, list[Row]] = {
+TABLES: dict[str, list[NameRule]] = {
     "gpt2": _GPT2,
     "openai-gpt": [("tokens_embed", "embed", _same), ("positions_embed", "position", _same), *_GPT2],
     "bloom": _BLOOM,
@@ -230,9 +232,9 @@ TABLES: dict[str, list[Row]] = {
     **dict.fromkeys(("mixtral", "qwen3_moe"), _LLAMA + _EXPERTS),
     "deepseek_moe": _DEEPSEEK_MOE,
 }
-# Buffers that some releases keep among the weights: nothing is learned in them.
+# Buffers that some releases store among the weights; they are not trained.
 _NOT_WEIGHTS = re.compile(r"(\.attn\.(masked_)?bias|rotary_emb\.inv_freq|position_ids)$")
-# Released files keep every expert apart, under two spellings; the classes hold them stacked, gate and up fused.
+# Released files store each expert separately, under two spellings; transformers' classes stack them, gate and up fused.
 _ONE_EXPERT = re.compile(r"^(.*)\.(?:block_sparse_moe|mlp)\.experts\.(\d+)\.(\w+)\.weight$")
 _MIXTRAL_PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
@@ -256,9 +258,12 @@ def _stacked(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
 
 
 def convert_state(family: str, state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Weights (or gradients) under Hugging Face's names as a state dict of our GPT. Raises InteropError for a name
-    that the family's table does not know: nothing is dropped silently. Family "deepseek_moe" is one DeepseekV3MoE block
-    as one of our MoE layers, not a whole model."""
+    """Returns weights (or gradients) under Hugging Face's names as a state dict of our GPT.
+
+    Raises InteropError for a name that the family's table does not have: nothing is dropped silently.
+
+    family: a key of TABLES; "deepseek_moe" is one DeepseekV3MoE block as one of our MoE layers.
+    """
     ours: dict[str, Tensor] = {}
     unknown: list[str] = []
     for name, tensor in _stacked(state, config).items():
@@ -275,11 +280,11 @@ def convert_state(family: str, state: Mapping[str, Tensor], config: ModelConfig)
             ours[target] = read(tensor, config)
     if unknown:
         raise InteropError(f"{family}: no place in our model for {', '.join(unknown[:5])} ({len(unknown)} in all)")
-    return _tied(ours) if config.tied else ours
+    return _without_tied_head(ours) if config.tied else ours
 
 
-def _tied(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the head of its own that a file of a tied model may have beside the embedding, or in its place."""
+def _without_tied_head(ours: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a tied model's state without the head that a file may have beside the embedding, or in its place."""
     head = ours.pop("head.weight", None)
     if head is not None and not torch.equal(head, ours.setdefault("embed.weight", head)):
         raise InteropError(
@@ -289,7 +294,7 @@ def _tied(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def _matching(table: Iterable[Row], name: str) -> Iterable[tuple[str, Read]]:
+def _matching(table: Iterable[NameRule], name: str) -> Iterable[tuple[str, Convert]]:
     owner, _, leaf = name.rpartition(".")
     layer = re.search(r"\.(\d+)\.", name)
     number = layer.group(1) if layer else ""
@@ -301,5 +306,5 @@ def _matching(table: Iterable[Row], name: str) -> Iterable[tuple[str, Read]]:
 
 
 def load_into(model: torch.nn.Module, family: str, state: Mapping[str, Tensor], config: ModelConfig) -> None:
-    """Copy Hugging Face weights into our GPT; every parameter must be given, in its shape."""
+    """Copy Hugging Face weights into our GPT. Every parameter must be given, in its shape."""
     model.load_state_dict(convert_state(family, state, config), strict=True)

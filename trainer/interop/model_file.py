@@ -1,4 +1,4 @@
-"""config.json beside weights that leave a run: the model's shape, as [model] of a run's config has it."""
+"""config.json beside exported weights: the model's shape, as [model] of a run's config has it."""
 
 from __future__ import annotations
 
@@ -15,33 +15,37 @@ MODEL_FILE = "config.json"
 _TYPE = "mikoshi"
 _LARGEST = 256 << 20
 _SAME_WEIGHTS = ("context", "init_std", "embedding_std", "init_residual_scaled")
-"""Keys of a model's config that say nothing of what its weights compute."""
+"""Keys of a model's config that do not change what its weights compute."""
 
 
 def write_model(folder: Path, model: ModelConfig) -> None:
+    """Write the model's shape into config.json in a folder."""
     shape = {"model_type": _TYPE, **model.model_dump(mode="json", exclude_none=True)}
     write_file(folder / MODEL_FILE, json.dumps(shape, indent=2).encode())
 
 
 def check_model(folder: Path, model: ModelConfig) -> bool:
-    """Whether a folder says what model its weights are of, and then it is this one. Raises CheckpointError for another."""
+    """Whether a folder says which model its weights belong to, and that is `model`.
+
+    False if it does not say. Raises CheckpointError if it names another model.
+    """
     if not (folder / MODEL_FILE).exists():
         return False
-    there = read_json(folder / MODEL_FILE)
-    if there.pop("model_type", None) != _TYPE:
+    stored = read_json(folder / MODEL_FILE)
+    if stored.pop("model_type", None) != _TYPE:
         return False
-    here = model.model_dump(mode="json", exclude_none=True)
-    for key in {**here, **there}:
-        if here.get(key) != there.get(key) and key not in _SAME_WEIGHTS:
+    expected = model.model_dump(mode="json", exclude_none=True)
+    for key in {**expected, **stored}:
+        if expected.get(key) != stored.get(key) and key not in _SAME_WEIGHTS:
             raise CheckpointError(
-                f"{folder / MODEL_FILE}: {key} = {json.dumps(there.get(key))[:80]}, the run has model.{key} = "
-                f"{json.dumps(here.get(key))[:80]}: import into the config it was made by"
+                f"{folder / MODEL_FILE}: {key} = {json.dumps(stored.get(key))[:80]}, the run has model.{key} = "
+                f"{json.dumps(expected.get(key))[:80]}: import into the config it was made by"
             )
     return True
 
 
-def untold(model: ModelConfig) -> str:
-    """What weights compute by, and their names and shapes do not tell: for whoever brings them in to compare."""
+def unverifiable_settings(model: ModelConfig) -> str:
+    """Returns a message with the settings that weights depend on and that names and shapes do not show."""
     settings = [f"heads={model.heads}", f"head_dim={model.d_head}", f'mlp="{model.mlp}"', f"norm_eps={model.norm_eps:g}"]
     if model.position == "rotary":
         settings += [f"rope.{key}={value}" for key, value in model.rope.model_dump(mode="json", exclude_none=True).items()]
@@ -56,7 +60,7 @@ def untold(model: ModelConfig) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A table, of no more than 256 MiB. Raises CheckpointError."""
+    """Returns a JSON object of at most 256 MiB. Raises CheckpointError."""
     with opened(path) as handle, open(handle, "rb", closefd=False) as file:
         raw = file.read(_LARGEST + 1)
     try:

@@ -1,7 +1,7 @@
-"""What a pickle says, without anything being looked up, called or built: its own instructions are followed on plain data.
+"""Parses a pickle without looking up, calling or building anything: its instructions are followed on plain data.
 
-Where a pickle names a class or a function there stands a `Named`, where it would call one a `Made`. Which names may occur is
-the reader's to say; any other is refused before anything is made of the rest.
+A class or function that a pickle names becomes a `Named`, a call becomes a `Made`. The caller says which names may occur; any
+other is refused before anything is made of the rest.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Named:
-    """A class or function by its name, `torch.float32`."""
+    """A class or function by its name, such as `torch.float32`."""
 
     kind: str
 
 
 @dataclass(eq=False)
 class Made:
-    """What a call of `kind` with these arguments would be, and the state it would be given then."""
+    """What a call of `kind` with these arguments would return, and the state that it would be given."""
 
     kind: str
     args: tuple[Any, ...]
@@ -39,10 +39,11 @@ _MARK = object()
 
 
 def read_pickle(data: bytes, names: Collection[str]) -> Any:
-    """The object that a pickle of protocol 2 to 5 says, in dicts, lists, tuples, numbers, texts, `Named` and `Made`.
+    """Returns the object of a pickle of protocol 2 to 5: dicts, lists, tuples, numbers, strings, `Named` and `Made`.
 
-    names: of the classes and functions that may be named, `module.name`. Raises ValueError for any other and for what is no
-    such pickle; it says nothing of the content but names.
+    Raises ValueError for any other name and for what is not such a pickle. The message has nothing of the content but names.
+
+    names: the classes and functions that may occur, as `module.name`.
     """
     reader = _Reader(names)
     try:
@@ -140,7 +141,7 @@ class _Reader:
 
     def _add(self, into: Any, items: list[Any]) -> None:
         if isinstance(into, set):
-            return  # nobody asks what is in one
+            return  # nothing reads a set's items
         if not isinstance(into, list):
             raise ValueError("no sound pickle: an item for what is no list")
         into += items
@@ -149,6 +150,6 @@ class _Reader:
         if not isinstance(into, dict) or len(pairs) % 2:
             raise ValueError("no sound pickle: a key for what is no table")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            if not isinstance(key, (str, int, Made)):  # whose hashes do not go down into what they hold
+            if not isinstance(key, (str, int, Made)):  # their hashes do not recurse into contents
                 raise ValueError("a key that no checkpoint has")
             into[key] = value

@@ -1,10 +1,10 @@
-"""Weights as sharded safetensors: out of a checkpoint that has been verified, and in from what accelerate and others write.
+"""Weights as sharded safetensors: exported from a verified checkpoint, and imported from what accelerate and others write.
 
-    model-00001-of-00003.safetensors ...   or model.safetensors where there is one file
+    model-00001-of-00003.safetensors ...   or model.safetensors if there is one file
     model.safetensors.index.json           which file each tensor is in
     config.json                            the model's shape, as [model] of a run's config has it
 
-Neither way holds more than one tensor in memory, and nothing that is read is a pickle.
+Both ways hold one tensor in memory at a time, and no pickle is read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mikoshi.data.io.atomic import built_alone, new_file, write_file
+from mikoshi.data.io.atomic import new_file, new_folder_committed, write_file
 from mikoshi.trainer.checkpoint.manifest import TensorEntry
 from mikoshi.trainer.checkpoint.pieces import PieceFile, bytes_of, dtype_named, lay_out, piece_file, write
 from mikoshi.trainer.checkpoint.storage.base import step_of
@@ -39,7 +39,13 @@ _PLAIN = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: files of weights, their bytes, those of the largest, and the step that they are of."""
+    """What was written.
+
+    files: number of files of weights.
+    bytes: bytes of all tensors.
+    largest: bytes of the tensors in the largest file.
+    step: the step of the weights.
+    """
 
     files: int
     bytes: int
@@ -48,7 +54,7 @@ class Exported:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500MiB" or "1000000". Raises ConfigError."""
+    """Returns the bytes of "5GB", "500MiB" or "1000000". Raises ConfigError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = None if found is None else _UNITS.get(found[2].upper())
     if found is None or unit is None or float(found[1]) * unit < 1:
@@ -57,13 +63,17 @@ def parse_size(text: str) -> int:
 
 
 def export(committed: Committed, folder: Path, largest: int) -> Exported:
-    """Write a checkpoint's weights in files of at most `largest` bytes; a tensor that is larger has one of its own. Whole or
-    not there. Raises CheckpointError or ConfigError."""
+    """Write a checkpoint's weights into a new folder, which appears whole or not at all.
+
+    Raises CheckpointError or ConfigError.
+
+    largest: bytes of a file at most; a larger tensor has a file of its own.
+    """
     if folder.exists() or folder.is_symlink():
         raise ConfigError(f"{folder}: exists already: remove it, or give another folder")
     weights = {name.removeprefix("model."): e for name, e in committed.manifest.tensors.items() if name.startswith("model.")}
-    shards = shared_out({name: _size(entry) for name, entry in weights.items()}, largest)
-    with built_alone(folder) as built:
+    shards = split_into_shards({name: _size(entry) for name, entry in weights.items()}, largest)
+    with new_folder_committed(folder) as built:
         where: dict[str, str] = {}
         sizes: list[int] = []
         for number, names in enumerate(shards, 1):
@@ -82,16 +92,19 @@ def export(committed: Committed, folder: Path, largest: int) -> Exported:
     return Exported(len(shards), sum(sizes), max(sizes, default=0), committed.manifest.step)
 
 
-def shared_out(sizes: dict[str, int], largest: int) -> list[list[str]]:
-    """Names in their order, in as many groups as it takes for none to be larger than `largest` unless it is of one."""
+def split_into_shards(sizes: dict[str, int], largest: int) -> list[list[str]]:
+    """Returns names in their order, in groups of at most `largest` bytes; a larger tensor is a group of its own.
+
+    sizes: bytes by name.
+    """
     groups: list[list[str]] = []
-    room = 0
+    remaining = 0
     for name, size in sizes.items():
-        if not groups or size > room:
+        if not groups or size > remaining:
             groups.append([])
-            room = largest
+            remaining = largest
         groups[-1].append(name)
-        room -= size
+        remaining -= size
     return groups
 
 
@@ -101,14 +114,16 @@ def _size(entry: TensorEntry) -> int:
 
 @contextmanager
 def open_weights(folder: Path, model: ModelConfig) -> Iterator[Callable[[str], Tensor]]:
-    """Gives the function that reads a tensor by its name, KeyError for one that is not there. Raises CheckpointError for a
-    folder that has no safetensors, files that say what cannot be, names that the model has no place for, and a config.json
-    of ours that is of another model."""
+    """Yields the function that reads a tensor by its name; it raises KeyError for a name that does not exist.
+
+    Raises CheckpointError for a folder without safetensors, files that cannot be right, names that the model does not have,
+    and a config.json of ours for another model.
+    """
     check_model(folder, model)
-    with ExitStack() as held:
+    with ExitStack() as open_files:
         pieces: dict[str, PieceFile] = {}
         for name, names in _files(folder).items():
-            file = held.enter_context(piece_file(folder / name))
+            file = open_files.enter_context(piece_file(folder / name))
             if names is not None and (missing := sorted(names - file.pieces.keys())):
                 raise CheckpointError(f"{folder / name}: it has no {missing[0]}, which {INDEX} says is there: copy it again")
             for key in sorted(file.pieces.keys() if names is None else names):
@@ -126,7 +141,7 @@ def open_weights(folder: Path, model: ModelConfig) -> Iterator[Callable[[str], T
 
 
 def _files(folder: Path) -> dict[str, set[str] | None]:
-    """The files of a folder and the names that are looked for in each; None: all that are in it."""
+    """Returns the files of a folder and the names to read from each; None means all that are in it."""
     if (folder / INDEX).exists():
         table = read_json(folder / INDEX).get("weight_map")
         if not isinstance(table, dict) or not table:
@@ -155,7 +170,7 @@ def _files(folder: Path) -> dict[str, set[str] | None]:
 
 
 def _check_names(folder: Path, found: dict[str, PieceFile], model: ModelConfig) -> None:
-    """Nothing is dropped in silence. What is missing, begin_run says."""
+    """Raises CheckpointError for names that the model does not have. begin_run reports missing ones."""
     from mikoshi.trainer.model.gpt import GPT
 
     with torch.device("meta"):

@@ -133,18 +133,22 @@ class ModelConfig(BaseModel):
 
     @property
     def n_kv(self) -> int:
+        """Number of key/value heads."""
         return self.kv_heads or self.heads
 
     @property
     def d_head(self) -> int:
+        """Elements of a head."""
         return self.head_dim or self.width // self.heads
 
     @property
     def d_mlp(self) -> int:
+        """Width of the MLP."""
         return self.mlp_width or 4 * self.width
 
     @property
     def bias_qkv(self) -> bool:
+        """Whether the q, k and v projections have biases."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     @property
@@ -153,9 +157,11 @@ class ModelConfig(BaseModel):
         return int(self.d_head * self.rope.fraction) // 2 * 2
 
     def window(self, layer: int) -> int:
+        """Returns the attention window of a layer in positions; 0 is full causal attention."""
         return self.windows[layer % len(self.windows)]
 
     def is_moe(self, layer: int) -> bool:
+        """Whether a layer has a mixture of experts in place of an MLP."""
         return self.moe is not None and layer >= self.moe.first and (layer - self.moe.first) % self.moe.every == 0
 
     @model_validator(mode="after")

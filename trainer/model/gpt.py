@@ -30,6 +30,7 @@ class LayerCache:
     v: Tensor
 
     def append(self, k: Tensor, v: Tensor, at: int) -> tuple[Tensor, Tensor]:
+        """Store keys and values [B, K, T, D] from position `at` on; returns those of all positions so far."""
         end = at + k.shape[2]
         self.k[:, :, at:end], self.v[:, :, at:end] = k, v
         return self.k[:, :, :end], self.v[:, :, :end]
@@ -44,6 +45,11 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, room: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+        """Returns an empty cache.
+
+        batch: number of rows.
+        room: number of positions that fit.
+        """
         shape = (batch, config.n_kv, room, config.d_head)
 
         def zeros() -> Tensor:
@@ -53,12 +59,18 @@ class KVCache:
 
 
 def make_norm(config: ModelConfig, width: int) -> nn.Module:
+    """Returns the norm of the config's kind over the last dimension of size `width`."""
     if config.norm == "layernorm":
         return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
     return nn.RMSNorm(width, eps=config.norm_eps)
 
 
 class Attention(nn.Module):
+    """Causal self-attention with grouped key/value heads, and optional rotary positions and norms of queries and keys.
+
+    attend: computes attention from q [B, H, T, D], k and v [B, K, T, D] and the mask; an engine may replace it.
+    """
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c, d = config.width, config.d_head
@@ -72,6 +84,12 @@ class Attention(nn.Module):
         self.attend: Callable[[Tensor, Tensor, Tensor, Mask], Tensor] = attend
 
     def forward(self, x_BTC: Tensor, rotary: Rotation | None, mask: Mask, cache: LayerCache | None, past: int) -> Tensor:
+        """Returns [B, T, C].
+
+        rotary: cos and sin of the positions; None without rotary positions.
+        cache: keys and values of earlier positions; the new ones are appended.
+        past: number of positions in the cache.
+        """
         q, k, v = (part(x_BTC).unflatten(-1, (-1, self.d_head)) for part in (self.q, self.k, self.v))  # each [B, T, heads, D]
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -86,6 +104,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: attention and an MLP or a mixture of experts, with pre-norm, post-norm or in parallel, each with a
+    residual.
+    """
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.post, self.parallel = config.norm_order == "post", config.block == "parallel"
@@ -98,6 +120,12 @@ class Block(nn.Module):
         self, x: Tensor, rotary: Rotation | None, mask: Mask, cache: LayerCache | None = None, past: int = 0,
         padding: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        """Returns [B, T, C].
+
+        x: [B, T, C].
+        rotary, mask, cache, past: see `Attention.forward`.
+        padding: True where a token is padding, which experts leave out, [B, T].
+        """
         experts = (padding,) if isinstance(self.mlp, MoE) else ()
         if self.mlp_norm is None:
             h = self.attn_norm(x)
@@ -113,6 +141,7 @@ class Block(nn.Module):
 
 
 def logits(x_BTC: Tensor, w_VC: Tensor, scale: float) -> Tensor:
+    """Returns the logits [B, T, V] of hidden states: the product with the head's matrix, times `scale`."""
     return F.linear(x_BTC, w_VC) * scale
 
 
@@ -126,6 +155,7 @@ class Part:
 
     @classmethod
     def whole(cls, config: ModelConfig) -> Part:
+        """Returns the part that is all of the model."""
         return cls(range(config.layers), first=True, last=True)
 
 
@@ -206,6 +236,7 @@ class GPT(nn.Module):
         return self.leave(x_BTC, labels_BT) if self.part.last else x_BTC
 
     def enter(self, tokens_BT: Tensor, positions_BT: Tensor) -> Tensor:
+        """Returns the embedding of tokens, with learned positions if the model has them, [B, T, C]."""
         assert self.embed is not None
         x_BTC: Tensor = self.embed(tokens_BT)
         if self.position is not None:
@@ -213,6 +244,7 @@ class GPT(nn.Module):
         return x_BTC if self.embed_norm is None else self.embed_norm(x_BTC)
 
     def leave(self, x_BTC: Tensor, labels_BT: Tensor | None) -> Tensor:
+        """Returns the loss if labels are given, else the logits [B, T, V]."""
         if self.norm is not None:
             x_BTC = self.norm(x_BTC)
         if labels_BT is not None:

@@ -38,6 +38,7 @@ class Region:
 
     @classmethod
     def all_of(cls, shape: Sequence[int]) -> Region:
+        """Returns the region that is all of a tensor of that shape."""
         return cls((0,) * len(shape), tuple(shape), tuple(shape))
 
 

@@ -18,11 +18,14 @@ class Vocabulary(Protocol):
     """A part of the vocabulary, rows `first` and on, and what the holders of the other parts say of theirs."""
 
     @property
-    def first(self) -> int: ...
+    def first(self) -> int:
+        """The first row of this part."""
 
-    def largest(self, x: Tensor) -> Tensor: ...
+    def largest(self, x: Tensor) -> Tensor:
+        """Returns the elementwise maximum of `x` over all parts."""
 
-    def total(self, x: Tensor) -> Tensor: ...
+    def total(self, x: Tensor) -> Tensor:
+        """Returns the elementwise sum of `x` over all parts."""
 
 
 def chunk_rows(vocab: int, device: torch.device) -> int:

@@ -17,6 +17,8 @@ def gated(kind: str, gate: Tensor, up: Tensor) -> Tensor:
 
 
 class MLP(nn.Module):
+    """The feed-forward layer of a block, gated if the config's `mlp` is."""
+
     def __init__(self, config: ModelConfig, mlp_width: int | None = None) -> None:
         super().__init__()
         self.kind, width = config.mlp, mlp_width or config.d_mlp
@@ -25,6 +27,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(width, config.width, bias=config.bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
+        """Returns [B, T, C]."""
         up_BTF = self.up(x_BTC)
         if self.gate is not None:
             h_BTF = gated(self.kind, self.gate(x_BTC), up_BTF)

@@ -44,9 +44,15 @@ class Router(nn.Module):
         self.bias = None if unbiased else nn.Parameter(torch.zeros(moe.experts), requires_grad=False)
 
     def forward(self, x_NC: Tensor) -> Routing:
+        """Returns the routing of N tokens."""
         return self.route(x_NC, self.weight, self.bias)
 
     def route(self, x_NC: Tensor, weight_EC: Tensor, bias_E: Tensor | None) -> Routing:
+        """Returns the routing of N tokens by the given weights, in fp32.
+
+        weight_EC: one row an expert.
+        bias_E: added to the scores for the choice alone.
+        """
         logits_NE = x_NC.float() @ weight_EC.float().T
         scores_NE = logits_NE.softmax(-1) if self.moe.router == "softmax" else logits_NE.sigmoid()
         chosen_NK = self.choose(scores_NE.detach(), bias_E)

@@ -35,8 +35,8 @@ def frequencies(rope: RopeConfig, d_rotary: int, length: int, device: torch.devi
     if rope.scaling == "yarn":
 
         def pair_turning(times: float) -> float:
-            turns = math.log(rope.original_context / (times * 2 * math.pi))
-            return d_rotary * turns / (2 * math.log(rope.theta))
+            rotations = math.log(rope.original_context / (times * 2 * math.pi))
+            return d_rotary * rotations / (2 * math.log(rope.theta))
 
         first, last = pair_turning(rope.beta_fast), pair_turning(rope.beta_slow)
         if rope.truncate:

@@ -1,4 +1,4 @@
-"""What a run leaves behind and shows: its folder, metrics, console, and where its time went.
+"""Records of a run: its folder, metrics, console and goodput.
 
 Entry points: `run_folder.RunFolder`, `metrics`, `goodput`.
 """

@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a live line in a terminal, plain lines in a pipe or a file."""
+"""Progress of training on the console: a live line in a terminal, plain lines in a pipe or file."""
 
 from __future__ import annotations
 
@@ -57,11 +57,16 @@ class TrainConsole:
             with _nobody_may_listen():
                 self.progress.stop()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
+        """Print a line above the progress bar, or as a plain line where there is none."""
         with _nobody_may_listen():
             self.console.print(text, markup=False)
 
     def step(self, done: int, values: Mapping[str, Any]) -> None:
+        """Show a finished step.
+
+        values: its metrics, named as in metrics.jsonl.
+        """
         if self.silent:
             return
         self.recent.append((done, values["step_seconds"]))
@@ -72,13 +77,13 @@ class TrainConsole:
             if done - self.clipped[0] >= 50:
                 self.clipped = (0, 0.0)
         elif done % self.every == 0 or done == self.steps:
-            self.say(f"step {done:>{len(str(self.steps))}}/{self.steps}  {self._line(done, values)}")
+            self.print(f"step {done:>{len(str(self.steps))}}/{self.steps}  {self._line(done, values)}")
             self.clipped = (0, 0.0)
 
     def _line(self, done: int, values: Mapping[str, Any]) -> str:
         seconds = sum(s for _, s in self.recent) / len(self.recent)
         parts = [
-            f"loss {loss_words(values['loss'])}",
+            f"loss {format_loss(values['loss'])}",
             f"{values.get('computed_tokens', values['tokens']) / seconds:,.0f} tok/s",
             f"{seconds * 1000:,.0f} ms/step",
             f"{values['memory_bytes'] / 2**30:.2f} GiB",
@@ -92,7 +97,7 @@ class TrainConsole:
         return "  ".join(parts)
 
 
-def loss_words(loss: float | None) -> str:
+def format_loss(loss: float | None) -> str:
     """None where no token was predicted."""
     return "none" if loss is None else f"{loss:.4f}"
 

@@ -97,7 +97,7 @@ def repetition(folder: RunFolder, step: int) -> dict[str, Any]:
 
 
 @dataclass
-class _Account:
+class _Ledger:
     """What is known while the events are gone through in their order."""
 
     times: Sequence[float]  # of the metrics, ascending
@@ -173,7 +173,7 @@ class _Account:
 def account(events: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> Goodput:
     """From the records of both logs, in their order. Fields that an older log lacks count as nothing."""
     steps = [r for r in metrics if "step_seconds" in r]
-    found = _Account(sorted(r["time"] for r in metrics if "time" in r))
+    found = _Ledger(sorted(r["time"] for r in metrics if "time" in r))
     for event in events:
         found.take(event)
     if found.origin is None:

@@ -1,4 +1,4 @@
-"""What a step cost: tokens a second, share of the device's peak, memory; and where the numbers are kept.
+"""Throughput, MFU and memory of each step, and the logs that record them.
 
 Speed goes by the tokens that are computed, every place of the global batch's rows: what is masked from the loss, a prompt or
 the padding behind documents, costs as much as what is predicted.
@@ -19,8 +19,8 @@ from mikoshi.trainer.config.run import RunConfig
 from mikoshi.trainer.hardware import gpu_named
 from mikoshi.trainer.model.config import ModelConfig
 from mikoshi.trainer.model.gpt import GPT
-from mikoshi.trainer.record.run_folder import FULL, RunFolder, disk_may_be_full, drop_after, read_jsonl
-from mikoshi.trainer.record.wandb import WandbLog, segment_of
+from mikoshi.trainer.record.run_folder import FULL, RunFolder, drop_after, read_jsonl, tolerate_full_disk
+from mikoshi.trainer.record.wandb import WandbLog, history_segment
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -65,8 +65,8 @@ class MetricLog:
         segment = None
         if config.log.wandb:
             last = max((record.get("step", 0) for record in read_jsonl(self._path)), default=0)
-            segment = segment_of(folder, config, start, last)
-        with disk_may_be_full(self._path):
+            segment = history_segment(folder, config, start, last)
+        with tolerate_full_disk(self._path):
             drop_after(self._path, start)
         self._lines = folder.metrics.open("ab", buffering=0)
         self._waiting = bytearray()  # what found no room on the disk yet
@@ -76,13 +76,13 @@ class MetricLog:
         if config.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            with disk_may_be_full(folder.tensorboard):
+            with tolerate_full_disk(folder.tensorboard):
                 self._board = SummaryWriter(folder.tensorboard, purge_step=start + 1)
         if segment is not None:
             self._wandb = WandbLog(folder, config, segment)
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
-        """None: there is no such figure, null in the file and no point of a curve."""
+        """Write the metrics of a step. A value of None is null in the file, and no point in TensorBoard or W&B."""
         self._waiting += dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n"
         self._write()
         known = {name: value for name, value in values.items() if value is not None}
@@ -113,10 +113,11 @@ class MetricLog:
             self._board = None
 
     def close(self) -> None:
+        """Write what is still buffered and close all logs."""
         self._write()
         self._lines.close()
         if self._board is not None:
-            with disk_may_be_full(self._path.parent):
+            with tolerate_full_disk(self._path.parent):
                 self._board.close()
         if self._wandb is not None:
             self._wandb.close()

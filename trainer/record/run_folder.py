@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mikoshi.data.io.atomic import LOCKLESS, write_file
+from mikoshi.data.io.atomic import LOCKS_UNSUPPORTED, write_file
 from mikoshi.data.io.json import dumps
 from mikoshi.trainer.errors import RunError
 
@@ -41,54 +41,67 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @dataclass(frozen=True)
 class RunFolder:
+    """Paths of one run's folder; the module describes the files."""
+
     path: Path
 
     @property
     def config(self) -> Path:
+        """Resolved config of the newest start."""
         return self.path / "config.toml"
 
     @property
     def tokenizer(self) -> Path:
+        """Tokenizer of the data."""
         return self.path / "tokenizer.json"
 
     @property
     def chat(self) -> Path:
+        """Chat template of the data, if it has one."""
         return self.path / "chat.json"
 
     @property
     def events(self) -> Path:
+        """Log of events, one JSON object a line."""
         return self.path / "events.jsonl"
 
     @property
     def metrics(self) -> Path:
+        """Metrics, one JSON object a step."""
         return self.path / "metrics.jsonl"
 
     @property
     def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def rewinds(self) -> Path:
+        """Rewinds that the loss guard decided."""
         return self.path / "guard.json"
 
     @property
     def wandb(self) -> Path:
+        """Weights & Biases run that the history goes to."""
         return self.path / "wandb.json"
 
     @property
     def stacks(self) -> Path:
+        """Folder of stack traces of hung ranks."""
         return self.path / "stacks"
 
     @property
     def tensorboard(self) -> Path:
+        """Folder of the TensorBoard log."""
         return self.path / "tensorboard"
 
     @property
     def report(self) -> Path:
+        """Report page."""
         return self.path / "report.html"
 
     def make(self) -> None:
-        """Create it. Raises RunError where nothing can be written."""
+        """Create the folder. Raises RunError where it cannot be written."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -97,9 +110,9 @@ class RunFolder:
             raise RunError(f"run.folder: cannot write to {self.path}: {error.strerror}; choose another run.folder") from None
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append to the events. A disk that is full costs the event, not the run."""
+        """Append an event. A full disk loses the event, with a warning, and does not end the run."""
         record = {"time": round(time.time(), 3), "event": kind, **fields}
-        with disk_may_be_full(self.events), self.events.open("a+", encoding="utf-8") as out:
+        with tolerate_full_disk(self.events), self.events.open("a+", encoding="utf-8") as out:
             out.write("\n" * _cut_short(self.events) + dumps(record) + "\n")
 
     def lock(self, patience: float = 5.0) -> IO[bytes]:
@@ -117,7 +130,7 @@ class RunFolder:
                     raise RunError(f"{self.path}: another process is training this run: wait for it, or stop it") from None
                 time.sleep(0.1)
             except OSError as error:
-                if error.errno not in LOCKLESS:
+                if error.errno not in LOCKS_UNSUPPORTED:
                     raise
                 why = f"this file system has no locks ({error.strerror})"
                 print(f"warning: {self.path}: {why}: see to it that no other process trains this run", file=sys.stderr)
@@ -125,8 +138,8 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def disk_may_be_full(path: Path) -> Iterator[None]:
-    """Training does not end because a line of a log cannot be written: it is said, and goes without."""
+def tolerate_full_disk(path: Path) -> Iterator[None]:
+    """Turn a full disk into a warning: a log line that cannot be written does not end training."""
     try:
         yield
     except OSError as error:
@@ -169,13 +182,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [{key: math.nan if value is None else value for key, value in record.items()} for record in read_jsonl(path)]
 
 
-def predicting(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Of a log's records those of steps that predicted a token: what a mean, a median or a curve of steps is of."""
+def predicting_steps(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Records of steps that predicted a token. Means, medians and curves are computed from these only."""
     return [dict(record) for record in records if "loss" in record and record.get("tokens", 1)]
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Forget the metrics of steps that a resumed run is about to make again."""
+    """Remove the metrics of later steps, which the resumed run will repeat."""
     if path.exists():
         kept = [record for record in read_jsonl(path) if record.get("step", 0) <= step]
         write_file(path, "".join(dumps(record) + "\n" for record in kept).encode())

@@ -1,4 +1,4 @@
-"""A run's history in Weights & Biases: it agrees with metrics.jsonl, and an outage costs the history there, never the run."""
+"""Sends the metrics to Weights & Biases, in agreement with metrics.jsonl; an outage there never ends the run."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from urllib.parse import urlsplit
 from mikoshi.data.io.atomic import write_file
 from mikoshi.trainer.config.run import RunConfig, to_toml
 from mikoshi.trainer.errors import ConfigError
-from mikoshi.trainer.record.run_folder import RunFolder, disk_may_be_full
+from mikoshi.trainer.record.run_folder import RunFolder, tolerate_full_disk
 
 _HOST = "https://api.wandb.ai"
-_ROOM = 20_000
+_MAX_QUEUED = 20_000
 """Records that wait for a server which does not answer; of more, the newest are left out."""
 
 _FINISH = 30.0
@@ -51,24 +51,24 @@ def check_key(
 def mode(env: Mapping[str, str], home: Path | None) -> str:
     """Whether W&B is "online", "offline" or "disabled" for whoever has this environment."""
     settings = _settings(env, home)
-    asked = env.get("WANDB_MODE") or settings.get("mode") or "online"
+    requested = env.get("WANDB_MODE") or settings.get("mode") or "online"
     if (env.get("WANDB_DISABLED") or settings.get("disabled") or "").lower() in ("true", "1"):
         return "disabled"
-    return {"dryrun": "offline", "disabled": "disabled", "offline": "offline"}.get(asked.lower(), "online")
+    return {"dryrun": "offline", "disabled": "disabled", "offline": "offline"}.get(requested.lower(), "online")
 
 
 def _settings(env: Mapping[str, str], home: Path | None) -> dict[str, str]:
     """What `wandb offline` and `wandb login --host` have written down."""
     if home is None:
         return {}
-    told = configparser.ConfigParser(interpolation=None)
+    settings = configparser.ConfigParser(interpolation=None)
     config = Path(env.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
     for path in (config / "settings", Path("wandb", "settings")):
         try:
-            told.read(path, encoding="utf-8")
+            settings.read(path, encoding="utf-8")
         except (OSError, ValueError, configparser.Error):
             continue
-    return dict(told["default"]) if told.has_section("default") else {}
+    return dict(settings["default"]) if settings.has_section("default") else {}
 
 
 def _in_netrc(host: str, env: Mapping[str, str], home: Path) -> bool:
@@ -84,8 +84,11 @@ def _in_netrc(host: str, env: Mapping[str, str], home: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Which of W&B's runs the history goes to. back: a step that W&B's history has to go back to before it goes on."""
+class HistorySegment:
+    """The W&B run that receives the history.
+
+    back: step to which its history must be rewound before it continues; None if it need not be.
+    """
 
     id: str
     name: str
@@ -93,16 +96,16 @@ class Segment:
     back: int | None = None
 
 
-def segment_of(folder: RunFolder, config: RunConfig, start: int, last: int) -> Segment:
+def history_segment(folder: RunFolder, config: RunConfig, start: int, last: int) -> HistorySegment:
     """Where a run goes on after step `start`, of which metrics.jsonl had step `last`. Written down before anything of the
     history is dropped: what a kill leaves undone is done by the next start."""
     try:
-        segment = Segment(**json.loads(folder.wandb.read_bytes()))
+        segment = HistorySegment(**json.loads(folder.wandb.read_bytes()))
     except (OSError, ValueError, TypeError):
-        segment = Segment(_first_id(folder, config), config.run.name)
+        segment = HistorySegment(_first_id(folder, config), config.run.name)
     if last > start:
         segment = replace(segment, back=start if segment.back is None else min(start, segment.back))
-        keep(folder, segment)
+        write_segment(folder, segment)
     return segment
 
 
@@ -110,15 +113,16 @@ def _first_id(folder: RunFolder, config: RunConfig) -> str:
     return f"{config.run.name}-{hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:12]}"
 
 
-def keep(folder: RunFolder, segment: Segment) -> None:
-    with disk_may_be_full(folder.wandb):
+def write_segment(folder: RunFolder, segment: HistorySegment) -> None:
+    """Record which W&B run the history goes to."""
+    with tolerate_full_disk(folder.wandb):
         write_file(folder.wandb, json.dumps(asdict(segment)).encode())
 
 
 class WandbLog:
     """Sends records from a thread of its own, so that no step waits for a server. Whatever goes wrong there is a warning."""
 
-    def __init__(self, folder: RunFolder, config: RunConfig, segment: Segment) -> None:
+    def __init__(self, folder: RunFolder, config: RunConfig, segment: HistorySegment) -> None:
         self._folder, self._config, self._segment = folder, config, segment
         self._patience = min(_FINISH, config.recovery.grace / 4)
         self._records: queue.Queue[tuple[int, dict[str, Any]] | None] = queue.Queue()
@@ -127,9 +131,10 @@ class WandbLog:
         self._thread.start()
 
     def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """Queue the metrics of a step. Drops them if the queue is full or sending has failed."""
         if self._failed:
             return
-        if self._records.qsize() >= _ROOM:
+        if self._records.qsize() >= _MAX_QUEUED:
             self._left_out += 1
         else:
             self._records.put((step, dict(values)))
@@ -176,12 +181,12 @@ class WandbLog:
         if run is None:
             number = segment.number + 1
             name = f"{self._config.run.name} after step {back} ({number})"
-            segment = Segment(f"{_first_id(self._folder, self._config)}-{number}", name, number)
+            segment = HistorySegment(f"{_first_id(self._folder, self._config)}-{number}", name, number)
             run = self._open(segment)
-        keep(self._folder, segment)
+        write_segment(self._folder, segment)
         return run
 
-    def _open(self, segment: Segment) -> Any:
+    def _open(self, segment: HistorySegment) -> Any:
         """W&B's run of a segment. Where its server does not answer, its history is kept in the run folder to be sent later."""
         try:
             return self._init(segment, resume="allow")
@@ -191,7 +196,7 @@ class WandbLog:
             _warn(f"cannot be reached ({_first_line(error)}): its history is kept in {kept}: send it with `wandb sync`")
             return run
 
-    def _init(self, segment: Segment, **more: Any) -> Any:
+    def _init(self, segment: HistorySegment, **more: Any) -> Any:
         import wandb
 
         config = self._config

@@ -1,4 +1,4 @@
-"""A figure as inline SVG: a page needs no library and no network, and a short script shows what lies under the pointer.
+"""Draws figures as inline SVG, so that a page needs no library and no network; a short script shows values on hover.
 
 Drawn of plotly's figures is what our pages use: lines, points, stacked areas and bars, linear, logarithmic and category axes.
 """
@@ -84,10 +84,10 @@ def chart(figure: go.Figure, wide: bool = False) -> str:
     title = layout.get("xaxis", {}).get("title", {}).get("text", "")
     rows = _rows(stacked, x, title) if layout.get("hovermode") == _UNIFIED else []
     rule = f'<line class="rule" y1="{area[1]}" y2="{area[3]}" stroke="{_SOFT}" visibility="hidden"/>'
-    told = html.escape(json.dumps(rows, ensure_ascii=False, separators=(",", ":")))
+    data = html.escape(json.dumps(rows, ensure_ascii=False, separators=(",", ":")))
     parts = (_frame(x, y, area, layout, flat), _shapes(layout, x, y, area), *marks, legend[0], rule)
     return (
-        f'<div class="plotted"><svg class="plot" viewBox="0 0 {width} {height}" role="img" data-rows="{told}">{"".join(parts)}'
+        f'<div class="plotted"><svg class="plot" viewBox="0 0 {width} {height}" role="img" data-rows="{data}">{"".join(parts)}'
         '</svg><div class="tip" hidden=""></div></div>'
     )
 
@@ -135,19 +135,19 @@ def _stacked(lines: Sequence[dict[str, Any]], bars: bool, flat: bool) -> list[di
 
 def _axes(lines: Sequence[dict[str, Any]], layout: dict[str, Any], area: Sequence[float], flat: bool) -> tuple[Axis, Axis]:
     left, top, right, bottom = area
-    told = layout.get("xaxis", {}), layout.get("yaxis", {})
+    axes = layout.get("xaxis", {}), layout.get("yaxis", {})
     made = []
-    for key, ends, said in (("x", (left, right), told[0]), ("y", (bottom, top), told[1])):
+    for key, ends, options in (("x", (left, right), axes[0]), ("y", (bottom, top), axes[1])):
         along = key == ("x" if flat else "y")
         values = [v for line in lines for v in line[key]]
         if any(isinstance(v, str) for v in values):
-            names = list(said.get("categoryarray") or dict.fromkeys(values))
+            names = list(options.get("categoryarray") or dict.fromkeys(values))
             made.append(_categories(names, ends))
             continue
         if along:
             values += [base + v for line in lines for base, v in zip(line["base"], line[key], strict=True) if _real(v)]
-            values += [0.0] * (said.get("rangemode") == "tozero" or any(line["type"] == "bar" for line in lines))
-        made.append(_numbers([float(v) for v in values if _real(v)], ends, said, exact=not along))
+            values += [0.0] * (options.get("rangemode") == "tozero" or any(line["type"] == "bar" for line in lines))
+        made.append(_numbers([float(v) for v in values if _real(v)], ends, options, exact=not along))
     return made[0], made[1]
 
 
@@ -161,13 +161,13 @@ def _categories(names: list[Any], ends: tuple[float, float]) -> Axis:
     return Axis(lambda name: places[name], [(places[name], str(name)) for name in names])
 
 
-def _numbers(values: list[float], ends: tuple[float, float], said: dict[str, Any], exact: bool) -> Axis:
-    logarithmic = said.get("type") == "log"
-    suffix = said.get("ticksuffix", "")
-    low, high = said.get("range") or (min(values, default=0.0), max(values, default=1.0))
+def _numbers(values: list[float], ends: tuple[float, float], options: dict[str, Any], exact: bool) -> Axis:
+    logarithmic = options.get("type") == "log"
+    suffix = options.get("ticksuffix", "")
+    low, high = options.get("range") or (min(values, default=0.0), max(values, default=1.0))
     if low == high:
         low, high = low - (abs(low) or 1) * 0.5, high + (abs(high) or 1) * 0.5
-    elif not (exact or said.get("range")):
+    elif not (exact or options.get("range")):
         spare = (high - low) * 0.05
         low, high = (low if low == 0 else low - spare), high + spare
 
@@ -175,8 +175,8 @@ def _numbers(values: list[float], ends: tuple[float, float], said: dict[str, Any
         at = math.log10(value) if logarithmic else value
         return ends[0] + (at - low) / (high - low) * (ends[1] - ends[0])
 
-    if said.get("tickvals") is not None:
-        return Axis(place, [(place(v), t) for v, t in zip(said["tickvals"], said["ticktext"], strict=True)])
+    if options.get("tickvals") is not None:
+        return Axis(place, [(place(v), t) for v, t in zip(options["tickvals"], options["ticktext"], strict=True)])
     size = _round_up((high - low) / max(2, abs(ends[1] - ends[0]) / (90 if ends[0] < ends[1] else 45)))
     if exact and all(value == int(value) for value in values):  # steps
         size = max(1.0, size)
@@ -291,14 +291,14 @@ def _drawn(value: Any) -> bool:
 
 def _steps(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """With every value held up to the next place."""
-    held = [(after[0], before[1]) for before, after in itertools.pairwise(points)]
-    return [point for pair in zip(points, [*held, points[-1]], strict=True) for point in pair]
+    hold = [(after[0], before[1]) for before, after in itertools.pairwise(points)]
+    return [point for pair in zip(points, [*hold, points[-1]], strict=True) for point in pair]
 
 
-def _path(points: Sequence[tuple[float, float] | None], held: bool) -> str:
+def _path(points: Sequence[tuple[float, float] | None], hold: bool) -> str:
     """Broken where there is no value."""
     out, pen = [], "M"
-    for point in _steps([p for p in points if p is not None]) if held else points:
+    for point in _steps([p for p in points if p is not None]) if hold else points:
         if point is None:
             pen = "M"
         else:
@@ -317,8 +317,8 @@ def _label(line: dict[str, Any], at: int) -> str:
         return format(found, field[3] or "") if _real(found) else str(found)
 
     name = extra.removesuffix("</extra>")
-    said = _FIELD.sub(value, template)
-    return html.unescape(f"{name}: {said}" if name and not said.startswith(f"{name}:") else said)
+    text = _FIELD.sub(value, template)
+    return html.unescape(f"{name}: {text}" if name and not text.startswith(f"{name}:") else text)
 
 
 def _rows(lines: Sequence[dict[str, Any]], x: Axis, title: str) -> list[list[Any]]:
@@ -328,4 +328,4 @@ def _rows(lines: Sequence[dict[str, Any]], x: Axis, title: str) -> list[list[Any
         for at, (a, b) in enumerate(zip(line["x"], line["y"], strict=True)):
             if _drawn(b):
                 found.setdefault(a, []).append([number, _label(line, at), _colour(line, at)])
-    return sorted([round(x.place(a), 1), f"{title} {a}".strip(), said] for a, said in found.items())
+    return sorted([round(x.place(a), 1), f"{title} {a}".strip(), labels] for a, labels in found.items())

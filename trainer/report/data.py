@@ -10,15 +10,15 @@ import plotly.graph_objects as go
 
 from mikoshi.data.dataset.shards import HELD_OUT, TRAIN
 from mikoshi.trainer.errors import USER_ERRORS
-from mikoshi.trainer.inspect.batches import View, open_view
+from mikoshi.trainer.inspect.batches import DataView, open_view
 from mikoshi.trainer.inspect.statistics import (
     SourceStats,
     Stats,
     bucket,
-    drawn,
-    nothing_words,
-    packing_words,
+    describe_empty_rows,
+    describe_packing,
     report_lines,
+    samples_by_source,
     stats,
 )
 from mikoshi.trainer.record.run_folder import RunFolder
@@ -71,12 +71,12 @@ def _short(size: int) -> str:
     return str(size)
 
 
-def _mixture(view: View, found: Stats, wide: bool) -> str:
+def _mixture(view: DataView, found: Stats, wide: bool) -> str:
     """What was, and will be, read of each source: rows drawn between neighbouring points."""
     history, skipped, batch = view.continued.history, view.feed.skipped, view.loader.global_batch
     points = max(1, min(_POINTS, found.steps, found.rows // _ROWS_A_POINT))
     steps = np.linspace(0, found.steps, points + 1).round().astype(np.int64)
-    counts = [drawn(history, skipped, int(step) * batch) for step in steps]
+    counts = [samples_by_source(history, skipped, int(step) * batch) for step in steps]
     lines = []
     for number, name in enumerate(history.names):
         totals = np.array([count[name] for count in counts])
@@ -121,10 +121,10 @@ def _table(found: Stats) -> str:
 
 
 def _words(source: SourceStats, found: Stats) -> str:
-    said = [packing_words(source.packed, found.packing, found.context)]
+    lines = [describe_packing(source.packed, found.packing, found.context)]
     if source.cap is not None:
         spent = "not reached" if source.spent is None else f"its last is read in step {source.spent:,}"
-        said.append(f"at most {source.cap:,} rows: {spent}")
-    said += nothing_words(source.nothing) + report_lines(source.report)
+        lines.append(f"at most {source.cap:,} rows: {spent}")
+    lines += describe_empty_rows(source.nothing) + report_lines(source.report)
     name = f"<b>{html.escape(source.name or 'The source')}</b>, {html.escape(source.place)}"
-    return f"<p class='below'>{name}<br>{'<br>'.join(map(html.escape, said))}</p>"
+    return f"<p class='below'>{name}<br>{'<br>'.join(map(html.escape, lines))}</p>"

@@ -17,10 +17,10 @@ from mikoshi.parallel.errors import LayoutError
 from mikoshi.trainer.config.run import RunConfig, parse_config
 from mikoshi.trainer.errors import RunError
 from mikoshi.trainer.inspect.layout import layout_view
-from mikoshi.trainer.inspect.layout_svg import draw
-from mikoshi.trainer.record.console import loss_words
+from mikoshi.trainer.inspect.layout_svg import draw_layout
+from mikoshi.trainer.record.console import format_loss
 from mikoshi.trainer.record.goodput import Goodput, account
-from mikoshi.trainer.record.run_folder import RunFolder, predicting, read_jsonl, read_metrics
+from mikoshi.trainer.record.run_folder import RunFolder, predicting_steps, read_jsonl, read_metrics
 from mikoshi.trainer.report.chart import SCRIPT, STYLE, chart
 from mikoshi.trainer.report.data import data_section
 from mikoshi.trainer.report.goodput import goodput_section
@@ -35,7 +35,7 @@ def write_report(folder: RunFolder, target: Path) -> None:
     every = [r for r in records if "loss" in r]
     if not every:
         raise RunError(f"{folder.metrics}: no step has been recorded yet; wait for the first")
-    steps = predicting(every)
+    steps = predicting_steps(every)
     evaluations = [r for r in records if not math.isnan(r.get("eval_loss", math.nan))]
     events = read_jsonl(folder.events)
     if missing := {"grad_norm", "lr", "tokens", "step_seconds", "tokens_per_second"} - every[-1].keys():
@@ -154,8 +154,8 @@ def _tiles(
     tiles = [
         ("state", state),
         ("steps", f"{every[-1]['step']:,}"),
-        ("training loss", loss_words(steps[-1]["loss"]) if steps else "none"),
-        ("held-out loss", loss_words(evaluations[-1]["eval_loss"]) if evaluations else "-"),
+        ("training loss", format_loss(steps[-1]["loss"]) if steps else "none"),
+        ("held-out loss", format_loss(evaluations[-1]["eval_loss"]) if evaluations else "-"),
         ("tokens computed", f"{computed:,}"),
         *([("tokens predicted", f"{predicted:,}")] if predicted != computed else []),
         ("tokens computed/s, median", f"{rate:,.0f}"),
@@ -181,7 +181,7 @@ def _layout(config: RunConfig, events: list[dict[str, Any]]) -> str:
         f"ZeRO {start['zero']}: the data ranks share out {shares[start['zero']]}.</p>"
     )
     try:
-        drawing = draw(layout_view(config, start["ranks"]))
+        drawing = draw_layout(layout_view(config, start["ranks"]))
     except LayoutError:  # of a run from before its layout was refused
         return told
     return f"{told}<div class='layout'>{drawing}</div>"

@@ -1,4 +1,4 @@
-"""A training run, step by step: the loop, what it resumes from, when it saves, what it says.
+"""The training loop, resuming, saving and logging of one run.
 
 Entry points: `loop.fit`, `rank.train_rank`, `preflight.preflight`.
 """

@@ -1,4 +1,4 @@
-"""What is said of a run that goes on with other settings than it was saved with: a line for each, and for its learning rate."""
+"""Every setting that differs from the checkpoint a run resumes from is reported, with its effect on the learning rate."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ _RATE = ("optim.lr", "optim.schedule.", "train.steps")
 _LONGEST = 120
 
 
-def changes_told(old: RunConfig, new: RunConfig, changes: Mapping[str, tuple[Any, Any]], step: int) -> list[str]:
-    """`changes`: what `differences` finds between the config that saved the checkpoint of `step` and the run's. A line for
-    each, and one more where they move the learning rate, with it before and after."""
+def describe_changes(old: RunConfig, new: RunConfig, changes: Mapping[str, tuple[Any, Any]], step: int) -> list[str]:
+    """One line for each changed setting, and one more where the learning rate changes.
+
+    changes: `differences` between the config that saved the checkpoint of `step` and the run's config.
+    """
     lines = [f"changed since step {step}: {key}: {_short(before)} -> {_short(now)}" for key, (before, now) in changes.items()]
     if any(key.startswith(_RATE) for key in changes) and step < new.train.steps:
-        lines.append(_rate_told(old, new, step))
+        lines.append(_describe_rate_change(old, new, step))
     return lines
 
 
-def _rate_told(old: RunConfig, new: RunConfig, step: int) -> str:
+def _describe_rate_change(old: RunConfig, new: RunConfig, step: int) -> str:
     """Of the first step, counted from 1 as the metrics do, at which the two schedules differ."""
     for at in range(step, new.train.steps):
-        before, now = rate(old, at), rate(new, at)
+        before, now = learning_rate_at(old, at), learning_rate_at(new, at)
         if before != now:
             kept = f"unchanged up to step {at}; " if at > step else ""
             longer = not new.optim.schedule.steps and old.train.steps != new.train.steps
@@ -33,13 +35,17 @@ def _rate_told(old: RunConfig, new: RunConfig, step: int) -> str:
     return "learning rate: unchanged"
 
 
-def rate(config: RunConfig, step: int) -> float:
+def learning_rate_at(config: RunConfig, step: int) -> float:
+    """Learning rate of a step, counted from 0."""
     return learning_rate(config.optim.lr, config.optim.schedule, step, config.train.steps)
 
 
-def moments_begun_anew(state: Iterable[str], saved: Mapping[str, object]) -> list[str]:
-    """Of the names of a `state` to load, the moments that a checkpoint of tensors `saved` lacks because another optimizer
-    moved their parameters there: with Muon the stacked experts once had AdamW, and routers Muon."""
+def reset_moments(state: Iterable[str], saved: Mapping[str, object]) -> list[str]:
+    """Optimizer moments that start at zero, because another optimizer updated their parameters before.
+
+    state: names to be loaded. saved: tensors of the checkpoint. With Muon, earlier versions used AdamW for stacked experts and
+    Muon for routers.
+    """
     moved = {name.removeprefix("optim.").rpartition(".")[0] for name in saved if name.startswith("optim.")}
     return [
         name
@@ -48,7 +54,8 @@ def moments_begun_anew(state: Iterable[str], saved: Mapping[str, object]) -> lis
     ]
 
 
-def anew_told(moments: list[str]) -> str:
+def describe_reset_moments(moments: list[str]) -> str:
+    """One line that names the parameters whose optimizer state is reset."""
     parameters = sorted({name.removeprefix("optim.").rpartition(".")[0] for name in moments})
     return (
         f"optimizer state of {len(parameters)} parameters begins anew, for another optimizer moved them before: "

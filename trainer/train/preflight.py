@@ -1,4 +1,4 @@
-"""Everything that can be refused before a rank starts: data, vocabulary, layout, run folder, packages."""
+"""Checks everything that can be checked before a rank starts: data, vocabulary, layout, run folder, packages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mikoshi.trainer.checkpoint.of_run import checkpoints_of
 from mikoshi.trainer.config.run import RunConfig
 from mikoshi.trainer.engines.layout import layout_of
 from mikoshi.trainer.engines.limits import refuse
-from mikoshi.trainer.engines.precision import choose
+from mikoshi.trainer.engines.precision import choose_precision
 from mikoshi.trainer.errors import ConfigError
-from mikoshi.trainer.feed.feed import check_cache, open_feed, places, recipes
-from mikoshi.trainer.feed.streamed import set_apart
+from mikoshi.trainer.feed.feed import check_cache, dataset_locations, open_feed, recipes
+from mikoshi.trainer.feed.streamed import hold_out
 from mikoshi.trainer.record.run_folder import RunFolder
 from mikoshi.trainer.record.wandb import check_key
 
@@ -34,7 +34,7 @@ def preflight(config: RunConfig, ranks: int) -> None:
 
 
 def foresee(config: RunConfig, ranks: int) -> None:
-    """The part of it that any machine with the data can check, also one that will carry no rank. Makes nothing."""
+    """The part of preflight that any machine with the data can do, even one without ranks. Creates nothing."""
     _foresee(config, ranks, {"cpu": False, "cuda": True}.get(config.engine.device), here=False)
 
 
@@ -42,7 +42,9 @@ def _foresee(config: RunConfig, ranks: int, cuda: bool | None, here: bool) -> No
     """`cuda`, `here`: as an engine's Case has them, all that is known at once: what a run that lacks its GPUs could not do on
     them either is no reason to give it."""
     layout = layout_of(config, ranks)
-    refuse(config if cuda is not False else choose(config, layout, "cpu", able=False)[0], layout, cuda, here)
+    refuse(
+        config if cuda is not False else choose_precision(config, layout, "cpu", bf16_everywhere=False)[0], layout, cuda, here
+    )
     if config.data.document_mask and config.model.position == "rotary" and config.model.rope.varies(config.train.context):
         raise ConfigError(
             f'model.rope.scaling = "dynamic" with data.document_mask and train.context = {config.train.context}: beyond '
@@ -51,7 +53,7 @@ def _foresee(config: RunConfig, ranks: int, cuda: bool | None, here: bool) -> No
             f'{config.model.rope.original_context}, or model.rope.scaling="yarn"'
         )
     if config.data.stream:
-        set_apart(config, recipes(config.data), places(config.data))
+        hold_out(config, recipes(config.data), dataset_locations(config.data))
     feed = open_feed(config)
     vocab = feed.tokenizer.vocab
     if config.model.vocab < vocab:

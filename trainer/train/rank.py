@@ -1,4 +1,4 @@
-"""One rank's part of a command, to its exit code: however it ends, the user is told why, once, and no peer waits for it."""
+"""Runs one rank of a command and returns its exit code: the user sees the reason once, and no peer waits for this rank."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from mikoshi.parallel.process.process_group import World
-    from mikoshi.trainer.chaos.plan import Plan
+    from mikoshi.trainer.chaos.plan import FaultPlan
     from mikoshi.trainer.config.run import RunConfig
     from mikoshi.trainer.generation.generate import Sampling
     from mikoshi.trainer.record.run_folder import RunFolder
@@ -34,52 +34,56 @@ if TYPE_CHECKING:
 _DISK = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES)
 
 
-def place_here(ranks: int | None = None) -> World | None:
-    """The place that a launcher has given this process; None where it is to start `ranks` ranks itself, or as many as it likes.
-    Raises LayoutError for a place that cannot be, and ConfigError where --ranks asks for another number of ranks."""
+def launched_world(ranks: int | None = None) -> World | None:
+    """This process's rank and world, as set by a launcher; None if this process is to start `ranks` ranks itself.
+
+    Raises LayoutError for an invalid rank, and ConfigError where --ranks disagrees with the launcher.
+    """
     from mikoshi.parallel.process.process_group import world_from
     from mikoshi.trainer.errors import ConfigError
 
-    place = world_from(os.environ)
-    if place is not None and place.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+    world = world_from(os.environ)
+    if world is not None and world.size == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
         # A container that sets RANK and WORLD_SIZE for itself, and mpirun or srun in it: each rank would be a run of its own.
         other = world_from({name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")})
         if other is not None and other.size > 1:
             raise ConfigError(
-                f"{place.source}, but {other.source}: two launchers: unset `RANK` and `WORLD_SIZE`, or the others"
+                f"{world.source}, but {other.source}: two launchers: unset `RANK` and `WORLD_SIZE`, or the others"
             )
-    if place is not None and ranks not in (None, place.size):
-        names = " and ".join(f"`{word.partition('=')[0]}`" for word in place.source.split())
+    if world is not None and ranks not in (None, world.size):
+        names = " and ".join(f"`{word.partition('=')[0]}`" for word in world.source.split())
         raise ConfigError(
-            f"--ranks {ranks}: {place.source} say that a launcher started this process as rank {place.rank} of {place.size}: "
+            f"--ranks {ranks}: {world.source} say that a launcher started this process as rank {world.rank} of {world.size}: "
             f"leave out --ranks, or unset {names} to have {ranks} rank{'s' * (ranks != 1)} started here"
         )
-    return place
+    return world
 
 
 def refuse_several(verb: str) -> None:
-    """Refuse a command that starts its own ranks and that a launcher has started several times: all would write to one folder.
-    Raises ConfigError and LayoutError."""
-    place = place_here()
-    if place is not None and place.size > 1:
+    """Refuse to run under a launcher that started several processes: each would start its own ranks and write to one folder.
+
+    Raises ConfigError and LayoutError.
+    """
+    world = launched_world()
+    if world is not None and world.size > 1:
         from mikoshi.trainer.errors import ConfigError
 
         raise ConfigError(
-            f"{place.source}: `mikoshi {verb}` starts its ranks itself: run it once, with --ranks, without torchrun, srun or "
+            f"{world.source}: `mikoshi {verb}` starts its ranks itself: run it once, with --ranks, without torchrun, srun or "
             "mpirun"
         )
 
 
-def train_rank(run: RunConfig, place: World) -> int:
-    """This process's part of a run, as one rank that no supervisor of ours started; its exit code."""
+def train_rank(run: RunConfig, world: World) -> int:
+    """Train as one rank of a launcher other than ours, or as the only rank. Returns the exit code."""
     from mikoshi.parallel.process.parent_death import die_with_parent
     from mikoshi.parallel.process.process_group import join, leave, pick_device
 
-    if place.master is None:
-        device = pick_device(run.engine.device, place)
-        join(place, device)
+    if world.master is None:
+        device = pick_device(run.engine.device, world)
+        join(world, device)
         try:
-            return _fit(run, place, device)
+            return _fit(run, world, device)
         finally:
             leave()
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -87,46 +91,49 @@ def train_rank(run: RunConfig, place: World) -> int:
     try:
         from mikoshi.trainer.train.preflight import preflight
 
-        preflight(run, place.size)  # a launcher of another make has checked nothing
-        end_now(_train(run, place, None))
+        preflight(run, world.size)  # a launcher of another make has checked nothing
+        exit_now(_train(run, world, None))
     except Exception as error:
-        _gone(error, place.rank)
+        _abort(error, world.rank)
 
 
-def train_supervised(run: RunConfig, plan: Plan | None = None) -> int:
-    """The part of a run of the rank that the environment says, under controller.supervisor; its exit code. `plan`: faults to be
-    suffered on the way."""
+def train_supervised(run: RunConfig, plan: FaultPlan | None = None) -> int:
+    """Train as one rank of our supervisor, which sets the environment. Returns the exit code.
+
+    plan: faults to inject.
+    """
     from mikoshi.parallel.process.process_group import world_from
-    from mikoshi.trainer.signals import stopping_is_no_crash
+    from mikoshi.trainer.signals import exit_on_stop_signal
 
-    place = world_from(os.environ)
-    assert place is not None, "a supervisor says which rank this is"
-    with stopping_is_no_crash():
-        return _train(run, place, plan)
+    world = world_from(os.environ)
+    assert world is not None, "a supervisor says which rank this is"
+    with exit_on_stop_signal():
+        return _train(run, world, plan)
 
 
-def _train(run: RunConfig, place: World, plan: Plan | None) -> int:
+def _train(run: RunConfig, world: World, plan: FaultPlan | None) -> int:
     from mikoshi.parallel.process.process_group import join, leave, pick_device, wait_for_all
-    from mikoshi.trainer.signals import ASKING
+    from mikoshi.trainer.signals import STOP_SIGNALS
 
     try:
-        device = pick_device(run.engine.device, place)
+        device = pick_device(run.engine.device, world)
         # A rank that is silent for longer is ended by its supervisor, which knows whose fault it is; this is for the rest.
-        join(place, device, timedelta(seconds=run.recovery.patience + 60))
-        code = _fit(run, place, device, plan)
-        for number in ASKING:  # all is saved: when a peer ends a moment earlier, what its end sets off is not meant for us
+        join(world, device, timedelta(seconds=run.recovery.patience + 60))
+        code = _fit(run, world, device, plan)
+        # All is saved: a signal that a peer's earlier end sets off must not end this rank.
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         wait_for_all()
         leave()
         return code
     except Exception as error:
-        return say(error, place.rank)
+        return report_error(error, world.rank)
 
 
-def _fit(run: RunConfig, place: World, device: torch.device, plan: Plan | None = None) -> int:
+def _fit(run: RunConfig, world: World, device: torch.device, plan: FaultPlan | None = None) -> int:
     from mikoshi.trainer.train.loop import fit
 
-    return DONE if fit(run, place, device, plan) else PREEMPTED
+    return DONE if fit(run, world, device, plan) else PREEMPTED
 
 
 def generate_rank(
@@ -136,48 +143,48 @@ def generate_rank(
     """The part of a generation of the rank that the environment says; rank 0 writes the text. Its exit code."""
     from mikoshi.parallel.process.process_group import join, leave, pick_device, world_from
     from mikoshi.trainer.generation.generate import generate_together, known_ids, load_engine, text_stream
-    from mikoshi.trainer.generation.prompt import start_of
+    from mikoshi.trainer.generation.prompt import encode_prompt
     from mikoshi.trainer.signals import agree
     from mikoshi.trainer.streams import reader_has_gone
 
-    place = world_from(os.environ)
-    assert place is not None, "a launcher says which rank this is"
+    world = world_from(os.environ)
+    assert world is not None, "a launcher says which rank this is"
     try:
-        here = pick_device(device, place)
-        join(place, here)
-        engine, tokenizer = load_engine(folder, degrees, place, here)
-        (start, stops), known = start_of(folder, tokenizer, prompt, chat, special), known_ids(tokenizer)
+        local_device = pick_device(device, world)
+        join(world, local_device)
+        engine, tokenizer = load_engine(folder, degrees, world, local_device)
+        (start, stops), known = encode_prompt(folder, tokenizer, prompt, chat, special), known_ids(tokenizer)
         ids = generate_together(engine, start, tokens, sampling, stops, known)
         pieces = text_stream(tokenizer, start, ids)
         for piece in itertools.chain([prompt + "\n" * chat], pieces, ["\n"]):
-            if place.rank == 0:
+            if world.rank == 0:
                 typer.echo(piece, nl=False)
                 sys.stdout.flush()
-            if agree(place.rank == 0 and reader_has_gone()).stop:
+            if agree(world.rank == 0 and reader_has_gone()).stop:
                 break
         leave()
         return DONE
     except Exception as error:
-        return say(error, place.rank)
+        return report_error(error, world.rank)
 
 
-def _gone(error: Exception, rank: int) -> NoReturn:
+def _abort(error: Exception, rank: int) -> NoReturn:
     """End this rank with no orderly leave, which would wait for peers that wait for it: gone at once, the launcher sees it."""
-    end_now(say(error, rank))
+    exit_now(report_error(error, rank))
 
 
-def end_now(code: int) -> NoReturn:
-    """End this process now: what is to be kept is on disk, and no thread of a library has a say in how it ends."""
+def exit_now(code: int) -> NoReturn:
+    """End this process without cleanup: everything to be kept is on disk, and no library thread can delay the exit."""
     with contextlib.suppress(OSError):  # whoever reads our output may be what is gone
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
 
 
-def say(error: Exception, rank: int) -> int:
-    """Tell what ended this rank; its exit code."""
-    text = told(error)
-    if text is None and lost_peer(error):
+def report_error(error: Exception, rank: int) -> int:
+    """Print what ended this rank and return its exit code."""
+    text = user_message(error)
+    if text is None and is_lost_peer(error):
         # Not a word on stderr but one line: the traceback that matters is that of the rank that was lost.
         print(f"rank {rank}: another rank is gone: {str(error).splitlines()[0][:200]}", file=sys.stderr)
         return LOST_PEER
@@ -186,7 +193,7 @@ def say(error: Exception, rank: int) -> int:
             print(f"fault: {error}", file=sys.stderr)
         _leave_message(str(error))
         return DIVERGED if isinstance(error, DivergedError) else FAULT
-    if outage(error):
+    if is_outage(error):
         print(f"error: rank {rank}: {error}", file=sys.stderr)
         _leave_message(str(error))
         return FAULT
@@ -195,16 +202,16 @@ def say(error: Exception, rank: int) -> int:
         traceback.print_exception(error)
         _leave_message("".join(traceback.format_exception_only(error)).strip())
         return FAULT
-    heard = _leave_message(text)
+    recorded = _leave_message(text)
     if rank == 0:
         print("\n".join(f"error: {line}" for line in text.splitlines()), file=sys.stderr)
-    elif not heard:
+    elif not recorded:
         print(f"error: {text}", file=sys.stderr)
     return USER_ERROR
 
 
-def told(error: Exception) -> str | None:
-    """The one line of a user's mistake; None for a fault of ours, which deserves its stack trace."""
+def user_message(error: Exception) -> str | None:
+    """One line for a user's mistake; None for a fault of ours, which is shown with its stack trace."""
     if isinstance(error, USER_ERRORS):
         return str(error)
     if isinstance(error, UnicodeEncodeError) and "surrogates not allowed" in error.reason:
@@ -215,14 +222,14 @@ def told(error: Exception) -> str | None:
     return None
 
 
-def outage(error: Exception) -> bool:
-    """Whether storage does not answer just now, which is nobody's mistake; the error says where and why."""
+def is_outage(error: Exception) -> bool:
+    """Whether storage is temporarily unavailable, which is no mistake of the user's."""
     distant = isinstance(error, OSError) and error.errno is None and bool(str(error))
     return distant or isinstance(error, StorageError)
 
 
-def lost_peer(error: Exception) -> bool:
-    """Whether an error says that the other end of a collective is gone: then the fault is not this rank's."""
+def is_lost_peer(error: Exception) -> bool:
+    """Whether the error says that a peer of a collective is gone, so that the fault is not this rank's."""
     from torch.distributed import DistBackendError, DistNetworkError
 
     text = str(error)

@@ -1,5 +1,4 @@
-"""How a run goes on: from its newest valid checkpoint with the very next sample, and, where its loss guard has gone back,
-without the batches that were left out then."""
+"""A run resumes from its newest valid checkpoint with the very next sample, and skips the batches that rewinds left out."""
 
 from __future__ import annotations
 
@@ -13,11 +12,11 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from mikoshi.data.loader.resume_state import Continued, Reader, Total, make_record
+from mikoshi.data.loader.resume_state import DataResumePoint, SumOverRanks, TrainingLoader, make_record
 from mikoshi.parallel.layout import Layout
-from mikoshi.parallel.process.heartbeat import beat
+from mikoshi.parallel.process.heartbeat import send_heartbeat
 from mikoshi.parallel.sharding import local
-from mikoshi.trainer.checkpoint.agree import of_all_ranks, on_first_rank
+from mikoshi.trainer.checkpoint.agree import all_gather_json, on_first_rank
 from mikoshi.trainer.checkpoint.manifest import Manifest
 from mikoshi.trainer.checkpoint.restore import load, newest_valid, problem_of
 from mikoshi.trainer.checkpoint.storage.base import Store
@@ -29,21 +28,23 @@ from mikoshi.trainer.feed.feed import Feed, open_feed
 from mikoshi.trainer.guard.loss_guard import LossGuard, Rewind, abandoned, add_rewind, read_rewinds
 from mikoshi.trainer.record.goodput import repetition
 from mikoshi.trainer.record.run_folder import RunFolder
-from mikoshi.trainer.train.changed_settings import anew_told, changes_told, moments_begun_anew
+from mikoshi.trainer.train.changed_settings import describe_changes, describe_reset_moments, reset_moments
 
 # What makes a run this run: a checkpoint of another value of these cannot be gone on with.
 _IDENTITY = ("model.", "run.seed", "train.global_batch", "train.context", "optim.kind")
 
 
 @dataclass(frozen=True)
-class Going:
-    """Where a run goes on: after step `start`, with these data and this guard. `refused`: why newer checkpoints were;
-    `changed`: what is to be said of settings that are not those of the checkpoint."""
+class ResumePoint:
+    """Where a run continues: after step `start`, with this data and this guard.
+
+    refused: why newer checkpoints were refused. changed: lines about settings that differ from the checkpoint's.
+    """
 
     start: int
     feed: Feed
-    loader: Reader
-    continued: Continued
+    loader: TrainingLoader
+    continued: DataResumePoint
     guard: LossGuard
     refused: list[str]
     changed: list[str]
@@ -59,41 +60,41 @@ class Going:
 
 def resume(
     config: RunConfig, engine: Engine, layout: Layout, rank: int, store: Store, device: torch.device, fresh: bool
-) -> Going:
+) -> ResumePoint:
     """Bring the engine and the data to the newest valid checkpoint. `fresh`: the engine has its initial weights. Collective.
     Raises CheckpointError, DataError or RunError; SpoiledError where there is nothing to bring a used engine to."""
-    beat("load")
-    folder, here = RunFolder(config.run.path), layout.coordinates(rank)
+    send_heartbeat("load")
+    folder, coordinates = RunFolder(config.run.path), layout.coordinates(rank)
     rewinds = _rewinds(folder)
-    on_first_rank(lambda: _leave_abandoned(store, rewinds))
-    feed = open_feed(without(config, rewinds))
+    on_first_rank(lambda: _remove_abandoned(store, rewinds))
+    feed = open_feed(without_rewound(config, rewinds))
     found = newest_valid(store, digests=config.checkpoint.verify == "digests")
     if found is None and not fresh:
-        raise SpoiledError(f"{store.place}: no checkpoint is left to go back to: the run begins anew")
+        raise SpoiledError(f"{store.address}: no checkpoint is left to go back to: the run begins anew")
     manifest, refused = (None, []) if found is None else (found[1], found[2])
     start = 0 if manifest is None else manifest.step
     with _read_from(store.describe(start) if manifest is not None else "the data"):
         changes, told, data = ({}, [], None) if manifest is None else _checked(config, manifest, folder, store)
         continued = feed.continued(data)
-        loader = feed.loader(layout, here, continued)
+        loader = feed.loader(layout, coordinates, continued)
         guard = LossGuard(config.guard, None if manifest is None else manifest.record.get("guard"))
         if data is not None:
-            loader.follow(data["state"], start)
+            loader.replay(data["state"], start)
 
     def record(done: int) -> dict[str, Any]:
-        told = make_record(loader, done, feed.identity, continued.history, total_of_rows(layout, rank, device))
+        told = make_record(loader, done, feed.identity, continued.history, row_totals(layout, rank, device))
         return {"config": to_toml(config), "data": told, "guard": guard.state()}
 
     if found is not None and manifest is not None and data is not None:
         state = engine.state()
-        anew = moments_begun_anew(state, manifest.tensors)
+        anew = reset_moments(state, manifest.tensors)
         load(store, manifest, {name: tensor for name, tensor in state.items() if name not in anew})
         for name in anew:
             local(state[name]).zero_()
         engine.load_state(state)
-        told += [anew_told(anew)] if anew else []
+        told += [describe_reset_moments(anew)] if anew else []
         told += [f"changed since step {start}: {what}" for what in continued.changes if not what.startswith("data.skip")]
-        of_all_ranks(None)  # none still reads what was fetched from afar
+        all_gather_json(None)  # none still reads what was fetched from afar
         store.release()
         changed = {key: {"was": before, "now": now} for key, (before, now) in changes.items()}
         on_first_rank(
@@ -106,7 +107,7 @@ def resume(
                 **repetition(folder, start),
             )
         )
-    return Going(start, feed, loader, continued, guard, refused, told, record)
+    return ResumePoint(start, feed, loader, continued, guard, refused, told, record)
 
 
 @contextlib.contextmanager
@@ -149,7 +150,7 @@ def _checked(
     data = manifest.record.get("data")
     if not isinstance(data, dict):
         raise CheckpointError(f"{where}: does not say how its data goes on: another version wrote it; give another run.name")
-    return changes, changes_told(saved, config, changes, manifest.step), data
+    return changes, describe_changes(saved, config, changes, manifest.step), data
 
 
 def _rewinds(folder: RunFolder) -> list[Rewind]:
@@ -158,13 +159,13 @@ def _rewinds(folder: RunFolder) -> list[Rewind]:
     return [Rewind(at, to, (first, stop)) for at, to, first, stop in told]
 
 
-def without(config: RunConfig, rewinds: list[Rewind]) -> RunConfig:
-    """The config with the batches left out that the run has gone back before."""
+def without_rewound(config: RunConfig, rewinds: list[Rewind]) -> RunConfig:
+    """The config that also skips the batches which earlier rewinds left out."""
     spans = (*config.data.skip, *(rewind.span for rewind in rewinds))
     return config.model_copy(update={"data": config.data.model_copy(update={"skip": spans})})
 
 
-def _leave_abandoned(store: Store, rewinds: list[Rewind]) -> None:
+def _remove_abandoned(store: Store, rewinds: list[Rewind]) -> None:
     """Remove checkpoints of a history that the run has gone back before: a kill came in between."""
     for step in store.steps() if rewinds else []:
         try:
@@ -175,12 +176,14 @@ def _leave_abandoned(store: Store, rewinds: list[Rewind]) -> None:
             store.remove(step)
 
 
-def go_back(config: RunConfig, going: Going, done: int, store: Store) -> bool:
-    """Have the run go back before the batch of step `done`, which spiked: its next `resume` goes on from the newest of the
-    regular checkpoints that are at least guard.rewind steps earlier, without the batches in between: the same one whatever
-    else the run has been through. False where there is none. No save may be under way. Collective. Raises RunError when it
-    has gone back too often."""
-    beat("load")
+def rewind(config: RunConfig, point: ResumePoint, done: int, store: Store) -> bool:
+    """Rewind the run to before the batch of step `done`, whose loss spiked. Collective.
+
+    The next `resume` continues from the newest regular checkpoint at least guard.rewind steps earlier and skips the batches in
+    between; the choice does not depend on earlier restarts. Returns False where there is no such checkpoint. No save may be in
+    progress. Raises RunError where the run has used up guard.rewinds.
+    """
+    send_heartbeat("load")
     folder, asked, every = RunFolder(config.run.path), config.guard, config.checkpoint.regular
     rewinds = _rewinds(folder)
     if len(rewinds) >= asked.rewinds:
@@ -192,7 +195,7 @@ def go_back(config: RunConfig, going: Going, done: int, store: Store) -> bool:
     to = next((step for step in early if problem_of(store, step) is None), None)
     if to is None:
         return False
-    first, stop = going.positions(to, done + asked.skip)
+    first, stop = point.positions(to, done + asked.skip)
 
     def leave() -> None:
         add_rewind(folder.rewinds, Rewind(done, to, (first, stop)))  # first: a kill from here on goes back all the same
@@ -205,10 +208,10 @@ def go_back(config: RunConfig, going: Going, done: int, store: Store) -> bool:
     return True
 
 
-def total_of_rows(layout: Layout, rank: int, device: torch.device) -> Total:
-    """Adds up over the ranks, of which those that read the same rows count once. Collective."""
-    here = layout.coordinates(rank)
-    counts = here.tp == here.cp == here.pp == 0
+def row_totals(layout: Layout, rank: int, device: torch.device) -> SumOverRanks:
+    """A function that sums row counts over the ranks; ranks that read the same rows count once. Collective."""
+    coordinates = layout.coordinates(rank)
+    counts = coordinates.tp == coordinates.cp == coordinates.pp == 0
 
     def total(numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         mine = torch.from_numpy(numbers if counts else np.zeros_like(numbers)).to(device, copy=True)

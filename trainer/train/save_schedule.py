@@ -1,4 +1,4 @@
-"""When a run is saved on its way: every so many steps, or by time, as often as costs least.
+"""Decides when a run is saved: every N steps, or by time at the interval with the least expected cost.
 
 By time, saves stand sqrt(2 x the stall of a save x the mean time between faults) apart: what they cost and what a fault
 repeats are then equal, and least together (Young 1974, "A first order approximation to the optimum checkpoint interval";
@@ -22,7 +22,7 @@ _RANK_HOURS = 50_000.0
 
 
 class SaveSchedule:
-    """Seconds are of one clock, whose readings the caller gives as `now`."""
+    """Decides after each step whether to save. The caller passes the time as `now`, in seconds of one clock."""
 
     def __init__(self, config: RunConfig, ranks: int) -> None:
         section = config.checkpoint
@@ -31,12 +31,12 @@ class SaveSchedule:
         self.keep_every = section.keep_every if self.by_time else 0
         self.mtbf = 3600.0 * (config.recovery.mtbf or min(_LONGEST_MTBF, _RANK_HOURS / ranks))
         self.interval = SOONEST
-        self._start, self._begun, self._last, self._written = 0, 0.0, 0.0, 0.0
-        self._told = 0.0
+        self._start, self._started, self._last, self._written = 0, 0.0, 0.0, 0.0
+        self._reported = 0.0
 
-    def begin_at(self, step: int, now: float) -> None:
-        """The run goes on after `step`, which is saved or the first."""
-        self._start, self._begun, self._last, self._told = step, now, now, 0.0
+    def start_at(self, step: int, now: float) -> None:
+        """Start after `step`, which is saved or is 0."""
+        self._start, self._started, self._last, self._reported = step, now, now, 0.0
 
     def due(self, done: int, now: float) -> bool:
         """Whether step `done`, which has just ended, is to be saved. By time it is the first rank's answer that counts.
@@ -45,17 +45,20 @@ class SaveSchedule:
             return now - self._last >= self.interval or (bool(self.keep_every) and done % self.keep_every == 0)
         return bool(self.every) and done % self.every == 0
 
-    def begun(self, now: float) -> None:
-        """A save begins."""
+    def save_started(self, now: float) -> None:
+        """Note that a save starts."""
         self._last = now
 
     def measured(self, stall: float, seconds: float) -> None:
-        """A save is safe: for how long training stood still, and how long it took."""
+        """Note a finished save and update the interval.
+
+        stall: seconds for which training stopped. seconds: duration of the save.
+        """
         self._written = seconds
         self.interval = max(SOONEST, seconds, math.sqrt(2 * stall * self.mtbf))
 
     def at_start(self) -> tuple[str, dict[str, float]]:
-        """How often this run is going to be saved, and what a fault would cost it, in words and as figures."""
+        """How often the run will be saved and what a fault could lose, as text and as figures for the event."""
         left = max(0, self.steps - self._start)
         if self.by_time:
             return (
@@ -64,24 +67,23 @@ class SaveSchedule:
                 {"seconds": SOONEST, "mtbf_seconds": round(self.mtbf, 3)},
             )
         if not self.every:
-            told = f"saves only at the end (checkpoint.every = 0): a fault would lose all since step {self._start}"
-            return told, {"at_most_lost_steps": left}
+            text = f"saves only at the end (checkpoint.every = 0): a fault would lose all since step {self._start}"
+            return text, {"at_most_lost_steps": left}
         lost = min(self.every, left)
-        told = f"saves every {self.every:,} steps: a fault would lose at most {lost:,} steps"
-        return told, {"every": self.every, "at_most_lost_steps": lost}
+        text = f"saves every {self.every:,} steps: a fault would lose at most {lost:,} steps"
+        return text, {"every": self.every, "at_most_lost_steps": lost}
 
-    def news(self, done: int, now: float) -> tuple[str, dict[str, float]] | None:
-        """What the interval has come to, in words and as figures, where it is not what was last told by a quarter or more.
-        Of steps that take no minute together there is nothing to tell."""
+    def interval_change(self, done: int, now: float) -> tuple[str, dict[str, float]] | None:
+        """The new interval, as text and figures, where it differs by a quarter or more from the last report; else None."""
         made = done - self._start
         if made < 1 or not (self.by_time or self.every):
             return None
-        step_seconds = (now - self._begun) / made
+        step_seconds = (now - self._started) / made
         seconds = self.interval if self.by_time else self.every * step_seconds
         enough = self._written > 0 if self.by_time else made >= min(self.every, 20)
-        if not enough or seconds < 60 or (self._told and 0.8 < seconds / self._told < 1.25):
+        if not enough or seconds < 60 or (self._reported and 0.8 < seconds / self._reported < 1.25):
             return None
-        self._told = seconds
+        self._reported = seconds
         steps = max(1, round(seconds / step_seconds)) if self.by_time else self.every
         lost = seconds + self._written + step_seconds
         about = "about " if self.by_time else ""

@@ -1,4 +1,4 @@
-"""A run is saved when its schedule says so, again after a save that failed, and at its end; never where replicas differ."""
+"""A run is saved on schedule, again after a failed save, and at its end; never while replicas differ."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mikoshi.parallel.process.heartbeat import beat
+from mikoshi.parallel.process.heartbeat import send_heartbeat
 from mikoshi.trainer.checkpoint.saver import Outcome, Saver
 from mikoshi.trainer.config.run import RunConfig
 from mikoshi.trainer.errors import CheckpointError
@@ -20,8 +20,10 @@ _LAST_TRIES = (1.0, 5.0)
 
 
 class Saves:
-    """The saves of one run. `state` gives the tensors to be saved, `record` what goes with them, and `check` raises where
-    the ranks' replicas differ. Every method is collective."""
+    """The saves of one run. Every method is collective.
+
+    state: returns the tensors to save. record: returns what goes with them. check: raises where the ranks' replicas differ.
+    """
 
     def __init__(
         self, config: RunConfig, saver: Saver, log: RunLog, state: Callable[[], dict[str, Any]], check: Callable[[int], None]
@@ -33,20 +35,20 @@ class Saves:
         self._failures, self._again, self._done = 0, 0, 0
         self._why, self._stall, self._since = "", 0.0, 0.0
 
-    def begin_at(self, step: int) -> None:
-        """The run goes on after `step`, which is saved."""
+    def start_at(self, step: int) -> None:
+        """Start after `step`, which is saved."""
         self.saved, self._failures, self._again = step, 0, 0
-        self.schedule.begin_at(step, time.perf_counter())
+        self.schedule.start_at(step, time.perf_counter())
 
     def flags(self, done: int) -> tuple[bool, bool, bool]:
-        """(failed here, pending here, due by this rank's clock), for all to agree on. By time it is due by the first rank's."""
+        """(failed here, pending here, due by this rank's clock), for all ranks to agree on. By time, rank 0's clock decides."""
         decides = not (self.schedule.by_time and self.log.silent)
         return *self.saver.flags(), decides and self.schedule.due(done, time.perf_counter())
 
-    def after(self, done: int, agreed: Agreement, record: Callable[[int], dict[str, Any]], sound: bool = True) -> None:
+    def after_step(self, done: int, agreed: Agreement, record: Callable[[int], dict[str, Any]], sound: bool = True) -> None:
         """What is to be done about saving after step `done`. Not `sound`: it was not applied, nor perhaps others before it,
         so that what there is may be worth less than the checkpoints that a save would make room for."""
-        with self._standing_still():
+        with self._stalled():
             self._done = done
             self._ended(self.saver.advance(agreed.failed, agreed.pending))
             if not sound:
@@ -56,19 +58,19 @@ class Saves:
                 self._begin(done, record)
             elif self._again and self._again <= done and not self.saver.busy:
                 self._begin(done, record)  # the one before has failed, or was not to be
-        news = self.schedule.news(done, time.perf_counter())
+        news = self.schedule.interval_change(done, time.perf_counter())
         if news is not None:
-            self.log.plan_of_saves(*news)
+            self.log.save_plan(*news)
 
-    def go_on(self, agreed: Agreement) -> None:
-        """The same between two batches of an evaluation, to whose time it belongs: for the save under way alone."""
+    def advance(self, agreed: Agreement) -> None:
+        """Advance the save in progress between two batches of an evaluation. Its time belongs to the evaluation."""
         self._since = time.perf_counter()
         self._ended(self.saver.advance(agreed.failed, agreed.pending))
 
-    def now(self, done: int, record: Callable[[int], dict[str, Any]], sound: bool = True) -> None:
-        """Save step `done` and wait until it is safe. Not `sound`: see `after`; then nothing has to go for it. Raises
+    def save_now(self, done: int, record: Callable[[int], dict[str, Any]], sound: bool = True) -> None:
+        """Save step `done` and wait until it is safe. Not `sound`: see `after_step`; then nothing has to go for it. Raises
         CheckpointError when that cannot be done."""
-        with self._standing_still():
+        with self._stalled():
             self._wait()
             for pause in (*_LAST_TRIES, None):
                 if self.saved == done:
@@ -83,24 +85,24 @@ class Saves:
                         )
                     time.sleep(pause)
 
-    def abandon(self) -> None:
-        """Wait for the save under way, whatever becomes of it."""
-        with self._standing_still():
+    def wait_for_save(self) -> None:
+        """Wait for the save in progress, whether it succeeds or fails."""
+        with self._stalled():
             self._wait()
 
     @contextlib.contextmanager
-    def _standing_still(self) -> Iterator[None]:
+    def _stalled(self) -> Iterator[None]:
         """What passes meanwhile is time that training stood still for the save under way."""
         self._since = time.perf_counter()
         try:
             yield
         finally:
             self._stall += time.perf_counter() - self._since
-            self.log.rested()
+            self.log.restart_clock()
 
     def _begin(self, done: int, record: Callable[[int], dict[str, Any]], prune: bool = True) -> None:
-        beat("save")
-        self.schedule.begun(time.perf_counter())
+        send_heartbeat("save")
+        self.schedule.save_started(time.perf_counter())
         self.check(done)
         self._under_way = record(done)
         self.saver.begin(done, self.state(), self._under_way, prune)
@@ -108,7 +110,7 @@ class Saves:
             self._wait()
 
     def _wait(self) -> None:
-        beat("save")
+        send_heartbeat("save")
         self._ended(self.saver.conclude())
 
     def _ended(self, outcome: Outcome | None) -> None:

@@ -1,1 +1,1 @@
-"""Kubernetes: `kubernetes` submits JobSets, `manifests` are their objects, `api` is the connection, `pod` a leader's start."""
+"""Kubernetes: `kubernetes` submits JobSets, `manifests` builds them, `api` is the connection, `pod` starts the leading pod."""

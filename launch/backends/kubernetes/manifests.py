@@ -1,7 +1,6 @@
-"""What is handed to Kubernetes for a run, as plain objects: no secret stands in them but in the Secret made for the run, and
-no two runs, nor two attempts at one, share a name.
+"""Builds the Kubernetes objects for a run. Secrets are in the run's Secret alone, and no two attempts share a name.
 
-Pod 0 leads: it runs controller.head, and its Job starts again when it is lost; the others wait for it with transport.connect.
+Pod 0 leads: it runs controller.head, and its Job restarts it if it is lost. The others wait for it with transport.connect.
 """
 
 from __future__ import annotations
@@ -16,52 +15,52 @@ from typing import Any
 from mikoshi.launch.backends.setup import SETUP
 from mikoshi.launch.config.cluster import KubernetesCluster
 from mikoshi.launch.config.private_env import refuse_secrets
-from mikoshi.launch.runs.record import Request, Submitted
+from mikoshi.launch.runs.record import Request, SubmittedRun
 from mikoshi.launch.transport.connect import port_of
 from mikoshi.trainer.config.run import to_toml
 from mikoshi.trainer.errors import LaunchError
 
 MOUNT = "/etc/mikoshi"
-"""Where a pod finds spec.json, request.json, nodes and setup.sh."""
+"""Folder in a pod with spec.json, request.json, nodes and setup.sh."""
 SECRETS = "/etc/mikoshi-secret"
 MANAGED = {"app.kubernetes.io/managed-by": "mikoshi"}
 NODE_NAME = "MIKOSHI_NODE_NAME"
-"""Variable of a pod's container: the node that it is on, which is what a later attempt can avoid."""
+"""Variable of a pod's container with the name of its node, which a later attempt can avoid."""
 RUN_LABEL = "mikoshi/run-id"
 ATTEMPT_LABEL = "mikoshi/attempt"
 USER = 1000
-"""The user of the images in docker/, and of every pod: never root."""
-LATER = "made when it is submitted"
+"""The user of the images in docker/ and of every pod, which is never root."""
+SECRET_PLACEHOLDER = "made when it is submitted"
 Object = dict[str, Any]
 _DNS = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?")
 _QUANTITY = re.compile(r"[0-9]+(?:\.[0-9]+)?(?:m|[kMGTPE]|[KMGTPE]i)?")
 
 
-def job_name(run: Submitted, number: int) -> str:
-    """A DNS label that is this attempt's alone, short enough for the names of pods that Kubernetes makes of it."""
-    words = re.sub(r"[^a-z0-9]+", "-", run.spec.config.run.name.lower()).strip("-")[:24].strip("-") or "run"
-    return f"{words if words[0].isalpha() else f'r{words[:23]}'}-{run.spec.id[:12]}-{number}"
+def job_name(run: SubmittedRun, number: int) -> str:
+    """A DNS label that is unique to this attempt, short enough for the pod names that Kubernetes derives from it."""
+    label = re.sub(r"[^a-z0-9]+", "-", run.spec.config.run.name.lower()).strip("-")[:24].strip("-") or "run"
+    return f"{label if label[0].isalpha() else f'r{label[:23]}'}-{run.spec.id[:12]}-{number}"
 
 
-def node_names(run: Submitted, request: Request, number: int) -> list[str]:
-    """DNS names of the pods, in rank order; the first one leads."""
+def node_names(run: SubmittedRun, request: Request, number: int) -> list[str]:
+    """DNS names of the pods, in rank order. The first one leads."""
     name = job_name(run, number)
     return [f"{name}-head-0-0.{name}", *(f"{name}-nodes-0-{index}.{name}" for index in range(request.nodes - 1))]
 
 
-def run_folder(run: Submitted) -> PurePosixPath:
-    """Where the run lies in the pods; the folder on the machine that submits it is a record."""
+def run_folder(run: SubmittedRun) -> PurePosixPath:
+    """The run folder inside the pods. The one on the submitting machine is a record."""
     return PurePosixPath(run.spec.workdir) / PurePosixPath(run.spec.config.run.path)
 
 
-def is_apart(run: Submitted) -> bool:
-    """Whether the folder here is but a record, and not the one that the pods write to."""
+def is_apart(run: SubmittedRun) -> bool:
+    """Whether the folder on this machine is only a record, not the one that the pods write to."""
     return run.folder.path.absolute().as_posix() != run_folder(run).as_posix()
 
 
-def refuse_mistakes(run: Submitted) -> None:
-    """Raises LaunchError for what Kubernetes would refuse, or what would lose the run, in the words of the cluster file."""
-    cluster, spec = _kubernetes(run), run.spec
+def check_manifest(run: SubmittedRun) -> None:
+    """Raise LaunchError, in terms of the cluster file, for what Kubernetes would refuse or what would lose the run."""
+    cluster, spec = _cluster_of(run), run.spec
     if not cluster.image:
         raise LaunchError("image: missing: a pod is started from an image; docker/ has two to build")
     names = {
@@ -84,12 +83,14 @@ def refuse_mistakes(run: Submitted) -> None:
         raise LaunchError("the pods' files are gone with them: set claim in the cluster file, or checkpoint.folder to s3://…")
 
 
-def jobset(run: Submitted, request: Request, number: int = 1, private: Mapping[str, str] | None = None) -> list[Object]:
-    """The JobSet, its ConfigMap and its Secret. private: what the Secret holds, the token of the run and the variables of
-    cluster.secrets; without it, a word in place of each."""
-    refuse_mistakes(run)
-    cluster, name = _kubernetes(run), job_name(run, number)
-    values = private if private is not None else dict.fromkeys(["token", *cluster.secrets], LATER)
+def jobset(run: SubmittedRun, request: Request, number: int = 1, private: Mapping[str, str] | None = None) -> list[Object]:
+    """The JobSet with its ConfigMap and its Secret.
+
+    private: the Secret's values: the run's token and the variables of cluster.secrets; None: placeholders
+    """
+    check_manifest(run)
+    cluster, name = _cluster_of(run), job_name(run, number)
+    values = private if private is not None else dict.fromkeys(["token", *cluster.secrets], SECRET_PLACEHOLDER)
     files = {
         "spec.json": run.spec.model_dump_json(indent=2, exclude_none=True),
         "request.json": request.model_dump_json(indent=2),
@@ -105,8 +106,8 @@ def jobset(run: Submitted, request: Request, number: int = 1, private: Mapping[s
     return [{"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": meta, "spec": spec}, config, secret]
 
 
-def _jobset_spec(run: Submitted, request: Request, number: int) -> Object:
-    cluster = _kubernetes(run)
+def _jobset_spec(run: SubmittedRun, request: Request, number: int) -> Object:
+    cluster = _cluster_of(run)
     head = ["mikoshi.launch.backends.kubernetes.pod", MOUNT, str(run_folder(run))]
     listen = [
         "mikoshi.launch.transport.connect",
@@ -131,7 +132,7 @@ def _jobset_spec(run: Submitted, request: Request, number: int) -> Object:
 
 
 def _replicated(name: str, pods: int, again: int, template: Object) -> Object:
-    """A Job of the set. A pod that is evicted, or that is not the head, comes again by itself; exit code 2 ends everything."""
+    """One Job of the set. An evicted pod is restarted; exit code 2 ends everything."""
     rules = [
         {"action": "FailJob", "onExitCodes": {"containerName": "mikoshi", "operator": "In", "values": [2]}},
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -148,8 +149,8 @@ def _replicated(name: str, pods: int, again: int, template: Object) -> Object:
     return {"name": name, "replicas": 1, "template": {"spec": spec}}
 
 
-def _pod(run: Submitted, request: Request, number: int, module: list[str]) -> Object:
-    cluster, name, labels = _kubernetes(run), job_name(run, number), _labels(run, number)
+def _pod(run: SubmittedRun, request: Request, number: int, module: list[str]) -> Object:
+    cluster, name, labels = _cluster_of(run), job_name(run, number), _labels(run, number)
     container = _container(run, "mikoshi", _with_setup(cluster, [cluster.python or "python", "-P", "-m", *module])) | {
         "ports": [{"name": "dial", "containerPort": port_of(run.spec.id), "protocol": "TCP"}],
         "env": [
@@ -163,10 +164,10 @@ def _pod(run: Submitted, request: Request, number: int, module: list[str]) -> Ob
         {"name": "secret", "mountPath": SECRETS, "readOnly": True},
     ]
     token = {"key": "token", "path": "token"}
-    spec = _placed(run, request, labels) | {
+    spec = _pod_placement(run, request, labels) | {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": math.ceil(run.spec.config.recovery.grace) + 30,
-        # The first process of a pod inherits what orphans leave; with this one that is Kubernetes' own, which reaps them.
+        # The first process of a pod must reap orphans. With this setting it is Kubernetes' own, which does.
         "shareProcessNamespace": True,
         "containers": [container],
         "volumes": [
@@ -178,9 +179,9 @@ def _pod(run: Submitted, request: Request, number: int, module: list[str]) -> Ob
     return {"metadata": {"labels": labels}, "spec": spec}
 
 
-def _container(run: Submitted, name: str, command: list[str]) -> Object:
-    """What containers of every kind of job have."""
-    cluster = _kubernetes(run)
+def _container(run: SubmittedRun, name: str, command: list[str]) -> Object:
+    """The parts of a container that all kinds of jobs share."""
+    cluster = _cluster_of(run)
     fabric = cluster.host_network and cluster.network.hca
     limits: Object = {}
     if cluster.gpus_per_node:
@@ -189,7 +190,7 @@ def _container(run: Submitted, name: str, command: list[str]) -> Object:
         limits["memory"] = cluster.memory
     requests = limits | ({"cpu": cluster.cpus} if cluster.cpus else {})
     security: Object = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-    if fabric:  # InfiniBand registers memory, which has to stay where it is
+    if fabric:  # InfiniBand pins the memory that it registers
         security["capabilities"]["add"] = ["IPC_LOCK"]
     return {
         "name": name,
@@ -207,14 +208,16 @@ def _container(run: Submitted, name: str, command: list[str]) -> Object:
     }
 
 
-def _placed(run: Submitted, request: Request | None, labels: Mapping[str, str]) -> Object:
-    """Where pods may go and as whom: one a node, never on one that is excluded, on a bad one only where
-    there is no other, never as root."""
-    cluster = _kubernetes(run)
+def _pod_placement(run: SubmittedRun, request: Request | None, labels: Mapping[str, str]) -> Object:
+    """Where pods run, and as which user.
+
+    One pod per node; never on excluded nodes, on bad ones only if there is no other; never as root.
+    """
+    cluster = _cluster_of(run)
     apart = [{"labelSelector": {"matchLabels": dict(labels)}, "topologyKey": "kubernetes.io/hostname"}]
     affinity: Object = {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": apart}}
     if request is not None:
-        # By its name a node is known for sure, by no label; the server takes one name in each of these.
+        # Only the name identifies a node, not a label. The server takes one name per term.
         never, rather_not = (
             [{"key": "metadata.name", "operator": "NotIn", "values": [node]} for node in _names(run, given)]
             for given in (request.exclude, request.bad)
@@ -247,19 +250,19 @@ def _placed(run: Submitted, request: Request | None, labels: Mapping[str, str]) 
     return placed
 
 
-def _names(run: Submitted, given: Sequence[str]) -> list[str]:
-    """Of nodes to avoid. What no node can be called, and pods of this run whose node was never heard of, is left out."""
+def _names(run: SubmittedRun, given: Sequence[str]) -> list[str]:
+    """Valid names among the nodes to avoid, without pods of this run whose node is unknown."""
     names = [name for name in dict.fromkeys(given) if run.spec.id[:12] not in name]
     return [name for name in names if len(name) <= 253 and all(map(_DNS.fullmatch, name.split(".")))]
 
 
 def _toleration(given: Mapping[str, str]) -> Object:
-    """One of its values is a number to Kubernetes."""
+    """Convert a toleration: Kubernetes takes one of its values as a number."""
     return {key: int(value) if key == "tolerationSeconds" and value.isdigit() else value for key, value in given.items()}
 
 
-def _volumes(run: Submitted) -> list[Object]:
-    cluster = _kubernetes(run)
+def _volumes(run: SubmittedRun) -> list[Object]:
+    cluster = _cluster_of(run)
     claim = {"persistentVolumeClaim": {"claimName": cluster.claim}}
     return [
         {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": cluster.shared_memory}},
@@ -268,13 +271,13 @@ def _volumes(run: Submitted) -> list[Object]:
     ]
 
 
-def _runs_at(run: Submitted) -> str:
-    """The claim is the whole working folder. Without one the run folders alone are scratch, and checkpoints go elsewhere."""
-    return run.spec.workdir if _kubernetes(run).claim else str(run_folder(run).parent)
+def _runs_at(run: SubmittedRun) -> str:
+    """Mount path of the volume: the whole working folder with a claim, else the run folders alone."""
+    return run.spec.workdir if _cluster_of(run).claim else str(run_folder(run).parent)
 
 
 def _with_setup(cluster: KubernetesCluster, argv: list[str]) -> list[str]:
-    """The lines of cluster.setup come from a file, and the command after them as arguments: no text is put into another."""
+    """The command after the setup lines. These come from a file, so that no text is inserted into a script."""
     return ["/bin/bash", "-c", SETUP, f"{MOUNT}/setup.sh", *argv] if cluster.setup else argv
 
 
@@ -282,15 +285,15 @@ def _from_secret(name: str, variable: str) -> Object:
     return {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": variable}}}
 
 
-def _labels(run: Submitted, number: int) -> dict[str, str]:
+def _labels(run: SubmittedRun, number: int) -> dict[str, str]:
     return {**MANAGED, RUN_LABEL: run.spec.id, ATTEMPT_LABEL: str(number)}
 
 
-def _meta(run: Submitted, name: str, labels: Mapping[str, str]) -> Object:
-    return {"name": name, "namespace": _kubernetes(run).namespace, "labels": dict(labels)}
+def _meta(run: SubmittedRun, name: str, labels: Mapping[str, str]) -> Object:
+    return {"name": name, "namespace": _cluster_of(run).namespace, "labels": dict(labels)}
 
 
-def _kubernetes(run: Submitted) -> KubernetesCluster:
+def _cluster_of(run: SubmittedRun) -> KubernetesCluster:
     cluster = run.spec.cluster
     if not isinstance(cluster, KubernetesCluster):
         raise LaunchError(f'a cluster of kind "{cluster.kind}" has no Kubernetes objects: give one of kind "kubernetes"')
@@ -300,10 +303,12 @@ def _kubernetes(run: Submitted) -> KubernetesCluster:
 # --- exports for operators that start the ranks themselves ---
 
 
-def pytorchjob(run: Submitted, request: Request, number: int = 1) -> list[Object]:
-    """A PyTorchJob of the training operator (kubeflow.org/v1) with its ConfigMap. torchrun starts the ranks; a node that is
-    lost starts the job anew from its newest checkpoint."""
-    cluster, name = _kubernetes(run), job_name(run, number)
+def pytorchjob(run: SubmittedRun, request: Request, number: int = 1) -> list[Object]:
+    """A PyTorchJob of the training operator (kubeflow.org/v1) with its ConfigMap.
+
+    torchrun starts the ranks. A lost node restarts the job from its newest checkpoint.
+    """
+    cluster, name = _cluster_of(run), job_name(run, number)
     pod = _exported_pod(run, request, number, "pytorch")
     replicas = {"Master": {"replicas": 1, "restartPolicy": "OnFailure", "template": pod}}
     if request.nodes > 1:
@@ -318,10 +323,10 @@ def pytorchjob(run: Submitted, request: Request, number: int = 1) -> list[Object
     return [_toml_map(run, number), job]
 
 
-def trainjob(run: Submitted, request: Request, number: int = 1) -> list[Object]:
-    """A TrainJob of Kubeflow Trainer (trainer.kubeflow.org/v1alpha1) with a TrainingRuntime of its own, which has the volumes,
-    and its ConfigMap."""
-    cluster, name, group = _kubernetes(run), job_name(run, number), "trainer.kubeflow.org"
+def trainjob(run: SubmittedRun, request: Request, number: int = 1) -> list[Object]:
+    """A TrainJob of Kubeflow Trainer (trainer.kubeflow.org/v1alpha1), with a TrainingRuntime for the volumes and a
+    ConfigMap."""
+    cluster, name, group = _cluster_of(run), job_name(run, number), "trainer.kubeflow.org"
     job = {
         "name": "node",
         "template": {
@@ -349,17 +354,17 @@ def trainjob(run: Submitted, request: Request, number: int = 1) -> list[Object]:
     return [_toml_map(run, number), runtime, train]
 
 
-def _exported_pod(run: Submitted, request: Request, number: int, container: str) -> Object:
-    """Its container has the name that the operator looks for."""
-    cluster, name, labels = _kubernetes(run), job_name(run, number), _labels(run, number)
-    refuse_mistakes(run)
+def _exported_pod(run: SubmittedRun, request: Request, number: int, container: str) -> Object:
+    """The pod of an exported job. Its container has the name that the operator expects."""
+    cluster, name, labels = _cluster_of(run), job_name(run, number), _labels(run, number)
+    check_manifest(run)
     refuse_secrets(run.spec.cluster)
     train = ["-P", "-m", "torch.distributed.run", "-m", "mikoshi", "train", f"{MOUNT}/{_toml_name(run)}"]
     inside = _container(run, container, _with_setup(cluster, [cluster.python or "python", *train]))
     variables = {"HOME": "/tmp", "PYTHONSAFEPATH": "1"} | cluster.env
     inside["env"] = [{"name": key, "value": value} for key, value in variables.items()]
     inside["volumeMounts"].append({"name": "config", "mountPath": MOUNT, "readOnly": True})
-    spec = _placed(run, request, labels) | {
+    spec = _pod_placement(run, request, labels) | {
         "terminationGracePeriodSeconds": math.ceil(run.spec.config.recovery.grace) + 30,
         "containers": [inside],
         "volumes": [*_volumes(run), {"name": "config", "configMap": {"name": name}}],
@@ -367,21 +372,21 @@ def _exported_pod(run: Submitted, request: Request, number: int, container: str)
     return {"metadata": {"labels": labels}, "spec": spec}
 
 
-def _toml_map(run: Submitted, number: int) -> Object:
-    files = {_toml_name(run): to_toml(run.spec.config), "setup.sh": f"{_kubernetes(run).setup}\n"}
+def _toml_map(run: SubmittedRun, number: int) -> Object:
+    files = {_toml_name(run): to_toml(run.spec.config), "setup.sh": f"{_cluster_of(run).setup}\n"}
     meta = _meta(run, job_name(run, number), _labels(run, number))
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": files}
 
 
-def _toml_name(run: Submitted) -> str:
+def _toml_name(run: SubmittedRun) -> str:
     return f"{run.spec.config.run.name}.toml"
 
 
 def to_yaml(objects: list[Object] | Object) -> str:
-    """Documents that kubectl, or sky, takes as they are."""
+    """YAML documents that kubectl, or sky, takes as they are."""
     import yaml
 
     documents = objects if isinstance(objects, list) else [objects]
-    # Through JSON: what is shared between objects is written out, not as YAML's anchors.
+    # Through JSON, so that shared objects are written out instead of as YAML anchors.
     plain = [json.loads(json.dumps(document)) for document in documents]
     return yaml.safe_dump_all(plain, sort_keys=False, width=120, allow_unicode=True)

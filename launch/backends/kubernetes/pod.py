@@ -12,17 +12,17 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from mikoshi.launch.runs.record import Attempt, Request, Spec, Submitted, create, open_submitted, read
+from mikoshi.launch.runs.record import Attempt, Request, Spec, SubmittedRun, create_run, open_submitted, read_record
 from mikoshi.trainer.errors import LaunchError
 from mikoshi.trainer.exit_codes import USER_ERROR
 
 
-def place(mount: Path, folder: Path) -> Submitted:
-    """The run, with an attempt for the request that is mounted. Raises LaunchError where another run has the folder."""
-    spec, request = read(mount / "spec.json", Spec), read(mount / "request.json", Request)
+def unpack_run(mount: Path, folder: Path) -> SubmittedRun:
+    """Create or open the run, with an attempt for the mounted request. Raises LaunchError if another run has the folder."""
+    spec, request = read_record(mount / "spec.json", Spec), read_record(mount / "request.json", Request)
     if spec is None or request is None:
         raise LaunchError(f"{mount}: no spec.json and request.json: it is to be the run's ConfigMap")
-    run = open_submitted(folder) if (folder / "spec.json").exists() else create(spec, folder)
+    run = open_submitted(folder) if (folder / "spec.json").exists() else create_run(spec, folder)
     if run.spec.id != spec.id:
         raise LaunchError(f"{folder}: another run of this name is there: submit this one with another run.name")
     if not any(_is_for(attempt, request) for attempt in run.attempts):
@@ -31,14 +31,14 @@ def place(mount: Path, folder: Path) -> Submitted:
 
 
 def _is_for(attempt: Attempt, request: Request) -> bool:
-    return read(attempt.path / "request.json", Request) == request
+    return read_record(attempt.path / "request.json", Request) == request
 
 
 def main(arguments: list[str]) -> NoReturn:
-    """Becomes controller.head, or ends with an error, which one line tells."""
+    """Become controller.head, or exit with an error message."""
     try:
         mount, folder = map(Path, arguments)
-        place(mount, folder)
+        unpack_run(mount, folder)
     except LaunchError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(USER_ERROR)

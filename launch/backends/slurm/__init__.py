@@ -1,1 +1,1 @@
-"""Slurm: `slurm` submits, `site` is the inside of a job, `commands` and `text` speak with Slurm's clients."""
+"""Slurm: `slurm` submits, `site` runs inside a job, `commands` and `parse` call Slurm's clients and read their output."""

@@ -1,7 +1,7 @@
-"""Runs as jobs of Slurm, 22.05 and later, with or without accounting: a job saves before its time is up and asks to go on.
+"""Submits runs as Slurm jobs, 22.05 and later, with or without accounting. A job saves before its time is up.
 
-The batch script is one constant text: all that differs between runs reaches it as arguments, and the variables of a run by a
-file that its owner alone can read.
+The batch script is constant. What differs between runs is passed as arguments, and a run's variables by a file that only
+its owner can read.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from pathlib import Path
 
 from mikoshi.data.io.atomic import write_file
 from mikoshi.launch.backends.base import JobState
-from mikoshi.launch.backends.slurm import text as slurm_text
-from mikoshi.launch.backends.slurm.commands import ask, gpu_request, queue
+from mikoshi.launch.backends.slurm.commands import gpu_request, run_command, submit_batch
+from mikoshi.launch.backends.slurm.parse import SQUEUE_FORMAT, file_pattern, job_states, parse_fields, parse_time, safe_name
 from mikoshi.launch.config.cluster import SlurmCluster
-from mikoshi.launch.config.private_env import PRIVATE, chosen, write_private
-from mikoshi.launch.runs.record import Attempt, Request, Submitted
-from mikoshi.parallel.process.nodelist import expand
+from mikoshi.launch.config.private_env import PRIVATE, collect_env, write_private
+from mikoshi.launch.runs.record import Attempt, Request, SubmittedRun
+from mikoshi.parallel.process.nodelist import expand_nodelist
 from mikoshi.trainer.errors import LaunchError, TooFewError
 
 SCRIPT = """\
@@ -54,13 +54,14 @@ class SlurmBackend:
     def __init__(self, cluster: SlurmCluster) -> None:
         self.cluster = cluster
 
-    def check(self, run: Submitted, request: Request) -> None:
+    def check(self, run: SubmittedRun, request: Request) -> None:
+        """Refuse a missing or closed partition, too few nodes, and a time limit that is too long or too short."""
         cluster = self.cluster
         if cluster.image:
             raise LaunchError("image: not for kind = slurm: give python the path of a wrapper that starts it in the container")
         partition = self._partition()
         name = partition["PartitionName"]
-        avoided = _avoided(cluster, request) & set(expand(partition.get("Nodes", "")))
+        avoided = _avoided(cluster, request) & set(expand_nodelist(partition.get("Nodes", "")))
         usable = int(partition.get("TotalNodes", "0")) - len(avoided)
         back = sorted(avoided - {*cluster.exclude})
         more = f"; avoided are {', '.join(back)}, which --include-node takes back" if back else ""
@@ -70,7 +71,7 @@ class SlurmBackend:
             raise TooFewError(f"--nodes {request.nodes}: partition {name} has {usable} nodes for this run: ask for fewer{more}")
         if partition.get("State", "UP") not in ("UP", "DOWN"):
             raise LaunchError(f"partition {name} is {partition['State']}: it takes no jobs; choose another partition")
-        longest = slurm_text.seconds(partition.get("MaxTime", "UNLIMITED"))
+        longest = parse_time(partition.get("MaxTime", "UNLIMITED"))
         limit = self._limit(partition)
         if limit > longest:
             raise LaunchError(
@@ -79,54 +80,58 @@ class SlurmBackend:
         if limit <= cluster.warning:
             raise LaunchError(f"warning = {cluster.warning}: no less than the time limit, {limit:g} s: a run could never train")
 
-    def preview(self, run: Submitted, request: Request) -> str:
+    def preview(self, run: SubmittedRun, request: Request) -> str:
+        """The sbatch command, and the batch script."""
         folder = run.folder.path.absolute()
         command = shlex.join([*self.options(run, request, _output(folder, "%j"), f"{run.spec.id}-…"), *self.tail(folder)])
         setup = f"\n# slurm-setup.sh\n{self.cluster.setup}\n" if self.cluster.setup else ""
         return f"{command}\n\n# slurm-batch.sh\n{SCRIPT}{setup}"
 
-    def submit(self, run: Submitted, attempt: Attempt) -> dict[str, str]:
+    def submit(self, run: SubmittedRun, attempt: Attempt) -> dict[str, str]:
+        """Write the batch script and the variables, and submit the job."""
         folder, mark = run.folder.path.absolute(), _mark(run, attempt)
         self.write_variables(run)
         self.write_script(folder)
-        return {"id": queue([*self.options(run, attempt.request, _output(folder, "%j"), mark), *self.tail(folder)], mark)}
+        return {
+            "id": submit_batch([*self.options(run, attempt.request, _output(folder, "%j"), mark), *self.tail(folder)], mark)
+        }
 
-    def look(self, jobs: Sequence[dict[str, str]]) -> list[JobState]:
+    def query(self, jobs: Sequence[dict[str, str]]) -> list[JobState]:
+        """Query squeue once for all jobs."""
         idents = [job.get("id", "") for job in jobs]
-        asked = sorted({ident for ident in idents if re.fullmatch(r"[0-9]+(_[0-9]+)?", ident)})
-        if not asked:
+        known = sorted({ident for ident in idents if re.fullmatch(r"[0-9]+(_[0-9]+)?", ident)})
+        if not known:
             return [JobState("unknown")] * len(idents)
-        listing = ask(["squeue", "-h", "-r", "--states=all", f"--format={slurm_text.LISTED}", f"--jobs={','.join(asked)}"],
+        listing = run_command(["squeue", "-h", "-r", "--states=all", f"--format={SQUEUE_FORMAT}", f"--jobs={','.join(known)}"],
                       gone="")  # fmt: skip
-        states = slurm_text.job_states(listing)
+        states = job_states(listing)
         forgotten = JobState("ended", "Slurm no longer knows of it")
-        return [states.get(ident, forgotten) if ident in asked else JobState("unknown") for ident in idents]
+        return [states.get(ident, forgotten) if ident in known else JobState("unknown") for ident in idents]
 
     def cancel(self, attempt: Attempt, now: bool) -> None:
+        """Send SIGTERM to the head, which saves and ends; or cancel the job."""
         job = attempt.job
         if not job.get("id"):
             raise LaunchError(f"{attempt.path}: not submitted: nothing to cancel")
-        state = self.look([job])[0]
+        state = self.query([job])[0]
         if state.state == "ended":
             return
-        # Only the batch script is asked, which is the head: its nodes are asked by it, once.
+        # Signal only the batch script, which is the head. It passes the signal on to its nodes.
         gently = not now and state.state == "running" and not state.why
-        ask(["scancel", *(["--batch", "--signal=TERM"] if gently else []), job["id"]], gone="")
+        run_command(["scancel", *(["--batch", "--signal=TERM"] if gently else []), job["id"]], gone="")
 
     def longest(self) -> float:
-        """Seconds that a job may take, of the cluster file or of its partition. Raises LaunchError."""
+        """Seconds that a job may take, by the cluster file or its partition. Raises LaunchError."""
         partition = self._partition()
-        return min(self._limit(partition), slurm_text.seconds(partition.get("MaxTime", "UNLIMITED")))
+        return min(self._limit(partition), parse_time(partition.get("MaxTime", "UNLIMITED")))
 
     def _limit(self, partition: dict[str, str]) -> float:
         most, usual = partition.get("MaxTime", "UNLIMITED"), partition.get("DefaultTime", "NONE")
-        return slurm_text.seconds(self.cluster.time or (most if usual == "NONE" else usual))
+        return parse_time(self.cluster.time or (most if usual == "NONE" else usual))
 
     def _partition(self) -> dict[str, str]:
-        listing = ask(["scontrol", "--oneliner", "show", "partition"])
-        found = {
-            part["PartitionName"]: part for part in map(slurm_text.fields, listing.splitlines()) if "PartitionName" in part
-        }
+        listing = run_command(["scontrol", "--oneliner", "show", "partition"])
+        found = {part["PartitionName"]: part for part in map(parse_fields, listing.splitlines()) if "PartitionName" in part}
         if self.cluster.partition:
             names = self.cluster.partition.split(",")
             unknown = [name for name in names if name not in found]
@@ -138,12 +143,12 @@ class SlurmBackend:
                 return part
         raise LaunchError(f"partition: Slurm has no default one: name one of {', '.join(found) or 'none'}")
 
-    def write_variables(self, run: Submitted) -> None:
-        """Those of the run's ranks, where its head finds them."""
-        write_private(run.folder.path / PRIVATE, chosen(self.cluster, os.environ))
+    def write_variables(self, run: SubmittedRun) -> None:
+        """Write the variables of the run's ranks to the file that its head reads."""
+        write_private(run.folder.path / PRIVATE, collect_env(self.cluster, os.environ))
 
     def write_script(self, folder: Path) -> None:
-        """What tail() names in this folder."""
+        """Write the files that tail() names."""
         try:
             write_file(folder / "slurm-batch.sh", SCRIPT.encode())
             if self.cluster.setup:
@@ -152,21 +157,28 @@ class SlurmBackend:
             raise LaunchError(f"{folder}: cannot be written: {error.strerror}") from None
 
     def tail(self, folder: Path, *what: str) -> list[str]:
-        """The batch script and its arguments. what: those of controller.head."""
+        """The batch script and its arguments.
+
+        what: arguments of controller.head; default: the folder
+        """
         setup = str(folder / "slurm-setup.sh") if self.cluster.setup else ""
         found = shutil.which("sbatch")
         commands = str(Path(found).absolute().parent) if found else ""
         program = [str(folder / "slurm-batch.sh"), self.cluster.python or sys.executable, setup, commands]
         return [*program, *(what or [str(folder)])]
 
-    def options(self, run: Submitted, request: Request, output: str, mark: str) -> list[str]:
-        """sbatch, and all that it is told."""
+    def options(self, run: SubmittedRun, request: Request, output: str, mark: str) -> list[str]:
+        """sbatch with all its options.
+
+        output: pattern for the job's output file
+        mark: the job's comment
+        """
         cluster = self.cluster
         fewer = request.min_nodes < request.nodes
-        # No number of tasks: with one, Slurm takes it as all that is wanted of min-max, and gives the fewest nodes.
+        # No number of tasks: with one, Slurm would give the minimum of a range of nodes.
         options = [
             "--parsable", "--export=NIL", "--requeue", "--open-mode=append", f"--signal=B:USR2@{cluster.warning}",
-            f"--job-name={slurm_text.safe_name(run.spec.config.run.name)}", f"--comment={mark}", f"--output={output}",
+            f"--job-name={safe_name(run.spec.config.run.name)}", f"--comment={mark}", f"--output={output}",
             f"--chdir={run.spec.workdir}",
             f"--nodes={f'{request.min_nodes}-{request.nodes}' if fewer else request.nodes}",
         ]  # fmt: skip
@@ -180,14 +192,17 @@ class SlurmBackend:
         return ["sbatch", *options, *cluster.options]
 
 
-def array_folder(first: Submitted) -> Path:
-    """What all tasks of a sweep read and where they write, beside its runs: any of these may be removed while others go on."""
+def array_folder(first: SubmittedRun) -> Path:
+    """The folder of a sweep, beside its runs, which may be removed one by one."""
     return first.folder.path.absolute().with_name(f".sweep-{first.spec.id}")
 
 
-def submit_array(runs: Sequence[tuple[Submitted, Attempt]], at_once: int = 0) -> list[dict[str, str]]:
-    """One job array for the runs of a sweep, which ask for the same nodes of one cluster; at_once: how many may run at a time,
-    0 for as many as there is room for. What finds each again, in the order of `runs`. After an error nothing is queued."""
+def submit_array(runs: Sequence[tuple[SubmittedRun, Attempt]], at_once: int = 0) -> list[dict[str, str]]:
+    """Submit the runs of a sweep as one job array, and return what identifies each job. After an error nothing is queued.
+
+    runs: all on one cluster, with the same number of nodes
+    at_once: how many may run at a time; 0: no limit
+    """
     first, attempt = runs[0]
     if not isinstance(first.spec.cluster, SlurmCluster):
         raise LaunchError(f"{first.folder.path}: a job array needs a cluster of kind slurm")
@@ -203,7 +218,7 @@ def submit_array(runs: Sequence[tuple[Submitted, Attempt]], at_once: int = 0) ->
         folder.mkdir(exist_ok=True)
         write_file(listed, json.dumps([str(run.folder.path.absolute()) for run, _ in runs]).encode())
         backend.write_script(folder)
-        job = queue([*options, array, *backend.tail(folder, "--list", str(listed))], mark)
+        job = submit_batch([*options, array, *backend.tail(folder, "--list", str(listed))], mark)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, OSError):
@@ -212,11 +227,11 @@ def submit_array(runs: Sequence[tuple[Submitted, Attempt]], at_once: int = 0) ->
     return [{"id": f"{job}_{number}"} for number in range(len(runs))]
 
 
-def _mark(run: Submitted, attempt: Attempt) -> str:
-    """The comment by which a job is found whose submission went wrong half-way."""
+def _mark(run: SubmittedRun, attempt: Attempt) -> str:
+    """The comment by which a job is found whose submission failed half-way."""
     return f"{run.spec.id}-{attempt.number}"
 
 
 def _output(folder: Path, job: str) -> str:
-    """Where a job's own words go; the head's go to its attempt. job: the part of the name that Slurm fills in."""
-    return f"{slurm_text.file_pattern(str(folder))}/slurm-{job}.out"
+    """The pattern of a job's output file. job: the part of the name that Slurm fills in."""
+    return f"{file_pattern(str(folder))}/slurm-{job}.out"

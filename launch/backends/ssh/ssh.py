@@ -1,7 +1,7 @@
-"""What a remote host is asked to run is exactly what was meant, whatever its login shell and whatever is in a path.
+"""Runs exactly the intended command on a remote host, whatever its login shell and whatever a path contains.
 
-ssh joins its arguments and has them parsed by the account's own shell, so there is one argument, which sh, bash, zsh, csh and
-fish all read alike. Nothing of the user's ssh settings can give it a terminal, an agent, a forwarding or a shared connection.
+ssh joins its arguments and has the account's shell parse them. So there is one argument, which sh, bash, zsh, csh and fish
+all read alike. The user's ssh settings cannot add a terminal, an agent, a forwarding or a shared connection.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 
 from mikoshi.launch.backends.setup import LOGIN, setup_file
 from mikoshi.launch.config.cluster import SshCluster
-from mikoshi.launch.runs.record import Attempt, Request, Result, Spec, Submitted
+from mikoshi.launch.runs.record import Attempt, Request, Result, Spec, SubmittedRun
 from mikoshi.trainer.errors import LaunchError, TooFewError
 
-_ASK = "mikoshi_lines=$(cat); " + LOGIN.replace('. "$0"', 'eval "$mikoshi_lines"')
-_LOOK = """\
+_LOGIN_FROM_STDIN = "mikoshi_lines=$(cat); " + LOGIN.replace('. "$0"', 'eval "$mikoshi_lines"')
+_PROBE = """\
 import importlib.metadata as m, os, sys, time
 print('mikoshi', m.version('mikoshi'))
 token, until = sys.argv[1], time.monotonic() + 5
@@ -31,32 +31,32 @@ folder = os.path.dirname(token)
 while not os.path.exists(token) and os.path.isdir(folder) and os.listdir(folder) and time.monotonic() < until: time.sleep(0.2)
 if not os.path.exists(token): sys.exit(98)
 """
-"""Its version, and whether it sees a file just made where it was submitted: a network's file system may take a moment."""
+"""Prints the version, and checks that a new file of the submitting machine is visible; NFS may take a moment."""
 
 _NO_WORKDIR, _NOT_SHARED, _NOT_FOUND, _NOT_EXECUTABLE, _SSH = 97, 98, 127, 126, 255
-_SETTLE = 60.0
-_AT_ONCE = 64
-_WORD = 1000  # signs of one argument that every shell takes
+_PROBE_TIME = 60.0
+_PARALLEL = 64
+_MAX_WORD = 1000  # characters of one argument that every shell accepts
 
 
 @dataclass(frozen=True)
 class SshSite:
-    """The hosts of a cluster file, reached by ssh from the process that leads the attempt."""
+    """The hosts of a cluster file, which the head reaches by ssh."""
 
     cluster: SshCluster
-    run: Submitted
+    run: SubmittedRun
     attempt: Attempt
 
     def nodes(self) -> list[str]:
-        """Its hosts without those to avoid, in their order; those beyond the nodes asked for are spares."""
+        """The hosts without those to avoid, in order. Those beyond the requested number are spares."""
         return hosts(self.cluster, self.attempt.request)
 
     def command(self, node: str) -> list[str]:
-        """ssh to that host, and there, in the run's workdir, after the setup lines, agent.node."""
+        """ssh to the host, and there agent.node, in the run's workdir and after the setup lines."""
         return node_command(self.cluster, self.run, node)
 
-    def after(self, run: Submitted, attempt: Attempt, result: Result) -> Result:
-        """Nothing follows by itself: there is no queue."""
+    def after(self, run: SubmittedRun, attempt: Attempt, result: Result) -> Result:
+        """Return the result unchanged, since there is no queue."""
         return result
 
 
@@ -65,8 +65,8 @@ def hosts(cluster: SshCluster, request: Request) -> list[str]:
     return [host for host in cluster.hosts if host not in request.avoided]
 
 
-def node_command(cluster: SshCluster, run: Submitted, host: str) -> list[str]:
-    """What is started on the leading machine for agent.node to run on a host."""
+def node_command(cluster: SshCluster, run: SubmittedRun, host: str) -> list[str]:
+    """The local command that runs agent.node on a host."""
     argv = [cluster.python or sys.executable, "-P", "-m", "mikoshi.launch.agent.node"]
     if cluster.setup:
         argv = ["bash", "-c", LOGIN, str(setup_file(run)), *argv]
@@ -74,27 +74,29 @@ def node_command(cluster: SshCluster, run: Submitted, host: str) -> list[str]:
 
 
 def remote_line(argv: list[str], workdir: str) -> str:
-    """One line for any login shell that makes it become this command in that folder, every argument exact.
+    """A line for any login shell that runs exactly this command in that folder.
 
-    Single quotes mean the same to all of them but for three signs: a backslash to fish, ! and a line break to csh, which also
-    bounds the length of a word. Where that is in the way the line is given as octal numbers, which /bin/sh makes text of again.
+    Single quotes mean the same in all shells, but for three characters: backslash in fish, and ! and line breaks in csh,
+    which also limits the length of a word. Where these matter, the line is sent as octal numbers, which /bin/sh decodes.
     """
     script = f"cd -- {shlex.quote(workdir)} || exit {_NO_WORKDIR}; exec {shlex.join(argv)}"
-    if script.isascii() and script.isprintable() and not set(script) & set("\\!") and len(script) < _WORD:
+    if script.isascii() and script.isprintable() and not set(script) & set("\\!") and len(script) < _MAX_WORD:
         return f"exec /bin/sh -c {shlex.quote(script)}"
     octal = [f"\\0{byte:03o}" for byte in script.encode("utf-8", "surrogateescape")]
-    words = ["".join(octal[start : start + _WORD // 5]) for start in range(0, len(octal), _WORD // 5)]
-    return f"""exec /bin/sh -c 'eval "$(printf %b "$@")"' sh '{"' '".join(words)}'"""
+    chunks = ["".join(octal[start : start + _MAX_WORD // 5]) for start in range(0, len(octal), _MAX_WORD // 5)]
+    return f"""exec /bin/sh -c 'eval "$(printf %b "$@")"' sh '{"' '".join(chunks)}'"""
 
 
 def ssh(cluster: SshCluster, host: str, spec: Spec) -> list[str]:
-    """ssh up to the host: it never asks, knows the host by its key or refuses, and gives up on a dead link. A port of 22 and
-    an empty user leave it to ssh's own settings. Raises LaunchError for paths that ssh cannot take as they are."""
+    """The ssh command up to the host. It never prompts, accepts only known host keys, and detects a dead link.
+
+    A port of 22 and an empty user leave both to ssh's own settings. Raises LaunchError for paths that ssh cannot take.
+    """
     base = Path(spec.workdir)
-    beat = max(1, round(cluster.patience.lost))
+    alive_interval = max(1, round(cluster.patience.lost))
     options = {
         "BatchMode": "yes", "StrictHostKeyChecking": "yes", "UpdateHostKeys": "no", "ConnectTimeout": cluster.connect_timeout,
-        "ConnectionAttempts": 1, "ServerAliveInterval": beat, "ServerAliveCountMax": 3, "TCPKeepAlive": "yes",
+        "ConnectionAttempts": 1, "ServerAliveInterval": alive_interval, "ServerAliveCountMax": 3, "TCPKeepAlive": "yes",
         "RequestTTY": "no", "RemoteCommand": "none", "PermitLocalCommand": "no", "ClearAllForwardings": "yes",
         "ForwardAgent": "no", "ForwardX11": "no", "Tunnel": "no", "ControlMaster": "no", "ControlPath": "none",
         "LogLevel": "ERROR",
@@ -103,7 +105,7 @@ def ssh(cluster: SshCluster, host: str, spec: Spec) -> list[str]:
         path = _path("known_hosts", cluster.known_hosts, base)
         options |= {"UserKnownHostsFile": f'"{path}"', "GlobalKnownHostsFile": "/dev/null"}
     if cluster.identity:
-        # Not by -i, which looks for the file before %% is a percent sign again.
+        # Not by -i, which opens the file before %% is unescaped.
         options |= {"IdentitiesOnly": "yes", "IdentityFile": f'"{_path("identity", cluster.identity, base)}"'}
     argv = ["ssh", "-T"]
     for name, value in options.items():
@@ -116,16 +118,18 @@ def ssh(cluster: SshCluster, host: str, spec: Spec) -> list[str]:
 
 
 def _path(key: str, value: str, base: Path) -> str:
-    """As ssh's own parser of settings takes it."""
+    """A path as ssh's config parser takes it."""
     path = str(base / Path(value).expanduser())
     if any(sign in path for sign in ('"', "\\", "${")) or not path.isprintable():
         raise LaunchError(f"{key} = {value!r}: ssh cannot take quotes, backslashes, ${{ or control characters in it: rename it")
     return path.replace("%", "%%")
 
 
-def check_hosts(cluster: SshCluster, run: Submitted, request: Request) -> None:
-    """Ask all hosts at once whether a run could start there, and whether they see the folder that it will write to. Raises
-    LaunchError, a line for each that could not, where too few are left."""
+def check_hosts(cluster: SshCluster, run: SubmittedRun, request: Request) -> None:
+    """Check all hosts at once: the run could start there, and they see the run folder.
+
+    Raises LaunchError, a line for each bad host, if too few are left.
+    """
     names = hosts(cluster, request)
     if len(names) < request.nodes:
         avoided = sorted({*cluster.hosts} - {*names})
@@ -133,15 +137,15 @@ def check_hosts(cluster: SshCluster, run: Submitted, request: Request) -> None:
         raise TooFewError(
             f"{request.nodes} nodes asked for, and {len(cluster.hosts)} hosts: add hosts, or take fewer --nodes{back}"
         )
-    with _token(run.folder.path.absolute()) as token, ThreadPoolExecutor(min(_AT_ONCE, len(names))) as pool:
-        wrong = [line for line in pool.map(lambda host: _wrong(cluster, run.spec, host, token), names) if line]
+    with _shared_token(run.folder.path.absolute()) as token, ThreadPoolExecutor(min(_PARALLEL, len(names))) as pool:
+        wrong = [line for line in pool.map(lambda host: _host_problem(cluster, run.spec, host, token), names) if line]
     if len(names) - len(wrong) < request.nodes:
         raise TooFewError("\n".join(wrong))
 
 
 @contextlib.contextmanager
-def _token(folder: Path) -> Iterator[Path]:
-    """A file where a run's folder is to be, or in the nearest folder above, that hosts which share it see."""
+def _shared_token(folder: Path) -> Iterator[Path]:
+    """A file in the run folder, or in the nearest existing parent, that hosts which share the folder see."""
     there = next(path for path in (folder, *folder.parents) if path.is_dir())
     token = there / f".mikoshi-shared-{secrets.token_hex(8)}"
     try:
@@ -154,14 +158,14 @@ def _token(folder: Path) -> Iterator[Path]:
         token.unlink(missing_ok=True)
 
 
-def _wrong(cluster: SshCluster, spec: Spec, host: str, token: Path) -> str:
-    """What is wrong with a host, in one line with the way out, or nothing."""
+def _host_problem(cluster: SshCluster, spec: Spec, host: str, token: Path) -> str:
+    """What is wrong with a host, with what to do, in one line; or ""."""
     python, workdir = cluster.python or sys.executable, spec.workdir
-    ask = [python, "-P", "-c", _LOOK, str(token)]
+    probe = [python, "-P", "-c", _PROBE, str(token)]
     if cluster.setup:
-        ask = ["bash", "-c", _ASK, "bash", *ask]
-    argv = [*ssh(cluster, host, spec), remote_line(ask, workdir)]
-    patience = cluster.connect_timeout + _SETTLE
+        probe = ["bash", "-c", _LOGIN_FROM_STDIN, "bash", *probe]
+    argv = [*ssh(cluster, host, spec), remote_line(probe, workdir)]
+    patience = cluster.connect_timeout + _PROBE_TIME
     try:
         done = subprocess.run(
             argv, input=cluster.setup.encode("utf-8", "surrogateescape"), capture_output=True, timeout=patience, check=False
@@ -170,20 +174,20 @@ def _wrong(cluster: SshCluster, spec: Spec, host: str, token: Path) -> str:
         raise LaunchError("ssh: no such command on this machine: install OpenSSH's client") from None
     except subprocess.TimeoutExpired:
         return f"{host}: it lets us in, and then does not answer for {patience:g} s: try `{shlex.join(argv)}`"
-    said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+    errors = done.stderr.decode("utf-8", "replace").strip().splitlines()
     if done.returncode == _SSH:
-        return _refused(cluster, host, said)
+        return _connection_problem(cluster, host, errors)
     if done.returncode == _NOT_SHARED:
         return (
             f"{host}: {token.parent} there is not the folder of this name here: share it with all hosts, or set workdir in the "
             "cluster file to one that is shared"
         )
-    return _unfit(cluster, host, done.returncode, done.stdout.decode("utf-8", "replace"), said, python, workdir)
+    return _environment_problem(cluster, host, done.returncode, done.stdout.decode("utf-8", "replace"), errors, python, workdir)
 
 
-def _refused(cluster: SshCluster, host: str, said: list[str]) -> str:
-    """Why ssh did not get to the host."""
-    text = "\n".join(said)
+def _connection_problem(cluster: SshCluster, host: str, errors: list[str]) -> str:
+    """Why ssh did not reach the host."""
+    text = "\n".join(errors)
     file = shlex.quote(cluster.known_hosts) if cluster.known_hosts else "~/.ssh/known_hosts"
     port = f"-p {cluster.port} " if cluster.port != 22 else ""
     entry = f"'[{host}]:{cluster.port}'" if cluster.port != 22 else host
@@ -205,14 +209,15 @@ def _refused(cluster: SshCluster, host: str, said: list[str]) -> str:
         )
     if "resolve hostname" in text:
         return f"{host}: no such host is known here: mend the name in the cluster file, or give its address"
-    return (
-        f"{host}: not reachable: {said[-1] if said else 'ssh ended without a word'}: is it up, and sshd at port {cluster.port}?"
-    )
+    last = errors[-1] if errors else "ssh ended without a word"
+    return f"{host}: not reachable: {last}: is it up, and sshd at port {cluster.port}?"
 
 
-def _unfit(cluster: SshCluster, host: str, code: int, out: str, said: list[str], python: str, workdir: str) -> str:
-    """What a host that was reached lacks."""
-    why = f": {said[-1]}" if said else ""
+def _environment_problem(
+    cluster: SshCluster, host: str, code: int, out: str, errors: list[str], python: str, workdir: str
+) -> str:
+    """What a reachable host lacks; or ""."""
+    why = f": {errors[-1]}" if errors else ""
     found = [line.split()[1] for line in out.splitlines() if line.startswith("mikoshi ")]
     here = version("mikoshi")
     if code == 0 and found:
@@ -223,7 +228,7 @@ def _unfit(cluster: SshCluster, host: str, code: int, out: str, said: list[str],
         return f"{host}: no folder {workdir} there{why}: mount the shared folder, or set workdir in the cluster file"
     if code in (_NOT_FOUND, _NOT_EXECUTABLE):
         return f"{host}: no interpreter {python} there{why}: set python in the cluster file"
-    if "PackageNotFoundError" in "\n".join(said):
+    if "PackageNotFoundError" in "\n".join(errors):
         return f"{host}: {python} there has no Mikoshi: install version {here} in it, or set python in the cluster file"
     what = "setup or python of the cluster file" if cluster.setup else "python of the cluster file"
     return f"{host}: exit code {code} of {python} there{why}: look at {what}"

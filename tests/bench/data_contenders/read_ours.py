@@ -4,12 +4,12 @@ import numpy as np
 from frame import ROWS, SEPARATOR, VOCAB, WEIGHTS, main
 
 from mikoshi.data.dataset.dataset import open_dataset
-from mikoshi.data.dataset.shards import TRAIN, DatasetInfo, fingerprint, write_index, write_shard
+from mikoshi.data.dataset.shards import TRAIN, DatasetInfo, dataset_fingerprint, write_index, write_shard
 from mikoshi.data.dataset.split import open_corpus
 from mikoshi.data.io.fetch import CacheLimits
 from mikoshi.data.loader.loader import Loader
-from mikoshi.data.sampling.curriculum import Asked, begin
-from mikoshi.data.sampling.sampler import make_course
+from mikoshi.data.sampling.curriculum import MixtureRequest, new_history
+from mikoshi.data.sampling.sampler import make_sampler
 
 SHARD = 1 << 24  # tokens
 
@@ -23,17 +23,17 @@ def convert(sources, task):
         parts = [documents[a:b] for a, b in zip([0, *cuts], [*cuts, len(documents)], strict=True)]
         shards = [write_shard(place / f"{number:04}.shard", part, 2) for number, part in enumerate(parts)]
         splits = {TRAIN: shards}
-        info = DatasetInfo(fingerprint("none", splits), "none", "none", VOCAB, SEPARATOR, splits, 0.0, {})
+        info = DatasetInfo(dataset_fingerprint("none", splits), "none", "none", VOCAB, SEPARATOR, splits, 0.0, {})
         write_index(place, info)
 
 
 def batches(task, start):
     limits = CacheLimits(task.folder / "cache")
     corpora = [open_corpus(open_dataset(str(task.folder / name), limits), TRAIN, task.context, name=name) for name in WEIGHTS]
-    history = begin(Asked(((0, dict(WEIGHTS)),), dict.fromkeys(WEIGHTS)))
-    loader = Loader(make_course(corpora, history, 1), ROWS, 0, 1, task.masks)
+    history = new_history(MixtureRequest(((0, dict(WEIGHTS)),), dict.fromkeys(WEIGHTS)))
+    loader = Loader(make_sampler(corpora, history, 1), ROWS, 0, 1, task.masks)
     step = start // ROWS
-    loader.go_on(step, "")
+    loader.resume_at(step, "")
     for batch in loader.stream(step, 1 << 60):
         yield batch.tokens
 

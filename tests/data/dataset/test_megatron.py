@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mikoshi.data.dataset.megatron import open_megatron, rewrite, sampled_digest, verify_megatron, write_megatron
+from mikoshi.data.dataset.megatron import open_megatron, rewrite_in_order, sampled_digest, verify_megatron, write_megatron
 from mikoshi.data.dataset.shards import Shard, open_shard, write_shard
 from mikoshi.data.errors import DataError
 
@@ -208,12 +208,12 @@ def test_a_corpus_shuffled_in_its_index_is_refused_in_place_and_copied_in_order(
     prefix = by_the_layout(tmp_path / "c", SEQUENCES, [0, 2, 3, 5], dtype, gap=8, order=[3, 0, 4, 2, 1])
     with pytest.raises(DataError, match=r"not in the order of the \.bin"):
         open_megatron(prefix)
-    rewrite(prefix, tmp_path / "new" / "c")
+    rewrite_in_order(prefix, tmp_path / "new" / "c")
     assert documents_of(open_megatron(tmp_path / "new" / "c")) == [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]]
     patched(tmp_path / "c.bin", 0, b"\xff" * 8)  # its first sequence in the .bin is document 1's
     if dtype != "uint16":
         with pytest.raises(DataError, match="token 0 is -1, which is negative"):
-            rewrite(prefix, tmp_path / "again")
+            rewrite_in_order(prefix, tmp_path / "again")
         assert not list(tmp_path.glob("again*"))
 
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mikoshi.data.dataset.dataset import open_dataset
-from mikoshi.data.dataset.packing import fit, fit_shard
-from mikoshi.data.dataset.predicted import check_predicts, is_nothing, rows_of_nothing, share_of_nothing
+from mikoshi.data.dataset.packing import best_fit_decreasing, fit_shard
+from mikoshi.data.dataset.predicted import check_predicts, count_unpredicted_rows, predicts_nothing, unpredicted_share
 from mikoshi.data.dataset.rows import IGNORED, read_rows
-from mikoshi.data.dataset.shards import DatasetInfo, fingerprint, write_index, write_shard
+from mikoshi.data.dataset.shards import DatasetInfo, dataset_fingerprint, write_index, write_shard
 from mikoshi.data.dataset.split import open_corpus
 from mikoshi.data.errors import DataError
 
@@ -34,7 +34,7 @@ def simple_best_fit(lengths, capacity):
 @settings(max_examples=150, deadline=None)
 def test_the_rows_are_those_of_best_fit_decreasing(capacity, data):
     lengths = np.array(data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=70)))
-    rows = fit(lengths, capacity)
+    rows = best_fit_decreasing(lengths, capacity)
     used = np.bincount(rows, weights=lengths)
     assert sorted((capacity - used).tolist()) == simple_best_fit(lengths, capacity)
 
@@ -47,7 +47,7 @@ def make(folder, documents, learned=None, shards=1):
         flags = None if learned is None else learned[part]
         infos.append(write_shard(folder / f"train-{n:05d}.shard", documents[part], 2, flags))
     splits = {"train": infos}
-    write_index(folder, DatasetInfo(fingerprint("t", splits), "r", "t", 1000, 0, splits, 1.0, {}))
+    write_index(folder, DatasetInfo(dataset_fingerprint("t", splits), "r", "t", 1000, 0, splits, 1.0, {}))
     return folder
 
 
@@ -58,7 +58,7 @@ def opened(folder, context, packing):
 
 
 def all_rows(corpus):
-    places = [corpus.where(s, r) for s, count in enumerate(corpus.counts.tolist()) for r in range(count)]
+    places = [corpus.locate(s, r) for s, count in enumerate(corpus.counts.tolist()) for r in range(count)]
     return read_rows(places, len(places), corpus.context, True)
 
 
@@ -102,12 +102,12 @@ def test_rows_that_predict_nothing_are_counted_as_they_are_read(tmp_path_factory
             corpus = opened(folder, context, packing)
         except DataError:  # not a row in any shard
             continue
-        places = [corpus.where(s, r) for s, count in enumerate(corpus.counts.tolist()) for r in range(count)]
+        places = [corpus.locate(s, r) for s, count in enumerate(corpus.counts.tolist()) for r in range(count)]
         empty = (read_rows(places, len(places), context, mask).labels == IGNORED).all(1)
-        assert rows_of_nothing(corpus, mask) == empty.sum()
-        assert share_of_nothing(corpus, mask) == empty.mean()
+        assert count_unpredicted_rows(corpus, mask) == empty.sum()
+        assert unpredicted_share(corpus, mask) == empty.mean()
         if packing == "cut":
-            assert [is_nothing(place, context, mask) for place in places] == empty.tolist()
+            assert [predicts_nothing(place, context, mask) for place in places] == empty.tolist()
         with pytest.raises(DataError, match="nothing can be learned") if empty.all() else nullcontext():
             check_predicts(corpus, mask)
 

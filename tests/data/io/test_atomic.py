@@ -12,13 +12,13 @@ from mikoshi.data.errors import DataError, StorageError
 from mikoshi.data.io import atomic
 from mikoshi.data.io.atomic import (
     LOCK,
-    alone_in,
-    built_alone,
     create_file,
-    draft_path,
+    folder_lock,
     locked_folder,
     new_file,
+    new_folder_committed,
     partial_path,
+    temporary_path,
     write_file,
 )
 from mikoshi.data.io.fetch import CacheLimits, open_store
@@ -63,7 +63,7 @@ def test_locks_are_no_links(tmp_path):
     with pytest.raises(OSError), locked_folder(tmp_path / "data", 0):
         pass
     (tmp_path / LOCK).symlink_to(victim)
-    with alone_in(tmp_path):
+    with folder_lock(tmp_path):
         assert not victim.exists()
     assert not victim.exists()
 
@@ -103,7 +103,7 @@ def test_writers_of_one_file_do_not_meet(tmp_path):
 
 
 def test_what_dead_writers_left_is_swept_and_what_lives_is_not(tmp_path):
-    here, elsewhere = draft_path(tmp_path / "a").name, ".a.00000000-0123456789ab.partial"
+    here, elsewhere = temporary_path(tmp_path / "a").name, ".a.00000000-0123456789ab.partial"
 
     def left(name, seconds):
         (tmp_path / name).write_bytes(b"half")
@@ -129,14 +129,14 @@ def test_a_long_name_has_a_draft_too(tmp_path):
 
 
 def test_one_process_at_a_time_builds_a_folder(tmp_path):
-    with built_alone(tmp_path / "out") as built:
+    with new_folder_committed(tmp_path / "out") as built:
         (built / "a").write_text("first")
-        with pytest.raises(DataError, match="out: is being written by another process"), built_alone(tmp_path / "out"):
+        with pytest.raises(DataError, match="out: is being written by another process"), new_folder_committed(tmp_path / "out"):
             pass
     assert [p.name for p in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "a").read_text() == "first"
-    with pytest.raises(DataError, match="out: is being written"), built_alone(tmp_path / "out"):
+    with pytest.raises(DataError, match="out: is being written"), new_folder_committed(tmp_path / "out"):
         pass
-    with pytest.raises(KeyError), built_alone(tmp_path / "other"):
+    with pytest.raises(KeyError), new_folder_committed(tmp_path / "other"):
         raise KeyError
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -193,7 +193,7 @@ def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch, numb
     monkeypatch.setattr(atomic.fcntl, "flock", refuse(number))
     with locked_folder(tmp_path / "data", 0) as (built, _):
         assert built.is_dir()
-    with alone_in(tmp_path):
+    with folder_lock(tmp_path):
         pass
 
 

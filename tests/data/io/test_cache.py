@@ -143,11 +143,13 @@ def test_a_full_disk_evicts_and_then_is_told_by_name(s3, small_disk):
 
 def test_runs_that_share_a_cache_know_of_each_other_by_name(s3, tmp_path):
     with opened(s3, tmp_path, user="mine") as store, opened(s3, tmp_path, user="mine"):
-        assert store.others() == []
+        assert store.other_users() == []
         with client(s3, tmp_path, ["0.shard"], linger=True, user="theirs", bytes=10 * SIZE) as process:
             process.stdout.readline()
-            assert [f"theirs (pid {process.pid} on " in line and str(10 * SIZE) in line for line in store.others()] == [True]
-        assert store.others() == []
+            assert [f"theirs (pid {process.pid} on " in line and str(10 * SIZE) in line for line in store.other_users()] == [
+                True
+            ]
+        assert store.other_users() == []
         assert len(list(tmp_path.glob("*.user"))) == 2  # the killed one's is gone
 
 
@@ -184,7 +186,7 @@ def test_nothing_wrong_is_ever_handed_out(s3, tmp_path):
     with opened(s3, tmp_path, **limits) as store:
         s3.always(None)
         assert read(store, "0.shard") == BODIES["0.shard"]
-        assert store.others() == []
+        assert store.other_users() == []
         for path in tmp_path.glob("*.data"):
             assert hashlib.sha256(path.read_bytes()).hexdigest() in right
         assert sum(p.stat().st_size for p in (*tmp_path.glob("*.data"), *tmp_path.glob("*.part"))) <= 4 * SIZE
@@ -256,6 +258,6 @@ def test_a_lock_is_looked_at_less_and_less_often(tmp_path, monkeypatch):
         m.setattr(
             "mikoshi.data.io.cache.time.sleep", lambda pause: (pauses.append(pause), len(pauses) == 20 and os.close(held))
         )
-        assert cache.others() == []
+        assert cache.other_users() == []
     assert len(pauses) == 20 and pauses[0] <= 0.002 and min(pauses[-8:]) >= 0.1
     cache.close()

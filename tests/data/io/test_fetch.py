@@ -14,16 +14,16 @@ import pytest
 from faulty import Fault
 from mikoshi.data.dataset.shards import open_shard, write_shard
 from mikoshi.data.errors import DataError, StorageError
-from mikoshi.data.io.fetch import CacheLimits, Wanted, open_store
+from mikoshi.data.io.fetch import CacheLimits, IndexedFile, open_store
 from stores import BODIES, PASSING, ROOT, SIZE, left, opened, read, until, wanted
 
 LEAVER = """
 import json, sys
 from pathlib import Path
-from mikoshi.data.io.fetch import CacheLimits, Wanted, open_store
+from mikoshi.data.io.fetch import CacheLimits, IndexedFile, open_store
 told = json.loads(sys.argv[1])
 store = open_store(told["url"], CacheLimits(Path(told["folder"])), told["options"])
-store.ahead([Wanted(*told["wanted"])])
+store.prefetch([IndexedFile(*told["wanted"])])
 sys.stdin.read()
 """
 
@@ -100,7 +100,7 @@ def test_a_header_that_no_digest_covers_is_checked_too(s3, tmp_path):
     info = write_shard(tmp_path / "real.shard", [np.arange(50) for _ in range(40)], 2)
     body = (tmp_path / "real.shard").read_bytes()
     s3.put("real.shard", body)
-    want = Wanted("real.shard", len(body), info.sha256, check=lambda path: open_shard(path, info) and None)
+    want = IndexedFile("real.shard", len(body), info.sha256, check=lambda path: open_shard(path, info) and None)
     with opened(s3, tmp_path / "cache") as store:
         s3.plan(Fault(flip=20), None)  # the count of tokens, in the header
         with store.fetch(want) as path:
@@ -148,7 +148,7 @@ def test_second_requests_keep_to_their_budget(s3, tmp_path):
 
 def test_files_come_ahead_as_many_as_half_the_cache_holds(s3, tmp_path):
     with opened(s3, tmp_path, bytes=6 * SIZE, parallel=2) as store:
-        store.ahead(wanted(f"{n}.shard") for n in range(6))
+        store.prefetch(wanted(f"{n}.shard") for n in range(6))
         until(lambda: len(left(tmp_path)) == 3 and not list(tmp_path.glob("*.part")))
         assert sorted(s3.requests) == ["0.shard", "1.shard", "2.shard"]
         for n in range(3):
@@ -158,7 +158,7 @@ def test_files_come_ahead_as_many_as_half_the_cache_holds(s3, tmp_path):
 
 def test_what_fails_ahead_is_told_by_the_fetch(s3, tmp_path):
     with opened(s3, tmp_path) as store:
-        store.ahead([wanted("gone.shard", b"x" * SIZE), wanted("1.shard")])
+        store.prefetch([wanted("gone.shard", b"x" * SIZE), wanted("1.shard")])
         until(lambda: left(tmp_path) == [f"{wanted('1.shard').sha256}.data"])
         with pytest.raises(DataError, match=r"/gone\.shard: not there"):
             read(store, "gone.shard", b"x" * SIZE)
@@ -168,10 +168,10 @@ def test_a_newer_look_ahead_takes_the_place_of_the_last(s3, tmp_path):
     gate = threading.Event()
     s3.plan(Fault(send=1000, gate=gate))
     with opened(s3, tmp_path, parallel=1) as store:
-        store.ahead([wanted("0.shard"), wanted("1.shard"), wanted("2.shard")])
+        store.prefetch([wanted("0.shard"), wanted("1.shard"), wanted("2.shard")])
         s3.wait_for(1)
         assert read(store, "3.shard") == BODIES["3.shard"]  # what is needed now does not queue
-        store.ahead([wanted("4.shard")])
+        store.prefetch([wanted("4.shard")])
         gate.set()
         until(lambda: len(left(tmp_path)) == 3 and not list(tmp_path.glob("*.part")))
     assert s3.requests == ["0.shard", "3.shard", "4.shard"]
@@ -181,7 +181,7 @@ def test_closing_and_leaving_half_way_is_clean(s3, tmp_path):
     gate = threading.Event()
     s3.always(lambda _: Fault(send=1000, gate=gate))
     store = opened(s3, tmp_path)
-    store.ahead([wanted("0.shard"), wanted("1.shard")])
+    store.prefetch([wanted("0.shard"), wanted("1.shard")])
     s3.wait_for(2)
     store.close()
     store.close()

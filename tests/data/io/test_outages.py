@@ -15,19 +15,19 @@ from handles import no_handles, read_without
 from mikoshi.data.dataset.dataset import open_dataset
 from mikoshi.data.dataset.shards import TRAIN, open_shard, read_index, verify_shard
 from mikoshi.data.dataset.split import open_corpus
-from mikoshi.data.errors import DataError, StorageError, of_storage
+from mikoshi.data.errors import DataError, StorageError, storage_error
 from mikoshi.data.io.cache import Cache
 from mikoshi.data.io.fetch import CacheLimits
-from mikoshi.data.io.files import list_files, told
+from mikoshi.data.io.files import list_files, source_errors_named
 from mikoshi.data.loader import prefetch
 from mikoshi.data.loader.loader import Loader
 from mikoshi.data.loader.prefetch import prefetched
-from mikoshi.data.prepare.pool import run
-from mikoshi.data.prepare.workspace import told as told_of_folder
-from mikoshi.data.sampling.curriculum import Asked, begin
-from mikoshi.data.sampling.sampler import make_course
-from mikoshi.data.sources.chat import load_chat
-from mikoshi.data.sources.columns import _of_the_disk
+from mikoshi.data.prepare.pool import run_jobs
+from mikoshi.data.prepare.workspace import write_errors_named
+from mikoshi.data.sampling.curriculum import MixtureRequest, new_history
+from mikoshi.data.sampling.sampler import make_sampler
+from mikoshi.data.sources.chat import load_chat_template
+from mikoshi.data.sources.columns import _is_disk_error
 from mikoshi.data.sources.sources import SourceSpec, documents, open_source, pieces
 from mikoshi.data.tokenizer.tokenizer import load_tokenizer
 from stores import BODIES, opened, read
@@ -35,8 +35,8 @@ from stores import BODIES, opened, read
 
 def loader(folder):
     corpus = open_corpus(open_dataset(str(folder), CacheLimits(Path(folder))), TRAIN, 32, "cut")
-    made = Loader(make_course((corpus,), begin(Asked(((0, {"": 1.0}),), {"": None})), 1), 24, 0, 1, True)
-    made.go_on(0, "")
+    made = Loader(make_sampler((corpus,), new_history(MixtureRequest(((0, {"": 1.0}),), {"": None})), 1), 24, 0, 1, True)
+    made.resume_at(0, "")
     return made
 
 
@@ -46,13 +46,13 @@ def test_it_is_no_mistake_of_the_user():
 
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "ETIMEDOUT", "ENOMEM", "EMFILE", "EAGAIN", "EHOSTDOWN", "ENOTCONN"])
 def test_what_may_pass(name):
-    error = of_storage(OSError(getattr(errno, name), "why"), "x: cannot be read: why", "prepare the data again")
+    error = storage_error(OSError(getattr(errno, name), "why"), "x: cannot be read: why", "prepare the data again")
     assert (type(error), str(error)) == (StorageError, "x: cannot be read: why; try again when the storage answers")
 
 
 @pytest.mark.parametrize("name", ["ENOENT", "ENOTDIR", "EISDIR", "EACCES", "EPERM", "ELOOP", "EROFS", "ENOSPC", "EDQUOT"])
 def test_what_lasts(name):
-    error = of_storage(OSError(getattr(errno, name), "why"), "x: cannot be read: why", "prepare the data again")
+    error = storage_error(OSError(getattr(errno, name), "why"), "x: cannot be read: why", "prepare the data again")
     assert (type(error), str(error)) == (DataError, "x: cannot be read: why; prepare the data again")
 
 
@@ -62,7 +62,7 @@ READS = {
     "a shard": lambda folder: open_shard(folder / "train-00000.shard"),
     "all of a shard": lambda folder: verify_shard(folder / "train-00000.shard"),
     "the tokenizer": lambda folder: load_tokenizer(folder / "tokenizer.json"),
-    "a chat template": lambda folder: load_chat(str(folder / "dataset.json")),
+    "a chat template": lambda folder: load_chat_template(str(folder / "dataset.json")),
     "a folder of text": lambda folder: list_files(str(folder)),
 }
 
@@ -91,14 +91,14 @@ def test_small_files_and_raw_text_too(dataset, tmp_path):
 
 
 def test_a_disk_that_fails_while_preparing_is_no_data_error(tmp_path):
-    with pytest.raises(StorageError, match=r"cannot write .*: Input/output error"), told_of_folder(tmp_path / "data"):
+    with pytest.raises(StorageError, match=r"cannot write .*: Input/output error"), write_errors_named(tmp_path / "data"):
         raise OSError(errno.EIO, "Input/output error")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_it_comes_out_of_a_worker_as_it_was(workers):
     with pytest.raises(StorageError, match=f"^{__file__}: cannot be read: Too many open files"):
-        list(run(read_without, None, [__file__, __file__], workers, lambda *_: None))
+        list(run_jobs(read_without, None, [__file__, __file__], workers, lambda *_: None))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_bucket_of_text_that_does_not_answer(s3, fault, kind):
     options = {"client_options": {"allow_http": True}, "retry_config": {"max_retries": 0}}
     store = S3Store("bucket", config=s3.options, **options)
     s3.plan(fault)
-    with pytest.raises(kind, match=r"^data\.source: a cannot be read: "), told("a"):
+    with pytest.raises(kind, match=r"^data\.source: a cannot be read: "), source_errors_named("a"):
         obstore.get(store, "sets/web/0.shard").bytes()
 
 
@@ -117,10 +117,10 @@ def test_a_reader_of_columns_tells_a_store_from_a_broken_file():
     class StoreError(OSError):  # as the Hub's client has them: without a number
         pass
 
-    assert _of_the_disk(StoreError("503")) and _of_the_disk(TimeoutError()) and _of_the_disk(OSError(errno.EIO, "why"))
+    assert _is_disk_error(StoreError("503")) and _is_disk_error(TimeoutError()) and _is_disk_error(OSError(errno.EIO, "why"))
     with pytest.raises((pa.ArrowException, OSError)) as caught:
         pa.ipc.open_file(pa.py_buffer(b"ARROW1\0\0" + b"x" * 64 + b"ARROW1"))
-    assert not _of_the_disk(caught.value)
+    assert not _is_disk_error(caught.value)
 
 
 def test_a_store_that_is_gone_for_long_and_a_cache_folder_that_fails(s3, tmp_path):
@@ -142,9 +142,9 @@ def test_a_store_that_is_gone_for_long_and_a_cache_folder_that_fails(s3, tmp_pat
 
 def test_a_cache_that_another_keeps_locked(tmp_path):
     cache = Cache(tmp_path, 1 << 20, "", 0.05)
-    with cache._alone(), pytest.raises(StorageError, match=r"data\.cache\.folder: .* has been locked by another process"):
-        cache.others()
-    assert cache.others() == []
+    with cache._exclusive(), pytest.raises(StorageError, match=r"data\.cache\.folder: .* has been locked by another process"):
+        cache.other_users()
+    assert cache.other_users() == []
     cache.close()
 
 
@@ -200,12 +200,12 @@ def test_what_was_left_behind_reading_does_not_meddle_with_a_loader_that_goes_on
             stuck.set()
             gate.wait(60)
 
-    monkeypatch.setattr(Loader, "_fetch_soon", slow)
+    monkeypatch.setattr(Loader, "_prefetch_shards", slow)
     batches = one.stream(0, 9)
     next(batches)
     assert stuck.wait(30)
     batches.close()
-    going = threading.Thread(target=one.go_on, args=(4, "from here"))
+    going = threading.Thread(target=one.resume_at, args=(4, "from here"))
     going.start()
     going.join(0.1)
     assert going.is_alive()  # it waits for the read

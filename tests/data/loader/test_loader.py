@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mikoshi.data.dataset.dataset import open_dataset
-from mikoshi.data.dataset.rows import IGNORED, ranges, read_rows
-from mikoshi.data.dataset.shards import DatasetInfo, fingerprint, open_shard, verify_shard, write_index, write_shard
+from mikoshi.data.dataset.rows import IGNORED, column_ranges, read_rows
+from mikoshi.data.dataset.shards import DatasetInfo, dataset_fingerprint, open_shard, verify_shard, write_index, write_shard
 from mikoshi.data.dataset.split import open_corpus
 from mikoshi.data.errors import DataError
 from mikoshi.data.io.fetch import CacheLimits
 from mikoshi.data.loader.loader import Loader, evaluation_batches, read_samples
-from mikoshi.data.loader.resume_state import go_on, make_record
-from mikoshi.data.sampling.curriculum import Asked, begin
-from mikoshi.data.sampling.sampler import make_course, skips
+from mikoshi.data.loader.resume_state import make_record, resume_from_record
+from mikoshi.data.sampling.curriculum import MixtureRequest, new_history
+from mikoshi.data.sampling.sampler import make_sampler, make_skips
 from mikoshi.data.tokenizer.tokenizer import load_tokenizer
 
 FIELDS = ("tokens", "labels", "docs", "positions")
@@ -34,13 +34,13 @@ def corpus_of(folder, split="train", context=32, packing="cut", name=""):
 
 
 def lone(corpora):
-    return begin(Asked(((0, {c.name: 1.0 for c in corpora}),), {c.name: None for c in corpora}))
+    return new_history(MixtureRequest(((0, {c.name: 1.0 for c in corpora}),), {c.name: None for c in corpora}))
 
 
 def loader(folder, context=32, batch=24, rank=0, world=1, seed=1, mask=True, packing="cut", columns=None, window=0):
     corpora = (corpus_of(folder, context=context, packing=packing),)
-    made = Loader(make_course(corpora, lone(corpora), seed, window), batch, rank, world, mask, columns)
-    made.go_on(0, "")
+    made = Loader(make_sampler(corpora, lone(corpora), seed, window), batch, rank, world, mask, columns)
+    made.resume_at(0, "")
     return made
 
 
@@ -58,20 +58,22 @@ def mixed(tmp_path_factory):
             first += sum(map(len, documents))
             infos.append(write_shard(root / name / f"train-{n:05d}.shard", documents, 4))
         splits = {"train": infos}
-        write_index(root / name, DatasetInfo(fingerprint("t", splits), "r", "t", 1 << 20, 0, splits, 1.0, {}))
+        write_index(root / name, DatasetInfo(dataset_fingerprint("t", splits), "r", "t", 1 << 20, 0, splits, 1.0, {}))
     return root
 
 
-ASKED = Asked(((0, {"a": 5.0, "b": 2.0, "c": 1.0}), (400, {"a": 1.0, "b": 1.0, "c": 1.0})), {"a": None, "b": None, "c": 90})
-LEFT_OUT = skips([(30, 41), (100, 148)])
+ASKED = MixtureRequest(
+    ((0, {"a": 5.0, "b": 2.0, "c": 1.0}), (400, {"a": 1.0, "b": 1.0, "c": 1.0})), {"a": None, "b": None, "c": 90}
+)
+LEFT_OUT = make_skips([(30, 41), (100, 148)])
 
 
 def mixed_loader(root, rank=0, world=1, packing="cut", window=2, history=None, left_out=LEFT_OUT, batch=24, seed=3):
-    history = history or begin(ASKED)
-    corpora = tuple(corpus_of(root / name, context=16, packing=packing, name=name) for name in history.asked[-1][1].names)
-    course = make_course(corpora, history, seed, window, left_out, [(96, 4), (192, 8), (288, 16)])
+    history = history or new_history(ASKED)
+    corpora = tuple(corpus_of(root / name, context=16, packing=packing, name=name) for name in history.requests[-1][1].names)
+    course = make_sampler(corpora, history, seed, window, left_out, [(96, 4), (192, 8), (288, 16)])
     made = Loader(course, batch, rank, world, True)
-    made.go_on(0, "begin")
+    made.resume_at(0, "begin")
     return made
 
 
@@ -115,19 +117,19 @@ def test_a_context_parallel_rank_reads_its_columns_of_the_same_rows(dataset, cp,
     whole = loader(dataset, mask=mask, packing=packing).batch(step)
     chunks = np.split(np.arange(32), 2 * cp)
     for rank in range(cp):
-        columns = ranges(np.concatenate((chunks[rank], chunks[2 * cp - 1 - rank])))
+        columns = column_ranges(np.concatenate((chunks[rank], chunks[2 * cp - 1 - rank])))
         part = loader(dataset, mask=mask, packing=packing, columns=columns).batch(step)
-        assert equal(part, whole.columns(columns))
+        assert equal(part, whole.select_columns(columns))
 
 
 @pytest.mark.parametrize("window", [0, 1, 3])
 def test_every_epoch_reads_every_sample_once_in_another_order(mixed, window):
     corpora = (corpus_of(mixed / "b", context=16, name="b"),)
-    one = Loader(make_course(corpora, lone(corpora), 1, window), 1, 0, 1, True)
+    one = Loader(make_sampler(corpora, lone(corpora), 1, window), 1, 0, 1, True)
     n = corpora[0].samples
     epochs = []
     for e in range(2):
-        samples = one.course.samples(e * n, (e + 1) * n)
+        samples = one.sampler.samples(e * n, (e + 1) * n)
         epochs.append(list(zip(samples.shard.tolist(), samples.row.tolist(), strict=True)))
     everything = [(s, r) for s, count in enumerate(corpora[0].counts.tolist()) for r in range(count)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == everything
@@ -139,19 +141,19 @@ def test_every_epoch_reads_every_sample_once_in_another_order(mixed, window):
 
 
 def test_what_is_skipped_is_left_out_and_the_rest_stays(mixed):
-    all_of_it = mixed_loader(mixed, left_out=skips([])).course.samples(0, 700)
-    left = mixed_loader(mixed).course.samples(0, 600)
+    all_of_it = mixed_loader(mixed, left_out=make_skips([])).sampler.samples(0, 700)
+    left = mixed_loader(mixed).sampler.samples(0, 600)
     kept = np.array([p for p in range(700) if not (30 <= p < 41 or 100 <= p < 148)])[:600]
     for name in ("position", "source", "draw", "shard", "row"):
         assert np.array_equal(getattr(left, name), getattr(all_of_it, name)[kept])
-    assert skips([(5, 8), (8, 9), (1, 2)]).spans == ((1, 2), (5, 9))
+    assert make_skips([(5, 8), (8, 9), (1, 2)]).spans == ((1, 2), (5, 9))
     with pytest.raises(DataError, match="holds no position"):
-        skips([(5, 5)])
+        make_skips([(5, 5)])
 
 
 def test_a_warm_up_cuts_attention_and_positions_and_no_label(mixed):
     made = mixed_loader(mixed)
-    plain = Loader(make_course(made.course.corpora, begin(ASKED), 3, 2, LEFT_OUT), 24, 0, 1, True)
+    plain = Loader(make_sampler(made.sampler.corpora, new_history(ASKED), 3, 2, LEFT_OUT), 24, 0, 1, True)
     for step in range(16):
         warm, whole = made.batch(step), plain.batch(step)
         assert np.array_equal(warm.tokens, whole.tokens)
@@ -167,7 +169,7 @@ def test_a_warm_up_cuts_attention_and_positions_and_no_label(mixed):
 def test_rows_are_the_tokens_of_the_text(dataset):
     tokenizer = load_tokenizer(dataset / "tokenizer.json")
     corpus = corpus_of(dataset)
-    places = [corpus.where(0, row) for row in range(int(corpus.counts[0]))]
+    places = [corpus.locate(0, row) for row in range(int(corpus.counts[0]))]
     batch = read_rows(places, len(places), 32, document_mask=False)
     shard = places[0].shard
     assert np.array_equal(batch.tokens.ravel(), shard.tokens[: batch.tokens.size])
@@ -180,9 +182,11 @@ def test_rows_are_the_tokens_of_the_text(dataset):
 def test_document_masks_follow_the_document_index(tmp_path):
     documents = [np.arange(n) + 10 * i for i, n in enumerate([5, 1, 9, 30, 3, 40])]
     info = write_shard(tmp_path / "train-00000.shard", documents, 2)
-    write_index(tmp_path, DatasetInfo(fingerprint("t", {"train": [info]}), "r", "t", 1000, 0, {"train": [info]}, 1.0, {}))
+    write_index(
+        tmp_path, DatasetInfo(dataset_fingerprint("t", {"train": [info]}), "r", "t", 1000, 0, {"train": [info]}, 1.0, {})
+    )
     corpus = corpus_of(tmp_path, context=8)
-    batch = read_rows([corpus.where(0, r) for r in range(corpus.samples)], corpus.samples, 8, document_mask=True)
+    batch = read_rows([corpus.locate(0, r) for r in range(corpus.samples)], corpus.samples, 8, document_mask=True)
     owner = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
     inside = np.concatenate([np.arange(len(d)) for d in documents])
     for row in range(corpus.samples):
@@ -197,7 +201,7 @@ def test_document_masks_follow_the_document_index(tmp_path):
 def test_evaluation_rows_are_the_same_whatever_the_ranks_and_pad_at_the_end(dataset):
     corpus = corpus_of(dataset, "held_out")
     rows = 1 << (corpus.samples.bit_length())  # more than there are
-    whole = read_rows([corpus.where(0, r) for r in range(corpus.samples)], corpus.samples, 32, False)
+    whole = read_rows([corpus.locate(0, r) for r in range(corpus.samples)], corpus.samples, 32, False)
     for world in (1, 2, 3, 4):
         got = [list(evaluation_batches(corpus, rows, 9, r, world, False)) for r in range(world)]
         assert all(len(batches) == 1 for batches in got)
@@ -270,7 +274,9 @@ def test_a_shard_missing_or_cut_short_is_named_before_anything_is_read(mixed, tm
 
 def test_ids_beyond_the_vocabulary_are_refused_by_name(tmp_path):
     info = write_shard(tmp_path / "train-00000.shard", [np.array([1, 2, 700, 3, 4, 5, 6, 7, 8, 9])], 2)
-    write_index(tmp_path, DatasetInfo(fingerprint("t", {"train": [info]}), "r", "t", 500, 0, {"train": [info]}, 1.0, {}))
+    write_index(
+        tmp_path, DatasetInfo(dataset_fingerprint("t", {"train": [info]}), "r", "t", 500, 0, {"train": [info]}, 1.0, {})
+    )
     with pytest.raises(DataError, match=r"train-00000\.shard: token id 700 is beyond the vocabulary of 500"):
         loader(tmp_path, context=8, batch=1).batch(0)
 
@@ -282,7 +288,7 @@ def identity(**changes):
 def consumed(made, steps):
     for _ in made.stream(0, steps):
         pass
-    return make_record(made, steps, identity(), begin(ASKED), lambda numbers: numbers)
+    return make_record(made, steps, identity(), new_history(ASKED), lambda numbers: numbers)
 
 
 def test_the_record_is_small_and_the_same_whatever_the_ranks(mixed):
@@ -292,18 +298,22 @@ def test_the_record_is_small_and_the_same_whatever_the_ranks(mixed):
     assert record["position"] == 720 + 11 + 48
     assert len(json.dumps(record)) < 2000
     far = mixed_loader(mixed)
-    far.go_on(10**6, "x")
-    assert len(json.dumps(make_record(far, 10**6, identity(), begin(ASKED), None))) < 2000
+    far.resume_at(10**6, "x")
+    assert len(json.dumps(make_record(far, 10**6, identity(), new_history(ASKED), None))) < 2000
 
 
 def test_a_resumed_run_follows_its_last_steps(mixed):
     record = json.loads(json.dumps(consumed(mixed_loader(mixed), 30)))
     again = mixed_loader(mixed)
-    again.follow(record["state"], 30)
+    again.replay(record["state"], 30)
     assert {k: again.state(30)[k] for k in ("digest", "content")} == {k: record["state"][k] for k in ("digest", "content")}
-    for other in (mixed_loader(mixed, seed=4), mixed_loader(mixed, window=0), mixed_loader(mixed, left_out=skips([(30, 40)]))):
+    for other in (
+        mixed_loader(mixed, seed=4),
+        mixed_loader(mixed, window=0),
+        mixed_loader(mixed, left_out=make_skips([(30, 40)])),
+    ):
         with pytest.raises(DataError, match="not those that the run consumed"):
-            other.follow(record["state"], 30)
+            other.replay(record["state"], 30)
 
 
 @pytest.mark.parametrize("step", [-1, -(10**18), 31, 10**18, 1.5, "3", True, None, [2]], ids=repr)
@@ -313,19 +323,19 @@ def test_a_record_whose_earlier_step_cannot_be_is_refused_at_once(mixed, step):
     with pytest.raises(
         DataError, match=r"^data: the record says earlier\.step = .* no whole number from 0 to 30: .*run\.name$"
     ):
-        mixed_loader(mixed).follow(record["state"], 30)
+        mixed_loader(mixed).replay(record["state"], 30)
 
 
 def test_nor_is_one_followed_from_longer_ago_than_a_loader_keeps(mixed):
     made = mixed_loader(mixed)
-    made.go_on(10**6, "x")
+    made.resume_at(10**6, "x")
     state = made.state(10**6)
-    made.follow(state, 10**6)
+    made.replay(state, 10**6)
     with pytest.raises(DataError, match="no whole number from 998976 to 1000000"):
-        made.follow({**state, "earlier": {"step": 0, "digest": "x"}}, 10**6)
+        made.replay({**state, "earlier": {"step": 0, "digest": "x"}}, 10**6)
     for key, value in (("digest", 7), ("earlier", {"step": 10**6, "digest": None})):
         with pytest.raises(DataError, match="is no text"):
-            made.follow({**state, key: value}, 10**6)
+            made.replay({**state, key: value}, 10**6)
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 40])
@@ -352,10 +362,10 @@ HOSTILE = {
 @pytest.mark.parametrize("what", HOSTILE)
 def test_numbers_of_a_record_that_cannot_be_are_refused_by_name(mixed, what):
     record = json.loads(json.dumps(consumed(mixed_loader(mixed), 30)))
-    assert go_on(record, identity(), ASKED, LEFT_OUT.spans, False).changes == ()
+    assert resume_from_record(record, identity(), ASKED, LEFT_OUT.spans, False).changes == ()
     HOSTILE[what](record)
     with pytest.raises(DataError, match=f"^data: the record.*{what.split()[0]}"):
-        go_on(record, identity(), ASKED, LEFT_OUT.spans, False)
+        resume_from_record(record, identity(), ASKED, LEFT_OUT.spans, False)
 
 
 def test_a_shard_altered_in_place_is_noticed_on_resume(mixed, tmp_path):
@@ -372,37 +382,38 @@ def test_a_shard_altered_in_place_is_noticed_on_resume(mixed, tmp_path):
     content[64 + 4 * (16 * int(last.row[0]) + 5)] ^= 1
     shard.write_bytes(content)
     with pytest.raises(DataError, match="a shard was altered"):
-        mixed_loader(root).follow(record["state"], 30)
+        mixed_loader(root).replay(record["state"], 30)
 
 
 def test_what_may_not_change_is_refused_by_name_and_what_may_is_recorded(mixed):
     record = consumed(mixed_loader(mixed), 30)
     spans = LEFT_OUT.spans
-    assert go_on(None, identity(), ASKED, (), False).history == begin(ASKED)
-    assert go_on(record, identity(), ASKED, spans, False).changes == ()
+    assert resume_from_record(None, identity(), ASKED, (), False).history == new_history(ASKED)
+    assert resume_from_record(record, identity(), ASKED, spans, False).changes == ()
     refused = [
         (identity(**{"run.seed": 4}), ASKED, spans, "run.seed = 4: the run was begun with 3"),
         (identity(**{"data.tokenizer": "u" * 64}), ASKED, spans, r"data\.tokenizer: .*\(fingerprint uuuuuuuuuuuu"),
         (identity(sources={"a": "1" * 64, "b": "9" * 64, "c": "3" * 64}), ASKED, spans, r"data\.mixture\.b: the data is not"),
         (identity(sources={"a": "1" * 64, "b": "2" * 64}), ASKED, spans, r"data\.mixture\.c: a source that is gone"),
-        (identity(), Asked(((0, {"a": 1.0, "b": 1.0, "c": 1.0}),), ASKED.caps), spans, 'data.on_change="accept"'),
+        (identity(), MixtureRequest(((0, {"a": 1.0, "b": 1.0, "c": 1.0}),), ASKED.caps), spans, 'data.on_change="accept"'),
         (identity(), ASKED, ((30, 41),), "consumed already"),
     ]
     for now, asked, left_out, message in refused:
         with pytest.raises(DataError, match=message):
-            go_on(record, now, asked, left_out, False)
-    other = Asked(((0, {"a": 1.0, "b": 1.0}),), {"a": None, "b": None})
+            resume_from_record(record, now, asked, left_out, False)
+    other = MixtureRequest(((0, {"a": 1.0, "b": 1.0}),), {"a": None, "b": None})
     two = identity(sources={"a": "1" * 64, "b": "2" * 64})
-    continued = go_on(record, two, other, (*spans, (900, 999)), True)
+    continued = resume_from_record(record, two, other, (*spans, (900, 999)), True)
     assert len(continued.changes) == 2
-    assert continued.history.asked[-1] == (record["position"], other)
+    assert continued.history.requests[-1] == (record["position"], other)
     before, after = (
-        mixed_loader(mixed, history=h, left_out=skips([*spans, (900, 999)])) for h in (begin(ASKED), continued.history)
+        mixed_loader(mixed, history=h, left_out=make_skips([*spans, (900, 999)]))
+        for h in (new_history(ASKED), continued.history)
     )
     assert before.samples(29).digest("") == after.samples(29).digest("")
     assert set(after.samples(40).source.tolist()) == {0, 1}
     with pytest.raises(DataError, match=r"'c', which is not in the mixture any more"):
-        read_samples(after.course, after.course.samples(0, 24), 24, True)
+        read_samples(after.sampler, after.sampler.samples(0, 24), 24, True)
 
 
 CONSUMER = """
@@ -415,11 +426,11 @@ ranks = [mixed_loader(root, r, world) for r in range(world)]
 if start:
     record = json.loads((log / "record.json").read_text())
     for r in ranks:
-        r.follow(record["state"], start)
+        r.replay(record["state"], start)
 for step, parts in enumerate(zip(*(r.stream(start, 10**6, ahead=ahead) for r in ranks)), start):
     rows = np.concatenate([p.tokens for p in parts])[:24]
     (log / f"{step}.tokens").write_bytes(rows.astype("<i4").tobytes())
-    record = make_record(ranks[0], step + 1, identity(), begin(ASKED), None)
+    record = make_record(ranks[0], step + 1, identity(), new_history(ASKED), None)
     (log / ".record").write_text(json.dumps(record))
     (log / ".record").rename(log / "record.json")
 """

@@ -14,10 +14,10 @@ from mikoshi.data.loader import lanes as rooms
 from mikoshi.data.loader import prefetch
 from mikoshi.data.loader.lanes import Lane, Stream
 from mikoshi.data.loader.stream import StreamLoader
-from mikoshi.data.prepare.piece import Selection, digest, is_held_out
+from mikoshi.data.prepare.piece import Selection, is_held_out, text_digest
 from mikoshi.data.prepare.quality import Filters
-from mikoshi.data.sampling.curriculum import Asked, begin
-from mikoshi.data.sampling.sampler import skips
+from mikoshi.data.sampling.curriculum import MixtureRequest, new_history
+from mikoshi.data.sampling.sampler import make_skips
 from mikoshi.data.sources.sources import SourceSpec, open_source, pieces
 from mikoshi.data.tokenizer.tokenizer import load_tokenizer
 
@@ -52,12 +52,12 @@ def stream_of(root, name, seed=1):
     return Stream(name, selection, pieces(source, 1500), 1, load_tokenizer("bytes"), SHARE, seed)
 
 
-WEIGHTS = Asked(((0, {"a": 2.0, "b": 1.0}),), {"a": None, "b": None})
+WEIGHTS = MixtureRequest(((0, {"a": 2.0, "b": 1.0}),), {"a": None, "b": None})
 
 
 def loader(root, rank=0, world=1, left_out=(), seed=1, lanes=LANES):
     streams = tuple(stream_of(root, name, seed) for name in ("a", "b"))
-    return StreamLoader(streams, begin(WEIGHTS), skips(left_out), lanes, CONTEXT, BATCH, rank, world, True)
+    return StreamLoader(streams, new_history(WEIGHTS), make_skips(left_out), lanes, CONTEXT, BATCH, rank, world, True)
 
 
 def steps_of(root, world, start, stop, state=None, **how):
@@ -65,7 +65,7 @@ def steps_of(root, world, start, stop, state=None, **how):
     ranks = [loader(root, r, world, **how) for r in range(world)]
     if state:
         for r in ranks:
-            r.follow(state, start)
+            r.replay(state, start)
     read = [list(r.stream(start, stop)) for r in ranks]
     batches = [np.concatenate([b.tokens for b in parts])[:BATCH] for parts in zip(*read, strict=True)]
 
@@ -107,7 +107,7 @@ def test_a_lane_reads_every_document_of_its_pieces_once_and_none_that_is_held_ou
     tokenizer, seen = stream.tokenizer, []
     per_epoch = len(stream.pieces)
     lines = [json.loads(line)["text"] for file in sorted((texts / "a").iterdir()) for line in file.read_text().splitlines()]
-    kept = [t for t in lines if not is_held_out(digest(t), SHARE)]
+    kept = [t for t in lines if not is_held_out(text_digest(t), SHARE)]
     assert len(kept) < len(lines)
     lane = Lane(stream, 0, 1)  # the only lane: an epoch is all of the source
     tokens = []
@@ -193,7 +193,7 @@ def test_numbers_of_a_record_that_cannot_be_are_refused_by_name(texts, what):
     _, state = steps_of(texts, 1, 0, 6)
     HOSTILE[what](state)
     with pytest.raises(DataError, match=f"^data: the record.*{what.split()[0]}"):
-        loader(texts).follow(state, 6)
+        loader(texts).replay(state, 6)
 
 
 @pytest.mark.parametrize("column", [1, 2, 3])
@@ -201,7 +201,7 @@ def test_a_cursor_that_no_lane_has_ends_soon(texts, column):
     _, state = steps_of(texts, 1, 0, 6)
     state["earlier"]["lanes"][0][column] = 1 << 47
     with pytest.raises(DataError, match=r"data\.source: .*(the run stands at token|not those that the run consumed)"):
-        loader(texts).follow(state, 6)
+        loader(texts).replay(state, 6)
 
 
 def test_what_was_left_behind_reading_does_not_meddle_with_lanes_that_go_on(texts, monkeypatch):
@@ -305,5 +305,5 @@ def test_a_source_of_fewer_pieces_than_lanes_is_shared_out_by_documents(texts):
             tokens += lane.row(CONTEXT).shard.tokens[:-1].tolist()
         seen += stream.tokenizer.decode(tokens).split("<|endoftext|>")[:-1]
     lines = [json.loads(line)["text"] for file in (texts / "a").iterdir() for line in file.read_text().splitlines()]
-    kept = {t for t in lines if not is_held_out(digest(t), SHARE)}
+    kept = {t for t in lines if not is_held_out(text_digest(t), SHARE)}
     assert kept <= set(seen)

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from mikoshi.data.errors import DataError
-from mikoshi.data.prepare.pool import run
+from mikoshi.data.prepare.pool import run_jobs
 
 TASKS = """
 import os, time
@@ -51,26 +51,26 @@ def tasks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_job_gives_its_result_once(tasks, workers):
     told = []
-    results = list(run(tasks.double, 100, list(range(40)), workers, lambda number, what: told.append((number, what))))
+    results = list(run_jobs(tasks.double, 100, list(range(40)), workers, lambda number, what: told.append((number, what))))
     assert sorted(results) == [(n, 100 + 2 * n) for n in range(40)]
     assert sorted(told) == [(n, n) for n in range(40)]
-    assert list(run(tasks.double, 100, [], workers)) == []
+    assert list(run_jobs(tasks.double, 100, [], workers)) == []
 
 
 def test_a_fault_comes_with_the_workers_traceback_and_nobody_is_waited_for_that_comes_later(tasks):
     with pytest.raises(RuntimeError, match=r"failed at 3:\nTraceback(.|\n)*tasks_of_a_test\.py(.|\n)*ZeroDivisionError: three"):
-        list(run(tasks.fail, None, [3, 5, 0], 2))  # 5 never ends
+        list(run_jobs(tasks.fail, None, [3, 5, 0], 2))  # 5 never ends
 
 
 def test_errors_of_the_disk_arrive_as_they_were(tasks):
     with pytest.raises(OSError, match="No space left on device") as caught:
-        list(run(tasks.refuse, None, list(range(9)), 2))
+        list(run_jobs(tasks.refuse, None, list(range(9)), 2))
     assert (caught.value.errno, caught.value.filename) == (28, "a/file")
 
 
 def test_a_worker_that_dies(tasks):
     with pytest.raises(DataError, match=r"the worker process at \w+ died \(exit code 7"):
-        list(run(tasks.vanish, None, ["here", "there"], 2))
+        list(run_jobs(tasks.vanish, None, ["here", "there"], 2))
     assert not [
         child for child in psutil.Process().children(recursive=True) if "data.prepare.pool" in " ".join(child.cmdline())
     ]
@@ -81,8 +81,8 @@ def test_workers_end_with_their_parent_also_in_the_middle_of_a_job(tmp_path):
     code = f"""
 import sys; sys.path.insert(0, {str(tmp_path)!r})
 import tasks_of_a_test as tasks
-from mikoshi.data.prepare.pool import run
-list(run(tasks.never_end, None, [1, 2], 2))
+from mikoshi.data.prepare.pool import run_jobs
+list(run_jobs(tasks.never_end, None, [1, 2], 2))
 """
     parent = subprocess.Popen([sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, text=True)
     try:

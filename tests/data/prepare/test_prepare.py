@@ -18,7 +18,7 @@ import mikoshi.data.prepare.prepare as making
 from mikoshi.data.dataset.shards import open_shard, read_index
 from mikoshi.data.errors import DataError
 from mikoshi.data.io.atomic import locked_folder, partial_path
-from mikoshi.data.prepare.prepare import Filters, Recipe, prepare, prepare_all, train_on
+from mikoshi.data.prepare.prepare import Filters, Recipe, prepare, prepare_all, train_shared_tokenizer
 from mikoshi.data.sources.sources import SourceSpec
 from mikoshi.data.tokenizer.tokenizer import load_tokenizer
 
@@ -381,7 +381,7 @@ def test_several_sources_share_one_tokenizer(tmp_path):
     recipes = {name: recipe(tmp_path / name) for name in ("one", "two")}
     made = prepare_all(recipes, tmp_path / "data", workers=1)
     trained = load_tokenizer(tmp_path / "data" / "tokenizer.json")
-    assert trained.fingerprint == train_on(recipes).fingerprint
+    assert trained.fingerprint == train_shared_tokenizer(recipes).fingerprint
     for name, (info, new) in made.items():
         assert new
         assert info.tokenizer == trained.fingerprint

@@ -7,7 +7,15 @@ import pytest
 
 from mikoshi.data.errors import DataError
 from mikoshi.data.prepare import quality
-from mikoshi.data.prepare.quality import Filters, doubles, find_doubles, repeated_share, symbol_share, why_dropped, write_hashes
+from mikoshi.data.prepare.quality import (
+    Filters,
+    find_duplicates,
+    read_duplicates,
+    repeated_share,
+    symbol_share,
+    why_dropped,
+    write_hashes,
+)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +79,7 @@ def test_doubles_are_those_of_a_set(tmp_path, monkeypatch, at_once):
     files = [tmp_path / f"{number:05d}" for number in range(len(pieces))]
     for file, piece in zip(files, pieces, strict=True):
         assert write_hashes(file, b"".join(piece)) == len(piece)
-    found = find_doubles(files, tmp_path / "doubles")
+    found = find_duplicates(files, tmp_path / "doubles")
     seen, total = set(), 0
     for number, piece in enumerate(pieces):
         wanted = []
@@ -79,12 +87,12 @@ def test_doubles_are_those_of_a_set(tmp_path, monkeypatch, at_once):
             if one in seen:
                 wanted.append(place)
             seen.add(one)
-        assert doubles(tmp_path / "doubles" / f"{number:05d}").tolist() == wanted
+        assert read_duplicates(tmp_path / "doubles" / f"{number:05d}").tolist() == wanted
         total += len(wanted)
     assert found == total > 300
-    assert find_doubles(files, tmp_path / "doubles") == total  # known from before
+    assert find_duplicates(files, tmp_path / "doubles") == total  # known from before
 
 
 def test_no_documents_at_all(tmp_path):
     assert write_hashes(tmp_path / "00000", b"") == 0
-    assert find_doubles([tmp_path / "00000"], tmp_path / "doubles") == 0
+    assert find_duplicates([tmp_path / "00000"], tmp_path / "doubles") == 0

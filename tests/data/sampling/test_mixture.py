@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mikoshi.data.errors import DataError
-from mikoshi.data.sampling.curriculum import Asked, begin, check_skips, read_history
-from mikoshi.data.sampling.mixture import FINEST, FOREVER, Stage, mix, whole_weights
+from mikoshi.data.sampling.curriculum import MixtureRequest, check_skips, new_history, read_history
+from mikoshi.data.sampling.mixture import FINEST, FOREVER, MixtureStage, make_mixture, whole_weights
 
 WEIGHTS = st.lists(st.integers(0, 9), min_size=1, max_size=5).filter(any)
 
@@ -23,9 +23,9 @@ def mixtures(draw):
             st.integers(1, 300), st.lists(st.integers(0, 9), min_size=sources, max_size=sources).filter(any), max_size=3
         )
     )
-    stages = [Stage(0, tuple(first)), *(Stage(start, tuple(w)) for start, w in sorted(later.items()))]
+    stages = [MixtureStage(0, tuple(first)), *(MixtureStage(start, tuple(w)) for start, w in sorted(later.items()))]
     caps = draw(st.lists(st.none() | st.integers(0, 150), min_size=sources, max_size=sources))
-    return mix([f"s{k}" for k in range(sources)], stages, caps), caps
+    return make_mixture([f"s{k}" for k in range(sources)], stages, caps), caps
 
 
 def walked(mixture, length):
@@ -60,13 +60,13 @@ def test_entering_anywhere_gives_what_walking_there_gives(made, data):
         return
     walked_source, walked_draw = mixture.locate(np.arange(length, dtype=np.int64))
     places = np.array(data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=20)), dtype=np.int64)
-    source, draw = mix(mixture.names, mixture.stages, [None] * len(mixture.names)).locate(places)
+    source, draw = make_mixture(mixture.names, mixture.stages, [None] * len(mixture.names)).locate(places)
     assert (source == walked_source[places]).all()
     assert (draw == walked_draw[places]).all()
 
 
 def test_a_trillion_samples_in_the_counts_are_exact():
-    mixture = mix(["a", "b", "c"], [Stage(0, (5, 3, 2)), Stage(10**9 + 7, (1, 1, 1))], [None] * 3)
+    mixture = make_mixture(["a", "b", "c"], [MixtureStage(0, (5, 3, 2)), MixtureStage(10**9 + 7, (1, 1, 1))], [None] * 3)
     at = 10**12 + 12345
     assert max(abs(c - d) for c, d in zip(mixture.counts(at).tolist(), mixture.shares(at), strict=True)) < 1
     source, draw = mixture.locate(np.array([at]))
@@ -74,7 +74,7 @@ def test_a_trillion_samples_in_the_counts_are_exact():
 
 
 def test_a_source_that_is_spent_leaves_its_part_to_the_others():
-    mixture = mix(["a", "b"], [Stage(0, (1, 1))], [10, None])
+    mixture = make_mixture(["a", "b"], [MixtureStage(0, (1, 1))], [10, None])
     source, _ = mixture.locate(np.arange(100, dtype=np.int64))
     assert (source[:20] == 0).sum() == 10
     assert (source[20:] == 1).all()
@@ -82,7 +82,7 @@ def test_a_source_that_is_spent_leaves_its_part_to_the_others():
 
 
 def test_the_end_is_where_all_are_spent():
-    mixture = mix(["a", "b"], [Stage(0, (3, 1))], [30, 20])
+    mixture = make_mixture(["a", "b"], [MixtureStage(0, (3, 1))], [30, 20])
     assert 48 <= mixture.end <= 50
     assert (mixture.counts(mixture.end) <= [30, 20]).all()
 
@@ -102,12 +102,12 @@ def test_weights_become_whole_numbers_exactly_or_to_the_finest():
 
 
 def asked(weights, caps=None):
-    return Asked(((0, weights),), {name: (caps or {}).get(name) for name in weights})
+    return MixtureRequest(((0, weights),), {name: (caps or {}).get(name) for name in weights})
 
 
 def test_a_change_on_the_way_keeps_the_past_and_every_share():
-    history = begin(asked({"a": 3.0, "b": 1.0}, {"a": 40}))
-    changed = history.changed(asked({"b": 1.0, "c": 2.0}), 75).changed(asked({"b": 1.0, "c": 1.0}), 130)
+    history = new_history(asked({"a": 3.0, "b": 1.0}, {"a": 40}))
+    changed = history.with_change(asked({"b": 1.0, "c": 2.0}), 75).with_change(asked({"b": 1.0, "c": 1.0}), 130)
     again = read_history(changed.record())
     assert again == changed
     old, new = ([h.names[k] for k in h.locate(np.arange(300, dtype=np.int64))[0].tolist()] for h in (history, again))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mikoshi.data.errors import DataError
-from mikoshi.data.prepare.piece import encode
+from mikoshi.data.prepare.piece import encode_documents
 from mikoshi.data.sources.chat import (
     CHATML,
     ChatProblem,
@@ -19,13 +19,13 @@ from mikoshi.data.sources.chat import (
     chat_parts,
     chat_prompt,
     chat_samples,
+    dump_chat_template,
     end_of_turn,
-    load_chat,
-    parse_chat,
-    write_chat,
+    load_chat_template,
+    parse_chat_template,
 )
 from mikoshi.data.sources.sources import SourceSpec, documents, open_source, pieces
-from mikoshi.data.sources.text import Document, reading
+from mikoshi.data.sources.text import Document, row_reader
 from mikoshi.data.tokenizer.tokenizer import parse_tokenizer, train_tokenizer
 
 PLAIN = (
@@ -61,7 +61,7 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("talk", TALKS, ids=["short", "long"])
-@pytest.mark.parametrize("text", [load_chat(CHATML).text, PLAIN, JSONISH], ids=["chatml", "plain", "json"])
+@pytest.mark.parametrize("text", [load_chat_template(CHATML).text, PLAIN, JSONISH], ids=["chatml", "plain", "json"])
 def test_the_text_is_that_of_transformers(text, talk):
     template = ChatTemplate("t", text, tuple(TOKENS.items()))
     parts = chat_parts(template, talk)
@@ -70,7 +70,7 @@ def test_the_text_is_that_of_transformers(text, talk):
 
 @pytest.mark.parametrize("talk", TALKS, ids=["short", "long"])
 def test_what_is_learned_is_the_mask_of_transformers(talk):
-    chatml, theirs = load_chat(CHATML), tokenizer()
+    chatml, theirs = load_chat_template(CHATML), tokenizer()
     whole = theirs.apply_chat_template(
         talk, chat_template=chatml.text, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
     )
@@ -120,7 +120,7 @@ def talk(*contents, roles=("user", "assistant")):
 )
 def test_a_conversation_that_cannot_be_learned_from_says_why(messages, problem):
     with pytest.raises(ChatProblem) as caught:
-        chat_parts(load_chat(CHATML), messages, frozenset({"<|eot|>"}))
+        chat_parts(load_chat_template(CHATML), messages, frozenset({"<|eot|>"}))
     assert str(caught.value).startswith(problem)
 
 
@@ -149,20 +149,20 @@ def test_a_template_comes_with_its_tokenizers_config(tmp_path):
         "added_tokens_decoder": {"7": {"content": "<|tool|>", "special": True}, "8": {"content": "plain", "special": False}},
     }  # fmt: skip
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    template = load_chat(str(tmp_path))
+    template = load_chat_template(str(tmp_path))
     assert template.text == PLAIN and template.tokens == (("bos_token", "<s>"), ("eos_token", "</s>"))
     assert template.specials == {"<s>", "</s>", "<|tool|>"}
     (tmp_path / "chat_template.jinja").write_text(JSONISH)
-    assert load_chat(str(tmp_path)).text == JSONISH
-    assert load_chat(str(tmp_path / "chat_template.jinja")).tokens == template.tokens
+    assert load_chat_template(str(tmp_path)).text == JSONISH
+    assert load_chat_template(str(tmp_path / "chat_template.jinja")).tokens == template.tokens
     config["chat_template"] = [{"name": "tools", "template": "no"}, {"name": "default", "template": PLAIN}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    assert load_chat(str(tmp_path / "tokenizer_config.json")).text == PLAIN
+    assert load_chat_template(str(tmp_path / "tokenizer_config.json")).text == PLAIN
     (tmp_path / "other.jinja").write_text("{% if %}")
     (tmp_path / "none.json").write_text("{}")
     for bad in ("other.jinja", "none.json", "missing.jinja"):
         with pytest.raises(DataError, match=rf"^data\.chat = .*{bad}"):
-            load_chat(str(tmp_path / bad))
+            load_chat_template(str(tmp_path / bad))
 
 
 def test_rows_of_files_become_conversations(tmp_path):
@@ -178,7 +178,7 @@ def test_rows_of_files_become_conversations(tmp_path):
     pq.write_table(pa.Table.from_pylist([{"text": "a"}]), tmp_path / "d.parquet")
     source = open_source(SourceSpec(str(tmp_path), chat="chatml", on_invalid="skip"))
     found = [d for piece in pieces(source, 1 << 20) for d in documents(source, piece, {"A2"})]
-    chatml = load_chat(CHATML)
+    chatml = load_chat_template(CHATML)
     two = {"a.jsonl:2", "c.parquet:2"}
     for document in found[:-1]:
         if document.name in two:
@@ -270,7 +270,7 @@ CALLING = (
 )
 def test_what_a_template_does_not_write_is_named(messages, tools, left_out):
     with pytest.raises(ChatProblem, match=f"^not written: the template 'chatml' leaves out {left_out}"):
-        chat_parts(load_chat(CHATML), messages, tools=tools)
+        chat_parts(load_chat_template(CHATML), messages, tools=tools)
 
 
 def test_what_a_template_writes_is_read():
@@ -283,15 +283,15 @@ def test_what_a_template_writes_is_read():
     with pytest.raises(ChatProblem, match=r"leaves out 'tool_calls \(the arguments\)' of message 2"):
         chat_parts(ChatTemplate("half", CALLING.replace("c.function.arguments | tojson", "''")), ASKED)
     about = [{**message, "id": 7, "created_at": "today"} for message in TURNS]
-    assert cut(load_chat(CHATML), about) == cut(load_chat(CHATML), TURNS)
+    assert cut(load_chat_template(CHATML), about) == cut(load_chat_template(CHATML), TURNS)
 
 
 def test_tools_come_from_their_column_or_from_json(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(
         "{% if tools %}TOOLS:{{ tools | tojson }}|{% endif %}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     )
-    template = load_chat(str(tmp_path))
-    how = reading(SourceSpec("x", chat=str(tmp_path)), template)
+    template = load_chat_template(str(tmp_path))
+    how = row_reader(SourceSpec("x", chat=str(tmp_path)), template)
     for tools in ([CALL], json.dumps([CALL]), [json.dumps(CALL)]):
         document = how.row("here:1", {"messages": TURNS, "tools": tools})
         assert document.text.startswith(f"TOOLS:{json.dumps([CALL])}|[user]a")
@@ -300,13 +300,13 @@ def test_tools_come_from_their_column_or_from_json(tmp_path):
     for bad in ("{", "3", ["x"], [3], {"a": 1}):
         assert how.row("here:1", {"messages": TURNS, "tools": bad}).problem.startswith("tools: the column ")
     assert "<|im_end|>" in how.row("x", {"messages": TURNS, "tools": [{"name": "<|im_end|>"}]}).text  # no token that is known
-    strict = reading(SourceSpec("x", chat=str(tmp_path)), template, frozenset({"<|im_end|>"}))
+    strict = row_reader(SourceSpec("x", chat=str(tmp_path)), template, frozenset({"<|im_end|>"}))
     assert strict.row("x", {"messages": TURNS, "tools": [{"name": "<|im_end|>"}]}).problem.startswith("special token")
 
 
 @pytest.mark.parametrize("key", ["weight", "train", "loss"])
 def test_a_message_that_says_so_is_not_learned(key):
-    for text in (load_chat(CHATML).text, ENDS["a prompt when asked for"][0]):
+    for text in (load_chat_template(CHATML).text, ENDS["a prompt when asked for"][0]):
         template = ChatTemplate("t", text)
         (sample,) = cut(template, [TURNS[0], TURNS[1] | {key: 0}, TURNS[2], TURNS[3] | {key: True}])
         (other,) = cut(template, TURNS)
@@ -356,20 +356,20 @@ def test_where_the_past_is_rewritten_each_answer_is_a_text_of_its_own(tmp_path):
     source = open_source(SourceSpec(str(tmp_path / "a.jsonl"), chat=str(tmp_path / "t.jinja")))
     one, two = [d for piece in pieces(source, 1 << 20) for d in documents(source, piece)]
     assert ["".join(t for t, _ in s) for s in (first, second)] == [one.text, two.text]
-    assert one.side == two.side == one.text and not one.more and two.parts
+    assert one.split_key == two.split_key == one.text and not one.more and two.parts
 
 
 def test_a_name_that_is_not_defined_is_an_error(tmp_path):
     (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}")
     with pytest.raises(ChatProblem, match=r"'eos_token' is not defined; tokenizer_config\.json or special_tokens_map"):
-        chat_parts(load_chat(str(tmp_path)), TURNS)
+        chat_parts(load_chat_template(str(tmp_path)), TURNS)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>"}}))
-    assert learned(load_chat(str(tmp_path)), TURNS) == ["b</s>", "d</s>"]
+    assert learned(load_chat_template(str(tmp_path)), TURNS) == ["b</s>", "d</s>"]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<eos>"}))
-    assert learned(load_chat(str(tmp_path)), TURNS) == ["b<eos>", "d<eos>"]
+    assert learned(load_chat_template(str(tmp_path)), TURNS) == ["b<eos>", "d<eos>"]
     (tmp_path / "special_tokens_map.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))  # it has none, and says so
-    assert learned(load_chat(str(tmp_path)), TURNS) == ["b", "d"]
+    assert learned(load_chat_template(str(tmp_path)), TURNS) == ["b", "d"]
     asking = "{% if enable_thinking is defined and x %}{% endif %}{{ messages[0].nothing }}{{ y if false }}"
     assert learned(ChatTemplate("t", asking + "{% for m in messages %}{{ m.content }}{% endfor %}"), TURNS) == ["b", "d"]
 
@@ -379,7 +379,7 @@ def test_the_day_is_the_one_that_is_given(tmp_path):
         "{{ strftime_now('%d %B %Y') }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     )
     with pytest.raises(ChatProblem, match=r"it writes the day \('strftime_now'\), which is not given: set data\.chat_date"):
-        chat_parts(load_chat(str(tmp_path / "t.jinja")), TURNS)
+        chat_parts(load_chat_template(str(tmp_path / "t.jinja")), TURNS)
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": TURNS}) + "\n")
     told = []
     for date in ("2026-01-31", "2026-02-01"):
@@ -389,7 +389,7 @@ def test_the_day_is_the_one_that_is_given(tmp_path):
         assert document.text.startswith({"2026-01-31": "31 January 2026", "2026-02-01": "01 February 2026"}[date])
     assert told[0] != told[1]
     with pytest.raises(DataError, match=r"^data\.chat_date = 'today' is no day"):
-        load_chat(CHATML, "today")
+        load_chat_template(CHATML, "today")
 
 
 def test_texts_in_a_list_are_read_where_the_template_writes_them():
@@ -406,11 +406,11 @@ def test_texts_in_a_list_are_read_where_the_template_writes_them():
 
 def test_a_template_is_the_same_after_it_was_written():
     template = ChatTemplate("t", PLAIN, tuple(TOKENS.items()), frozenset({"<s>"}), frozenset({"pad_token"}), "2026-01-31")
-    again = parse_chat(write_chat(template))
+    again = parse_chat_template(dump_chat_template(template))
     assert again == template and again.fingerprint == template.fingerprint
-    assert load_chat(CHATML).fingerprint != load_chat(CHATML, "2026-01-31").fingerprint
+    assert load_chat_template(CHATML).fingerprint != load_chat_template(CHATML, "2026-01-31").fingerprint
     assert (end_of_turn(template, frozenset(TOKENS.values())), end_of_turn(template, frozenset())) == ("</s>", "")
-    assert chat_prompt(load_chat(CHATML), "Hi") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert chat_prompt(load_chat_template(CHATML), "Hi") == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 
 
 def templates_of_trl():
@@ -490,7 +490,7 @@ def test_ids_and_mask_are_those_of_transformers_under_every_kind_of_tokenizer(ki
             messages, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True, tokenize=True
         )
         parts = chat_parts(template, messages, ours.special_tokens)
-        ((ids, flags),) = encode(ours, [Document("d", "".join(p.text for p in parts), parts=parts)])
+        ((ids, flags),) = encode_documents(ours, [Document("d", "".join(p.text for p in parts), parts=parts)])
         assert ids[:-1].tolist() == whole["input_ids"]
         if "gpt-2" not in kind:  # there transformers does not find the space that an answer begins with
             assert flags[:-1].tolist() == [bool(flag) for flag in whole["assistant_masks"]]
@@ -510,10 +510,14 @@ def test_the_separator_is_learned_where_nothing_else_ends_the_text():
     plain = ChatTemplate("plain", "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\n' }}{% endfor %}")
     ending = ChatTemplate("ending", "{% for m in messages %}{{ m.content }}<|endoftext|>{% endfor %}")
     for template, messages, wanted in (
-        (load_chat(CHATML), talk("a", "b"), ["b<|im_end|>\n<|endoftext|>"]),
-        (load_chat(CHATML), talk("a", "b", "c", "d"), ["b<|im_end|>", "d<|im_end|>\n<|endoftext|>"]),
-        (load_chat(CHATML), talk("a", "b", "c"), ["b<|im_end|>"]),
-        (load_chat(CHATML), [*talk("a", "b", "c"), {"role": "assistant", "content": "d", "weight": 0}], ["b<|im_end|>"]),
+        (load_chat_template(CHATML), talk("a", "b"), ["b<|im_end|>\n<|endoftext|>"]),
+        (load_chat_template(CHATML), talk("a", "b", "c", "d"), ["b<|im_end|>", "d<|im_end|>\n<|endoftext|>"]),
+        (load_chat_template(CHATML), talk("a", "b", "c"), ["b<|im_end|>"]),
+        (
+            load_chat_template(CHATML),
+            [*talk("a", "b", "c"), {"role": "assistant", "content": "d", "weight": 0}],
+            ["b<|im_end|>"],
+        ),
         (plain, talk("a", "b"), ["assistant: b\n<|endoftext|>"]),
         (ending, talk("a", "b"), ["b<|endoftext|>"]),
         # A turn's end of its own, which the tokenizer's files do not name as a stop: Llama 3, Gemma, TRL's marked templates.
@@ -526,7 +530,7 @@ def test_the_separator_is_learned_where_nothing_else_ends_the_text():
         (ChatTemplate("trl", TRL_END), talk("a", "b"), ["b<|im_end|>"]),
     ):
         parts = chat_parts(template, messages)
-        ((ids, flags),) = encode(ours, [Document("d", "".join(p.text for p in parts), parts=parts)])
+        ((ids, flags),) = encode_documents(ours, [Document("d", "".join(p.text for p in parts), parts=parts)])
         edges = [0, *(1 + i for i in range(len(ids) - 1) if flags[i] != flags[i + 1]), len(ids)]
         told = [(ours.decode(ids[a:b].tolist()), flags[a]) for a, b in itertools.pairwise(edges)]
         assert [text for text, flag in told if flag] == wanted

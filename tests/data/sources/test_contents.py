@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,7 +59,9 @@ def test_so_is_an_edit_of_a_template_or_tokenizer(raw, tmp_path):
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         path.write_text("".join(json.dumps({"messages": turns, "n": n}) + "\n" for n in range(20)))
     template.write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}")
-    making.train_on({"": Recipe(SourceSpec("python-stdlib", on_invalid="skip"), vocab=300)}).save(tokenizer)
+    words = tmp_path / "words.txt"
+    words.write_text(Path(json.__file__).read_text())
+    making.train_shared_tokenizer({"": Recipe(SourceSpec(str(words)), vocab=300)}).save(tokenizer)
 
     def made():
         return prepare(Recipe(SourceSpec(str(raw), chat=str(template)), tokenizer, held_out=0.2), tmp_path / "data")[1]
@@ -90,14 +93,14 @@ def test_what_looks_the_same_is_not_read_and_what_was_touched_is_read_once(raw, 
     assert read == ["a.jsonl", "b.jsonl"] and contents_of(files, found) == found and len(read) == 2
     os.utime(raw / "a.jsonl")
     touched = contents_of(list_files(str(raw)), found)
-    assert read[2:] == ["a.jsonl"] and touched.digests == found.digests and not touched.other_than(found)
-    (tmp_path / SOURCES).write_bytes(touched.plain())
+    assert read[2:] == ["a.jsonl"] and touched.digests == found.digests and not touched.first_difference(found)
+    (tmp_path / SOURCES).write_bytes(touched.to_json())
     assert contents_of(list_files(str(raw)), read_contents(tmp_path / SOURCES)) == touched and len(read) == 3
 
 
 def test_a_file_changed_a_moment_ago_is_read_again(raw):
     found = contents_of(list_files(str(raw)), None)
-    assert found.looks == {"a.jsonl": (), "b.jsonl": ()}
+    assert found.signatures == {"a.jsonl": (), "b.jsonl": ()}
 
 
 def test_data_prepared_before_goes_on_and_says_so(raw, tmp_path):
@@ -121,10 +124,10 @@ def test_conversations_prepared_by_earlier_rules_go_on_and_say_so(tmp_path, chat
     made, _ = prepare(recipe(tmp_path / "raw.jsonl", chat=place), tmp_path / "data", workers=1)
     source = open_source(SourceSpec(str(tmp_path / "raw.jsonl"), chat=place))
     name, size = CHAT_BEFORE[chat]
-    assert source.describe(before=True)[-1] == (name.format(place), size)
+    assert source.describe(legacy=True)[-1] == (name.format(place), size)
     index = tmp_path / "data" / INDEX
     plain = making._identity(recipe(tmp_path / "raw.jsonl", chat=place), source, load_tokenizer("bytes"))
-    before = making._digest(plain | {"files": [list(file) for file in source.describe(before=True)]})
+    before = making._digest(plain | {"files": [list(file) for file in source.describe(legacy=True)]})
     index.write_text(index.read_text().replace(made.recipe, before))
     info, new = prepare(recipe(tmp_path / "raw.jsonl", chat=place), tmp_path / "data")
     assert (new, info.splits, info.report["earlier"]) == (False, made.splits, ("chat",))

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from mikoshi.data.errors import DataError
 from mikoshi.data.io.unpack import stream_of
 from mikoshi.data.sources import json_rows as jsonrows
-from mikoshi.data.sources.hub import resolve
+from mikoshi.data.sources.hub import resolve_files
 from mikoshi.data.sources.json_rows import lines
 from mikoshi.data.sources.sources import Document, SourceSpec, documents, open_source, pieces
 
@@ -454,21 +454,21 @@ def test_files_of_a_dataset_are_found_as_datasets_finds_them(tmp_path):
     for name in ("tr-0", "tr-1", "te-0"):
         (tmp_path / "data" / f"{name}.parquet").write_bytes(FILES["a.parquet"])
     (tmp_path / "two.jsonl").write_bytes(jsonl())
-    found, kind = resolve(str(tmp_path), None, "one", "train", "hub:x")
+    found, kind = resolve_files(str(tmp_path), None, "one", "train", "hub:x")
     assert ([f.name for f in found], kind) == (["tr-0.parquet", "tr-1.parquet"], "auto")
-    found, kind = resolve(str(tmp_path), None, "two", "train", "hub:x")
+    found, kind = resolve_files(str(tmp_path), None, "two", "train", "hub:x")
     assert ([f.name for f in found], kind) == (["two.jsonl"], "jsonl")
     with pytest.raises(DataError, match="no split 'dev'; it has train, test"):
-        resolve(str(tmp_path), None, "one", "dev", "hub:x")
+        resolve_files(str(tmp_path), None, "one", "dev", "hub:x")
     with pytest.raises(DataError, match="hub:x"):
-        resolve(str(tmp_path), None, "three", "train", "hub:x")
+        resolve_files(str(tmp_path), None, "three", "train", "hub:x")
     (tmp_path / "README.md").unlink()
     (tmp_path / "two.jsonl").rename(tmp_path / "data" / "train.json")
-    found, kind = resolve(str(tmp_path / "data"), None, None, "train", "hub:x")
+    found, kind = resolve_files(str(tmp_path / "data"), None, None, "train", "hub:x")
     assert ([f.name for f in found], kind) == (["train.json"], "auto")
 
 
 def test_a_dataset_that_needs_its_own_code_is_refused(tmp_path):
     (tmp_path / f"{tmp_path.name}.py").write_text("raise SystemExit('ran')")
     with pytest.raises(DataError, match="needs code of its own, which is not run"):
-        resolve(str(tmp_path), None, None, "train", "hub:x")
+        resolve_files(str(tmp_path), None, None, "train", "hub:x")

@@ -4,13 +4,13 @@ import pytest
 
 from mikoshi.data.errors import DataError
 from mikoshi.data.sources.sources import SourceSpec, open_source
-from mikoshi.data.sources.text import reading
+from mikoshi.data.sources.text import row_reader
 
 ROW = {"text": "some text", "lang": "en", "stars": 12, "share": 0.5, "fork": False, "note": None, "tags": ["a", "b"]}
 
 
 def kept(where, row=ROW):
-    return reading(SourceSpec("x", where=where), None).row("here:1", row)
+    return row_reader(SourceSpec("x", where=where), None).row("here:1", row)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_a_filter_that_cannot_be_answered_is_a_problem_and_no_drop():
 
 def test_a_template_puts_columns_together():
     def filled(template, row=ROW):
-        return reading(SourceSpec("x", template=template), None).row("here:1", row)
+        return row_reader(SourceSpec("x", template=template), None).row("here:1", row)
 
     assert filled("{lang}/{stars} {{{text}}}\n").text == "en/12 {some text}\n"
     assert filled("{text}{share}").text == "some text0.5"

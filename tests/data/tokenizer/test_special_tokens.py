@@ -11,7 +11,7 @@ from mikoshi.data.dataset.shards import INDEX, TRAIN, open_shard, parse_index, r
 from mikoshi.data.errors import DataError
 from mikoshi.data.prepare.prepare import Recipe, prepare
 from mikoshi.data.sources.text import SourceSpec
-from mikoshi.data.tokenizer.special_tokens import separator_before
+from mikoshi.data.tokenizer.special_tokens import legacy_separator
 from mikoshi.data.tokenizer.tokenizer import load_saved, load_tokenizer, parse_tokenizer, train_tokenizer
 
 GEMMA = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -86,7 +86,7 @@ def test_documents_begin_and_end_as_the_files_say(case, tmp_path):
     assert {made.backend.id_to_token(i) for i in made.stops} == stops
     made.save(tmp_path / "tokenizer.json")  # as a run folder keeps it
     saved = load_saved(tmp_path / "tokenizer.json")
-    assert (saved.marks, saved.fingerprint) == (made.marks, made.fingerprint)
+    assert (saved.boundaries, saved.fingerprint) == (made.boundaries, made.fingerprint)
 
 
 def test_what_a_run_folder_keeps_transformers_reads_alike(tmp_path):
@@ -204,14 +204,14 @@ def test_data_made_before_goes_on_as_it_is(tmp_path):
     recipe = Recipe(texts(tmp_path), path)
     made, _ = prepare(Recipe(recipe.source, path, separator="</s>", bos="none"), tmp_path / "data", workers=1)
     tokenizer = load_tokenizer(path, separator="</s>", bos="none")
-    assert (made.separator, made.tokenizer) == (separator_before(tokenizer.backend), tokenizer.digest)
+    assert (made.separator, made.tokenizer) == (legacy_separator(tokenizer.backend), tokenizer.digest)
     raw = json.loads((tmp_path / "data" / INDEX).read_text())
     old = {key: value for key, value in raw.items() if key not in ("bos", "stops")}
     (tmp_path / "data" / INDEX).write_text(json.dumps(old))
     info, new = prepare(recipe, tmp_path / "data", workers=1)
     assert (new, info.bos, info.separator, info.splits) == (False, None, made.separator, made.splits)
     content = (tmp_path / "data" / "tokenizer.json").read_bytes()
-    assert parse_tokenizer(content, "it", info.marks).fingerprint == info.tokenizer
+    assert parse_tokenizer(content, "it", info.boundaries).fingerprint == info.tokenizer
     with pytest.raises(DataError, match="made from another source or settings"):
         prepare(Recipe(recipe.source, path, bos="<bos>"), tmp_path / "data", workers=1)
     with pytest.raises(DataError, match="none of the vocabulary"):

@@ -107,7 +107,7 @@ def test_merges_recovered_from_ranks_are_the_published_ones(gpt2_ranks, gpt2, tm
     published = [tuple(line.split()) for line in packaged("vocab.bpe").read_text().split("\n")[1:] if line]
     merges, every = merges_of(read_ranks(ranks_file(tmp_path / "r50k_base.tiktoken", gpt2_ranks)))
     assert every
-    assert [(ranks.written(left), ranks.written(right)) for left, right in merges] == published
+    assert [(ranks.bytes_to_unicode(left), ranks.bytes_to_unicode(right)) for left, right in merges] == published
     assert load_tokenizer(tmp_path / "r50k_base.tiktoken").fingerprint == gpt2.fingerprint
 
 
@@ -164,7 +164,7 @@ def test_any_vocabulary_is_encoded_as_by_tokenizers(tmp_path_factory, text, word
 def naive(text):
     """Every token of the vocabulary as a rank: what tiktoken makes of the file without looking closer."""
     vocab = json.loads(text)["model"]["vocab"]
-    found = {ranks.unwritten(token): i for token, i in vocab.items() if token != SEPARATOR}
+    found = {ranks.unicode_to_bytes(token): i for token, i in vocab.items() if token != SEPARATOR}
     return tiktoken.Encoding("n", pat_str=PATTERNS["gpt2"], mergeable_ranks=found, special_tokens={})
 
 
@@ -213,18 +213,18 @@ def test_what_tiktoken_cannot_do_stays_with_tokenizers(change, why, tmp_path):
     tokenizer = loaded(json.dumps(change(plain)), tmp_path)
     assert tokenizer.backend_name == "tokenizers"
     assert why in tokenizer.why_not_faster
-    assert tokenizer.agrees(VARIED)
+    assert tokenizer.backends_agree(VARIED)
     if why != "dropout":
         assert tokenizer.encode_batch(VARIED, threads=2) == of_tokenizers(tokenizer, VARIED)
 
 
 def test_agrees_finds_a_difference():
     tokenizer = train_tokenizer(VARIED, 400)
-    assert tokenizer.agrees(VARIED)
+    assert tokenizer.backends_agree(VARIED)
     other = train_tokenizer(VARIED[::2], 400)
     assert other.backend_name == "tiktoken"
     tokenizer.__dict__["_fast"] = other._fast
-    assert not tokenizer.agrees(VARIED)
+    assert not tokenizer.backends_agree(VARIED)
 
 
 def test_bytes():
@@ -267,7 +267,7 @@ def test_cutting_a_long_text_changes_no_id(pattern, gpt2, tmp_path, monkeypatch)
 def test_a_run_without_a_place_to_cut_is_the_same_by_both_backends(gpt2, text):
     ids = gpt2.encode_batch([text, "next"], threads=2)
     assert ids == [gpt2.encode(text), gpt2.encode("next")]
-    assert gpt2.agrees([text])
+    assert gpt2.backends_agree([text])
     assert gpt2.decode(ids[0]) == text
 
 
@@ -290,7 +290,9 @@ def test_every_character_is_of_the_same_kind_for_both_backends(pattern, gpt2, tm
     characters = [chr(c) for c in (*range(0xD800), *range(0xE000, 0x33480), *range(0x33480, 0x110000, 61))]
     for start in range(0, len(characters), 4096):
         group = characters[start : start + 4096]
-        assert tokenizer.agrees(["".join(f"x{c}y {c} 1{c}2'{c} !{c}.\n{c}{c}  {c}X'{c}Z" for c in group)]), hex(ord(group[0]))
+        assert tokenizer.backends_agree(["".join(f"x{c}y {c} 1{c}2'{c} !{c}.\n{c}{c}  {c}X'{c}Z" for c in group)]), hex(
+            ord(group[0])
+        )
 
 
 def test_special_tokens_are_real_only_in_parts_that_may_hold_them():

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from mikoshi.launch.agent.hang_detector import Watch, dump_stacks, is_stopped, keep_stacks, who_hangs
+from mikoshi.launch.agent.hang_detector import HangDetector, dump_stacks, find_hang, is_stopped, keep_stacks
 from mikoshi.parallel.process.heartbeat import Page
 from mikoshi.trainer.record.run_folder import RunFolder
 
@@ -18,7 +18,7 @@ def page(step, phase, silent, limit=5.0, beats=100):
 
 
 def named(pages, stopped=(), since=0.0):
-    hang = who_hangs(dict(enumerate(pages)), set(stopped), NOW, since, SILENCE)
+    hang = find_hang(dict(enumerate(pages)), set(stopped), NOW, since, SILENCE)
     return hang and (hang.rank, round(hang.seconds, 1), hang.stopped)
 
 
@@ -53,14 +53,14 @@ def test_silence_counts_from_where_the_watch_itself_went_on():
 
 
 def test_a_watch_that_was_stopped_itself_begins_to_count_anew(tmp_path):
-    watch = Watch(silence=0.5, patience=0.5)
-    watch.began = watch.looked = time.monotonic() - 60
+    detector = HangDetector(silence=0.5, patience=0.5)
+    detector.began = detector.last_check = time.monotonic() - 60
     ranks = {0: (os.getpid(), tmp_path / "no.page")}
-    assert watch.look(ranks) is None
-    assert watch.since == watch.looked
-    watch.looked -= 0.9
-    watch.since -= 0.9
-    assert watch.look(ranks).rank == 0, "after that, as ever: a rank that has said nothing for longer than patience"
+    assert detector.check(ranks) is None
+    assert detector.counted_from == detector.last_check
+    detector.last_check -= 0.9
+    detector.counted_from -= 0.9
+    assert detector.check(ranks).rank == 0, "after that, as ever: a rank that has said nothing for longer than patience"
 
 
 def test_a_stopped_process_is_seen_and_its_stack_too(tmp_path):

@@ -16,10 +16,10 @@ import pytest
 from mikoshi.launch.backends.base import JobState
 from mikoshi.launch.backends.kubernetes.kubernetes import KubernetesSite, log_lines
 from mikoshi.launch.backends.kubernetes.manifests import job_name, jobset
-from mikoshi.launch.backends.kubernetes.pod import place
+from mikoshi.launch.backends.kubernetes.pod import unpack_run
 from mikoshi.launch.backends.open import open_backend, open_site
 from mikoshi.launch.config.cluster import KubernetesCluster
-from mikoshi.launch.runs.record import Request, Result, Stop, Submitted, create, new_spec
+from mikoshi.launch.runs.record import Request, Result, Stop, SubmittedRun, create_run, new_spec
 from mikoshi.launch.transport.connect import port_of
 from mikoshi.trainer.config.run import load_config
 from mikoshi.trainer.errors import LaunchError
@@ -49,7 +49,7 @@ def new_run_spec(name, kind):
 
 
 def new_run(folder, name="quickstart", kind=None):
-    return create(new_run_spec(name, kind or cluster()), folder / name)
+    return create_run(new_run_spec(name, kind or cluster()), folder / name)
 
 
 def request(nodes=2, **more):
@@ -59,7 +59,7 @@ def request(nodes=2, **more):
 def submit(folder, backend, name="quickstart", nodes=2, kind=None):
     run = new_run(folder, name, kind)
     attempt = run.add(request(nodes))
-    backend.rehearse(run, attempt.request)
+    backend.server_dry_run(run, attempt.request)
     attempt.write_job(backend.submit(run, attempt))
     return run, attempt
 
@@ -115,7 +115,7 @@ def test_two_jobs_of_one_name_are_not_one(tmp_path, server):
 
 def test_a_cluster_is_checked_before_anything_is_made(server, tmp_path):
     def checked(**more):
-        run = Submitted(RunFolder(tmp_path), new_run_spec("quickstart", cluster(**more)))
+        run = SubmittedRun(RunFolder(tmp_path), new_run_spec("quickstart", cluster(**more)))
         open_backend(cluster(**more)).check(run, request())
 
     with pytest.raises(LaunchError, match="claim = 'runs': not there"):
@@ -154,7 +154,7 @@ def test_a_server_that_is_not_there_is_one_line(tmp_path, server, monkeypatch):
     assert "\n" not in str(error.value) and "object at 0x" not in str(error.value)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(LaunchError, match="no way to Kubernetes"):
-        open_backend(cluster()).check(Submitted(RunFolder(tmp_path), new_run_spec("r", cluster())), request())
+        open_backend(cluster()).check(SubmittedRun(RunFolder(tmp_path), new_run_spec("r", cluster())), request())
 
 
 def test_a_secret_that_is_not_set_is_named_before_anything_is_made(tmp_path, server, monkeypatch):
@@ -193,7 +193,7 @@ def test_how_all_jobs_stand_takes_two_questions(tmp_path, server):
     backend.cancel(attempts["gone"], now=True)
     condition("suspended", "Suspended")
     server.asked.clear()
-    found = dict(zip(names, backend.look(list(jobs.values())), strict=True))
+    found = dict(zip(names, backend.query(list(jobs.values())), strict=True))
     assert len(server.asked) == 2
     assert found == {
         "queued": JobState("queued", "Unschedulable: 0/4 nodes: insufficient nvidia.com/gpu"),
@@ -207,7 +207,7 @@ def test_how_all_jobs_stand_takes_two_questions(tmp_path, server):
     }
     server.refuse["GET", "jobsets"] = 503, "busy"
     with pytest.raises(LaunchError, match="busy"):
-        backend.look(list(jobs.values()))
+        backend.query(list(jobs.values()))
 
 
 def test_a_list_of_many_pages_is_read_to_its_end(server):
@@ -248,10 +248,10 @@ def test_logs_are_those_of_the_newest_pod_of_a_node(tmp_path, server):
 
 def test_following_waits_for_the_leading_pod_and_shows_what_it_prints(tmp_path, server, monkeypatch, capfd):
     from mikoshi.launch.cli.watch import follow_run
-    from mikoshi.launch.operate import control as steer
+    from mikoshi.launch.operate import control
 
     run, attempt = submit(tmp_path, open_backend(cluster()))
-    monkeypatch.setattr(steer, "ASKS", 0.02)
+    monkeypatch.setattr(control, "SCHEDULER_INTERVAL", 0.02)
     pod = server.add_pod(attempt.job["jobset"], "head", 0, "Pending")
     server.logs = {pod: ["step 1", "step 2"]}
 
@@ -313,14 +313,14 @@ def test_the_leading_pod_finds_its_request_once_however_often_it_starts(tmp_path
     there = tmp_path / "claim" / "quickstart"
     mount = mounted(tmp_path, run, first)
     for _ in range(2):
-        placed = place(mount, there)
+        placed = unpack_run(mount, there)
         assert [attempt.request for attempt in placed.attempts] == [first]
         assert placed.spec == run.spec
     placed.add(request(2, cause="requeue"))  # the head's own, when its pod started again
-    later = place(mounted(tmp_path, run, second, 2), there)
+    later = unpack_run(mounted(tmp_path, run, second, 2), there)
     assert [attempt.request.cause for attempt in later.attempts] == ["submit", "requeue", "resume"]
     with pytest.raises(LaunchError, match="another run of this name is there"):
-        place(mounted(tmp_path, new_run(tmp_path / "again"), first, 3), there)
+        unpack_run(mounted(tmp_path, new_run(tmp_path / "again"), first, 3), there)
 
 
 def test_the_leading_pod_ends_with_a_users_mistake_where_it_cannot_start(tmp_path):
@@ -368,4 +368,4 @@ def test_what_follows_an_attempt_is_told_as_the_jobset_will_do_it(tmp_path, code
 
 def test_a_run_is_opened_from_its_record_alone(tmp_path):
     run = new_run(tmp_path)
-    assert Submitted(RunFolder(run.folder.path), run.spec) == run
+    assert SubmittedRun(RunFolder(run.folder.path), run.spec) == run

@@ -16,7 +16,7 @@ from hosts import until
 from mikoshi.launch.backends.local.local import LocalBackend, LocalSite
 from mikoshi.launch.config.cluster import LocalCluster, SshCluster
 from mikoshi.launch.config.private_env import PRIVATE, read_private
-from mikoshi.launch.runs.record import Request, Started, Submitted, create, new_spec
+from mikoshi.launch.runs.record import Request, Started, SubmittedRun, create_run, new_spec
 from mikoshi.trainer.errors import LaunchError
 from mikoshi.trainer.record.run_folder import RunFolder
 from runs import run_config
@@ -38,7 +38,7 @@ def request(**fields):
 
 def submitted(folder, cluster):
     """A run in a folder, and its first attempt."""
-    run = create(new_spec(run_config(folder / "data", folder / "runs"), cluster, folder))
+    run = create_run(new_spec(run_config(folder / "data", folder / "runs"), cluster, folder))
     return run, run.add(request())
 
 
@@ -83,9 +83,9 @@ def test_what_the_head_says_is_in_its_log_and_its_input_is_empty(started):
 
 def test_it_runs_until_it_has_ended_also_for_the_one_who_started_it(started):
     backend, _, attempt, _ = started()
-    assert backend.look([attempt.job])[0].state == "running"
+    assert backend.query([attempt.job])[0].state == "running"
     os.kill(int(attempt.job["pid"]), signal.SIGKILL)
-    until(lambda: backend.look([attempt.job])[0].state == "ended", 10, "it is told as ended")
+    until(lambda: backend.query([attempt.job])[0].state == "ended", 10, "it is told as ended")
 
 
 def test_the_number_of_a_process_given_to_another_is_not_the_head(started):
@@ -94,34 +94,34 @@ def test_the_number_of_a_process_given_to_another_is_not_the_head(started):
     later = {**job, "start_ticks": str(int(job["start_ticks"]) + 1)}
     rebooted = {**job, "boot": "0" * 8 + job["boot"][8:]}
     for other in (later, rebooted):
-        assert backend.look([other])[0].state == "ended"
+        assert backend.query([other])[0].state == "ended"
         attempt.write_job(other)
         backend.cancel(attempt, now=True)
-        assert backend.look([job])[0].state == "running", "a stranger was killed"
+        assert backend.query([job])[0].state == "running", "a stranger was killed"
 
 
 def test_a_head_is_known_again_when_the_clock_was_set(started):
     backend, _, attempt, _ = started()
     for step in (-3600, 3600):
         moved = {**attempt.job, "began": repr(float(attempt.job["began"]) + step)}  # what a clock that is set does to it
-        assert backend.look([moved])[0].state == "running"
+        assert backend.query([moved])[0].state == "running"
     attempt.write_job(moved)
     backend.cancel(attempt, now=True)
-    assert backend.look([moved])[0].state == "ended"
+    assert backend.query([moved])[0].state == "ended"
 
 
 def test_where_the_kernel_tells_no_start_the_time_of_day_does(started):
     backend, _, attempt, _ = started()
     job = {key: value for key, value in attempt.job.items() if key not in ("start_ticks", "boot")}
     assert job.keys() == {"kind", "host", "pid", "began"}
-    assert backend.look([job])[0].state == "running"
-    assert backend.look([{**job, "began": repr(float(job["began"]) - 3600)}])[0].state == "ended"
+    assert backend.query([job])[0].state == "running"
+    assert backend.query([{**job, "began": repr(float(job["began"]) - 3600)}])[0].state == "ended"
 
 
 def test_a_head_on_another_machine_is_unknown_here_and_cannot_be_cancelled_from_here(started):
     backend, _, attempt, _ = started()
     attempt.write_job({**attempt.job, "host": "elsewhere"})
-    (state,) = backend.look([attempt.job])
+    (state,) = backend.query([attempt.job])
     assert state.state == "unknown" and "elsewhere" in state.why
     with pytest.raises(LaunchError, match="elsewhere: ask there"):
         backend.cancel(attempt, now=False)
@@ -129,7 +129,7 @@ def test_a_head_on_another_machine_is_unknown_here_and_cannot_be_cancelled_from_
 
 def test_a_submission_that_was_cut_off_is_unknown(started):
     backend, *_ = started()
-    (state,) = backend.look([{}])
+    (state,) = backend.query([{}])
     assert state.state == "unknown" and "cut off" in state.why
 
 
@@ -140,7 +140,7 @@ def test_a_cancel_asks_the_head_which_may_take_its_time(started):
     )
     until(lambda: "ready" in attempt.head_log.read_text(), 10, "the head listens")
     backend.cancel(attempt, now=False)
-    until(lambda: backend.look([attempt.job])[0].state == "ended", 10, "it ends")
+    until(lambda: backend.query([attempt.job])[0].state == "ended", 10, "it ends")
     assert "saved" in attempt.head_log.read_text()
 
 
@@ -170,9 +170,9 @@ def test_the_head_outlives_the_one_who_submitted(tmp_path):
     done = subprocess.run([sys.executable, "-c", SUBMITTER, run.folder.path], capture_output=True, text=True, check=True)
     attempt.write_job(json.loads(done.stdout))
     backend = LocalBackend(run.spec.cluster)
-    assert backend.look([attempt.job])[0].state == "running"
+    assert backend.query([attempt.job])[0].state == "running"
     backend.cancel(attempt, now=True)
-    assert backend.look([attempt.job])[0].state == "ended"
+    assert backend.query([attempt.job])[0].state == "ended"
 
 
 def test_setup_lines_see_nothing_of_the_head_and_the_head_has_what_they_export(started):
@@ -186,7 +186,7 @@ def test_setup_lines_see_nothing_of_the_head_and_the_head_has_what_they_export(s
 
 def test_a_head_whose_setup_fails_is_not_run_and_its_log_says_why(started):
     backend, _, attempt, python = started(setup="module_of_yours load cuda")
-    until(lambda: backend.look([attempt.job])[0].state == "ended", 10, "it ends")
+    until(lambda: backend.query([attempt.job])[0].state == "ended", 10, "it ends")
     assert noted(python) is None and "module_of_yours" in attempt.head_log.read_text()
 
 
@@ -214,7 +214,7 @@ def check(folder, request, **fields):
     cluster = LocalCluster(kind="local", **fields)
     config = run_config(folder / "data", folder / "runs")
     spec = new_spec(config, cluster, Path(cluster.workdir or folder))
-    LocalBackend(cluster).check(Submitted(RunFolder(config.run.path), spec), request)
+    LocalBackend(cluster).check(SubmittedRun(RunFolder(config.run.path), spec), request)
 
 
 @pytest.mark.parametrize(
@@ -267,4 +267,4 @@ def test_a_head_whose_job_is_not_on_record_is_cancelled_by_its_own(started, dama
     host, pid, began = job["host"], int(job["pid"]), float(job["began"])
     attempt.write(Started(host=host, pid=pid, began=began, nodes=["n1"], ranks_per_node=1, time=1.0))
     backend.cancel(attempt, now=True)
-    assert backend.look([job])[0].state == "ended"
+    assert backend.query([job])[0].state == "ended"

@@ -18,7 +18,7 @@ from mikoshi.launch.backends.kubernetes.kubernetes import KubernetesSite
 from mikoshi.launch.backends.kubernetes.manifests import job_name, jobset, node_names, pytorchjob, to_yaml, trainjob
 from mikoshi.launch.backends.skypilot import skypilot
 from mikoshi.launch.config.cluster import KubernetesCluster
-from mikoshi.launch.runs.record import Attempt, Request, Submitted, new_spec
+from mikoshi.launch.runs.record import Attempt, Request, SubmittedRun, new_spec
 from mikoshi.trainer.config.run import load_config, to_toml
 from mikoshi.trainer.errors import LaunchError
 from mikoshi.trainer.record.run_folder import RunFolder, read_jsonl
@@ -41,7 +41,7 @@ PLAIN = {"image": "example.com/m:1", "claim": "runs", "workdir": "/workspace"}
 def submitted(tmp_path, cluster=PLAIN, *overrides, name="quickstart"):
     config = load_config(ROOT / "configs/runs/quickstart.toml", [f"run.name={name}", *overrides])
     workdir = Path(cluster.get("workdir", "/workspace"))
-    return Submitted(RunFolder(tmp_path), new_spec(config, KubernetesCluster(kind="kubernetes", **cluster), workdir))
+    return SubmittedRun(RunFolder(tmp_path), new_spec(config, KubernetesCluster(kind="kubernetes", **cluster), workdir))
 
 
 def asked(nodes=3, exclude=()):

@@ -11,7 +11,7 @@ import pytest
 
 from mikoshi.launch.backends.kubernetes.manifests import jobset
 from mikoshi.launch.config.cluster import KubernetesCluster
-from mikoshi.launch.runs.record import Request, Submitted, new_spec
+from mikoshi.launch.runs.record import Request, SubmittedRun, new_spec
 from mikoshi.trainer.config.run import load_config
 from mikoshi.trainer.record.run_folder import RunFolder, read_jsonl
 from runs import TINY_MODEL
@@ -41,7 +41,7 @@ def test_the_pods_of_a_jobset_train_together(tmp_path, dataset):
     cluster = KubernetesCluster(
         kind="kubernetes", image="m:1", claim="runs", python=sys.executable, setup="export OMP_NUM_THREADS=1"
     )
-    run = Submitted(RunFolder(tmp_path / "record"), new_spec(config, cluster, work))
+    run = SubmittedRun(RunFolder(tmp_path / "record"), new_spec(config, cluster, work))
     leader, files, _ = jobset(run, Request(nodes=2, min_nodes=1, time=time.time()))
     head, node = (
         job["template"]["spec"]["template"]["spec"]["containers"][0]["command"] for job in leader["spec"]["replicatedJobs"]

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mikoshi.launch.backends.base import JobState
-from mikoshi.launch.backends.slurm import text as slurm_text
-from mikoshi.launch.backends.slurm.commands import environment
-from mikoshi.launch.backends.slurm.site import SlurmSite, allocated, barren
+from mikoshi.launch.backends.slurm.commands import clean_environment
+from mikoshi.launch.backends.slurm.parse import job_states, parse_time, safe_name
+from mikoshi.launch.backends.slurm.site import SlurmSite, allocation, attempts_without_checkpoint
 from mikoshi.launch.backends.slurm.slurm import SCRIPT, SlurmBackend, array_folder, submit_array
 from mikoshi.launch.config.cluster import LocalCluster, SlurmCluster
-from mikoshi.launch.config.private_env import PRIVATE, chosen, read_private, write_private
-from mikoshi.launch.runs.record import Request, Result, Started, Submitted, create, new_spec
-from mikoshi.parallel.process.nodelist import expand
+from mikoshi.launch.config.private_env import PRIVATE, collect_env, read_private, write_private
+from mikoshi.launch.runs.record import Request, Result, Started, SubmittedRun, create_run, new_spec
+from mikoshi.parallel.process.nodelist import expand_nodelist
 from mikoshi.trainer.errors import LaunchError
 from mikoshi.trainer.record.run_folder import RunFolder
 from runs import run_config
@@ -78,14 +78,14 @@ def asked(nodes=2, min_nodes=None, **fields):
 
 def run_of(folder, made, name="run", runs="runs"):
     config = run_config(folder / "data", folder / runs, run={"name": name})
-    return create(new_spec(config, made, folder))
+    return create_run(new_spec(config, made, folder))
 
 
 def check(folder, request, **fields):
     """Whether a run could be queued that is not there yet."""
     made = cluster(**fields)
     config = run_config(folder / "data", folder / "runs")
-    SlurmBackend(made).check(Submitted(RunFolder(config.run.path), new_spec(config, made, folder)), request)
+    SlurmBackend(made).check(SubmittedRun(RunFolder(config.run.path), new_spec(config, made, folder)), request)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def check(folder, request, **fields):
     ],
 )
 def test_a_list_of_nodes_is_read(text, names):
-    assert expand(text) == names
+    assert expand_nodelist(text) == names
 
 
 @pytest.mark.parametrize(
@@ -113,17 +113,17 @@ def test_a_list_of_nodes_is_read(text, names):
     ],
 )  # fmt: skip
 def test_a_time_limit_is_read(text, seconds):
-    assert slurm_text.seconds(text) == seconds
+    assert parse_time(text) == seconds
 
 
 def test_no_time_limit_is_told():
     with pytest.raises(LaunchError, match="time = '2 days'"):
-        slurm_text.seconds("2 days")
+        parse_time("2 days")
 
 
 def test_a_job_name_is_one_plain_word():
-    assert slurm_text.safe_name("a\nb; $(id) é") == "a-b-id"
-    assert slurm_text.safe_name("§") == "mikoshi"
+    assert safe_name("a\nb; $(id) é") == "a-b-id"
+    assert safe_name("§") == "mikoshi"
 
 
 def test_states_of_jobs_are_read_also_of_arrays_and_requeued_ones():
@@ -131,7 +131,7 @@ def test_states_of_jobs_are_read_also_of_arrays_and_requeued_ones():
         "7|RUNNING|n[1-2]|None\n8_3|PENDING||Resources\n9|TIMEOUT|n3|TimeLimit\n10|COMPLETED|n3|None\n11|COMPLETING|n1|None\n"
         "12_1|PENDING||JobHeldUser\n13|PENDING||job requeued in held state\n14|PENDING||JobHeldAdmin\n"
     )
-    assert slurm_text.job_states(listing) == {
+    assert job_states(listing) == {
         "7": JobState("running", "", ("n1", "n2")),
         "8_3": JobState("queued", "Resources"),
         "9": JobState("ended", "TIMEOUT", ("n3",)),
@@ -221,7 +221,7 @@ def test_a_private_file_that_is_damaged_or_a_link_is_refused(tmp_path):
 
 def test_the_cluster_files_variables_win_over_secrets_of_the_same_name():
     made = LocalCluster(kind="local", env={"A": "file"}, secrets=["A", "B"])
-    assert chosen(made, {"A": "mine", "B": "b"}) == {"A": "file", "B": "b"}
+    assert collect_env(made, {"A": "mine", "B": "b"}) == {"A": "file", "B": "b"}
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_a_refusal_is_told_in_slurms_words_and_nothing_is_left_queued(tools, tmp
 def test_a_controller_that_does_not_answer_is_told_in_one_line(tools):
     tools.answer(squeue=[1, "", "slurm_load_jobs error: Unable to contact slurm controller (connect failure)\n"])
     with pytest.raises(LaunchError, match=r"^slurm: the controller does not answer .*: try again later$"):
-        SlurmBackend(cluster()).look([{"id": "1"}])
+        SlurmBackend(cluster()).query([{"id": "1"}])
 
 
 def test_where_nobody_can_tell_whether_a_job_is_queued_that_is_said(tools, tmp_path):
@@ -286,7 +286,7 @@ def test_a_machine_that_knows_no_cluster_is_told(tools):
     told = "squeue: error: fetch_config: DNS SRV lookup failed\nsqueue: fatal: Could not establish a configuration source\n"
     tools.answer(squeue=[1, "", told])
     with pytest.raises(LaunchError, match=r"^slurm: no cluster is known here .*: submit from a login node, or set SLURM_CONF$"):
-        SlurmBackend(cluster()).look([{"id": "1"}])
+        SlurmBackend(cluster()).query([{"id": "1"}])
 
 
 def test_commands_that_are_not_there_are_told(monkeypatch, tmp_path):
@@ -297,7 +297,7 @@ def test_commands_that_are_not_there_are_told(monkeypatch, tmp_path):
 
 def test_all_jobs_are_looked_at_with_one_question(tools):
     tools.answer(squeue=[0, "1|RUNNING|n1|None\n3_1|PENDING||Priority\n", ""])
-    states = SlurmBackend(cluster()).look([{"id": "1"}, {}, {"id": "2"}, {"id": "3_1"}, {"id": "1; rm"}])
+    states = SlurmBackend(cluster()).query([{"id": "1"}, {}, {"id": "2"}, {"id": "3_1"}, {"id": "1; rm"}])
     assert [state.state for state in states] == ["running", "unknown", "ended", "queued", "unknown"]
     (call,) = tools.calls
     assert call[-1] == "--jobs=1,2,3_1"
@@ -336,7 +336,7 @@ def test_what_the_caller_has_set_for_slurm_changes_nothing(monkeypatch):
     monkeypatch.setenv("SLURM_LABELIO", "1")
     monkeypatch.setenv("SLURM_JOB_ID", "3")
     monkeypatch.setenv("SLURM_CONF", "/x")
-    found = {name: value for name, value in environment().items() if name.startswith("SLURM_")}
+    found = {name: value for name, value in clean_environment().items() if name.startswith("SLURM_")}
     assert found == {"SLURM_CONF": "/x"}
 
 
@@ -440,8 +440,8 @@ def test_a_task_of_an_array_is_called_by_its_own_name(tools, tmp_path, monkeypat
     tools.answer(scontrol=[0, JOB.format(state="RUNNING", restarts=0, preempted="None") + PARTITIONS, ""])
     site = SlurmSite(cluster(), run, attempt)
     site.after(run, attempt, result)
-    asked_for = [call[1:] for call in tools.calls if "partition" not in call]
-    assert asked_for == [
+    is_requested = [call[1:] for call in tools.calls if "partition" not in call]
+    assert is_requested == [
         ["--oneliner", "show", "job", "12_1"], ["requeue", "12_1"], ["update", "JobId=12_1", "ExcNodeList=n2,n9"],
     ]  # fmt: skip
     assert "--jobid=12" in site.command("n1")
@@ -465,14 +465,14 @@ def test_nodes_to_look_at_are_given_back_whatever_happens(tools, tmp_path, end):
     with contextlib.ExitStack() as stack:
         if end != "done":
             stack.enter_context(pytest.raises(LaunchError if end == "refused" else SystemExit))
-        with allocated(made, run, asked(2)) as (job, _):
+        with allocation(made, run, asked(2)) as (job, _):
             assert job == "6" and end != "refused"
             if end == "interrupted":
                 signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    allocation = next(call for call in tools.calls if call[0] == "salloc")
-    assert allocation[-1] == "--time=15" and f"--comment={mark}" in allocation
-    assert not any(word.startswith(("--signal", "--export", "--requeue", "--output")) for word in allocation)
+    salloc = next(call for call in tools.calls if call[0] == "salloc")
+    assert salloc[-1] == "--time=15" and f"--comment={mark}" in salloc
+    assert not any(word.startswith(("--signal", "--export", "--requeue", "--output")) for word in salloc)
     if end != "refused":
         assert tools.calls[-1] == ["scancel", "6"]
 
@@ -494,12 +494,12 @@ def test_a_run_that_gets_nowhere_is_not_queued_for_ever(tools, tmp_path, monkeyp
     for number in range(2):
         ended(run, 100.0 + number)
     attempt, result = ended(run, 103.0)
-    assert barren(run) == 3
+    assert attempts_without_checkpoint(run) == 3
     tools.answer(scontrol=[0, JOB.format(state="RUNNING", restarts=0, preempted="2026-11-22T16:50:32") + PARTITIONS, ""])
     after = SlurmSite(made, run, attempt).after(run, attempt, result)
     assert after.next == "" and "3 attempts in a row without a checkpoint (requeues)" in after.why
     run.folder.event("save", step=4)  # now, so in the newest attempt
-    assert barren(run) == 0
+    assert attempts_without_checkpoint(run) == 0
     assert SlurmSite(made, run, attempt).after(run, attempt, result).next == "requeued"
 
 

@@ -9,7 +9,7 @@ import pytest
 from mikoshi.launch.backends.local.local import LocalBackend
 from mikoshi.launch.backends.ssh.ssh import SshSite, hosts, remote_line, ssh
 from mikoshi.launch.config.cluster import SshCluster
-from mikoshi.launch.runs.record import Request, create, new_spec
+from mikoshi.launch.runs.record import Request, create_run, new_spec
 from mikoshi.trainer.errors import LaunchError
 from runs import run_config
 from standin import noted, standin
@@ -111,12 +111,12 @@ def test_paths_are_relative_to_the_workdir_and_the_home(tmp_path, monkeypatch):
 def test_hosts_to_avoid_are_left_out_and_spares_stay_in_order(tmp_path):
     assert hosts(cluster(), request()) == ["n1", "n2", "n3"]
     assert hosts(cluster(), request(exclude=["n1"])) == ["n2", "n3"]
-    run = create(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), cluster(), tmp_path))
+    run = create_run(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), cluster(), tmp_path))
     assert SshSite(cluster(), run, run.add(request(exclude=["n2"]))).nodes() == ["n1", "n3"]
 
 
 def test_fewer_hosts_than_nodes_are_refused_before_any_is_asked(tmp_path):
-    run = create(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), cluster(), tmp_path))
+    run = create_run(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), cluster(), tmp_path))
     with pytest.raises(
         LaunchError, match=r"3 nodes asked for, and 3 hosts: .* avoided are n2, which --include-node takes back"
     ):
@@ -158,7 +158,7 @@ def test_a_missing_workdir_starts_nothing(tmp_path):
 def test_the_command_for_a_node_takes_the_setup_from_a_file(tmp_path):
     python = standin(tmp_path / "python", "print(sys.stdin.read())")
     there = cluster(python=str(python), setup="echo noise; read -r stolen; export SEEN=$#")
-    run = create(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), there, tmp_path))
+    run = create_run(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), there, tmp_path))
     (run.folder.path / "setup.sh").write_text(there.setup + "\n")
     argv = SshSite(there, run, run.add(request())).command("n2")
     assert argv[-2] == "n2" and argv[-3] == "--" and "SEEN" not in argv[-1]
@@ -173,7 +173,7 @@ def test_the_command_for_a_node_takes_the_setup_from_a_file(tmp_path):
 
 
 def test_without_an_interpreter_of_its_own_it_is_the_one_that_submits(tmp_path):
-    run = create(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), cluster(), tmp_path))
+    run = create_run(new_spec(run_config(tmp_path / "data", tmp_path / "runs"), cluster(), tmp_path))
     assert (
         f"exec {sys.executable} -P -m mikoshi.launch.agent.node"
         in SshSite(cluster(), run, run.add(request())).command("n1")[-1]

@@ -10,9 +10,9 @@ import time
 import psutil
 import pytest
 
-from mikoshi.launch.chaos.run import _known
-from mikoshi.launch.chaos.verdict import Launch, rows
-from mikoshi.trainer.chaos.plan import KINDS, Fault, Plan, read_plan, write_plan
+from mikoshi.launch.chaos.run import _has_reference
+from mikoshi.launch.chaos.verdict import Launch, fault_rows
+from mikoshi.trainer.chaos.plan import KINDS, Fault, FaultPlan, read_fault_plan, write_fault_plan
 from mikoshi.trainer.config.run import to_toml
 from mikoshi.trainer.errors import ConfigError
 from mikoshi.trainer.exit_codes import DONE, PREEMPTED
@@ -75,9 +75,9 @@ FAILED, SAVED = {"time": 101.0, "event": "save-failed", "step": 12}, {"time": 10
 def test_the_verdict_on_a_fault_is_what_the_record_says(tmp_path, kind, events, launch, good, said):
     (tmp_path / "attempt-0-rank-0.txt").touch()
     later = {"time": 200.0, "event": "start"}  # of the next fault
-    plan = Plan((Fault(kind, 12, "data", 1), Fault("kill", 40, "data", 0), Fault("kill", 50, "data", 0)))
+    plan = FaultPlan((Fault(kind, 12, "data", 1), Fault("kill", 40, "data", 0), Fault("kill", 50, "data", 0)))
     struck = {0: {"time": 100.0, "step_damaged": 10}, 1: {"time": 150.0}}
-    row, _, never = rows(plan, struck, [*events, later], [launch], tmp_path)
+    row, _, never = fault_rows(plan, struck, [*events, later], [launch], tmp_path)
     assert row.good is good, row
     assert said in row.happened
     assert row.back == (3.0 if START in events else None)
@@ -88,7 +88,9 @@ def test_the_verdict_on_a_fault_is_what_the_record_says(tmp_path, kind, events, 
 @pytest.mark.parametrize(("older", "good"), [({}, True), ({"step_older": 5}, False)], ids=["the only one", "an older one"])
 def test_from_the_beginning_only_where_there_was_no_other_checkpoint(tmp_path, older, good):
     struck = {0: {"time": 100.0, "step_damaged": 10, **older}}
-    (row,) = rows(Plan((Fault("corrupt", 12, "data", 1),)), struck, [fault_event("killed"), START], [LIVED], tmp_path)
+    (row,) = fault_rows(
+        FaultPlan((Fault("corrupt", 12, "data", 1),)), struck, [fault_event("killed"), START], [LIVED], tmp_path
+    )
     assert row.good is good
     assert ("though step 5 was there" in row.happened) is not good
 
@@ -103,10 +105,10 @@ def test_a_quiet_run_is_compared_with_only_if_it_had_as_many_ranks(dataset, tmp_
         folder.event("start", step=0, ranks=number)
     folder.event("end", step=10, finished=True)
     if known:
-        assert _known(quiet, 4)
+        assert _has_reference(quiet, 4)
     else:
         with pytest.raises(ConfigError, match="was made on 2 ranks, not 4: remove it"):
-            _known(quiet, 4)
+            _has_reference(quiet, 4)
 
 
 @pytest.fixture
@@ -170,7 +172,7 @@ def test_faults_of_eight_kinds_and_the_weights_of_a_quiet_run(config, tmp_path):
         Fault("corrupt", 29, "agree", 1),
         Fault("stop", 34, "forward", 2),
     )
-    (tmp_path / "plan.toml").write_text(write_plan(Plan(faults)))
+    (tmp_path / "plan.toml").write_text(write_fault_plan(FaultPlan(faults)))
     file = config(train={"steps": 38})
     code, found, told = chaos(file, "--plan", tmp_path / "plan.toml", timeout=200)
     assert_as_promised(file, code, found, told)
@@ -184,7 +186,7 @@ def test_a_rank_killed_in_every_phase(config, tmp_path):
     faults = [Fault("kill", 4 + 6 * number, phases[number % 6], number % 4) for number in range(24)]
     faults += [Fault("kill", 150 + 10 * rank, "save", rank) for rank in range(4)]
     faults += [Fault("kill", 0, "load", 2), Fault("kill", 192, "evaluate", 1), Fault("kill", 192, "end", 3)]
-    (tmp_path / "plan.toml").write_text(write_plan(Plan(tuple(faults))))
+    (tmp_path / "plan.toml").write_text(write_fault_plan(FaultPlan(tuple(faults))))
     file = config(train={"steps": 192}, eval={"every": 48, "batches": 1})
     code, found, told = chaos(file, "--plan", tmp_path / "plan.toml", timeout=900)
     assert_as_promised(file, code, found, told)
@@ -193,7 +195,7 @@ def test_a_rank_killed_in_every_phase(config, tmp_path):
 
 @pytest.mark.slow
 def test_a_slow_rank_is_named(config, tmp_path):
-    (tmp_path / "plan.toml").write_text(write_plan(Plan((Fault("slow", 12, "data", 2),))))
+    (tmp_path / "plan.toml").write_text(write_fault_plan(FaultPlan((Fault("slow", 12, "data", 2),))))
     file = config(train={"steps": 50})
     code, found, told = chaos(file, "--plan", tmp_path / "plan.toml", timeout=300)
     assert_as_promised(file, code, found, told)
@@ -238,9 +240,9 @@ def test_a_plan_is_written_and_nothing_else_done(config, tmp_path, mikoshi):
         code, out, errors = mikoshi("chaos", file, "--faults", 12, "--seed", 5, "--write-plan", tmp_path / name)
         assert (code, errors) == (0, [])
     assert "12 faults; use it with --plan" in out
-    plan = read_plan(tmp_path / "one.toml", 4)
+    plan = read_fault_plan(tmp_path / "one.toml", 4)
     assert {fault.kind for fault in plan.faults} == set(KINDS)
-    assert plan == read_plan(tmp_path / "two.toml", 4)
+    assert plan == read_fault_plan(tmp_path / "two.toml", 4)
     assert not (tmp_path / "runs").exists()
 
 

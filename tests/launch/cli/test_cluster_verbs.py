@@ -153,10 +153,10 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mikoshi, place, arguments, wor
 
 def test_a_reader_that_has_had_enough_is_no_error(place):
     from mikoshi.launch.config.cluster import LocalCluster
-    from mikoshi.launch.runs.record import Request, create, new_spec
+    from mikoshi.launch.runs.record import Request, create_run, new_spec
     from mikoshi.trainer.config.run import load_config
 
-    run = create(new_spec(load_config(place / "test.toml"), LocalCluster(kind="local"), place))
+    run = create_run(new_spec(load_config(place / "test.toml"), LocalCluster(kind="local"), place))
     run.add(Request(nodes=1, min_nodes=1, time=1.0)).rank_log(0).write_bytes(b"line\n" * 200_000)
     command = [sys.executable, "-P", "-m", "mikoshi", "logs", "test"]
     with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as logs:
@@ -185,10 +185,10 @@ def test_a_dry_run_that_is_refused_shows_what_would_be_done_all_the_same(mikoshi
 
 def test_a_run_whose_records_are_damaged_can_be_cancelled(mikoshi, place):
     from mikoshi.launch.config.cluster import LocalCluster
-    from mikoshi.launch.runs.record import Request, create, new_spec
+    from mikoshi.launch.runs.record import Request, create_run, new_spec
     from mikoshi.trainer.config.run import load_config
 
-    run = create(new_spec(load_config(place / "test.toml"), LocalCluster(kind="local"), place))
+    run = create_run(new_spec(load_config(place / "test.toml"), LocalCluster(kind="local"), place))
     attempt = run.add(Request(nodes=1, min_nodes=1, time=1.0))
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as head:
         job = {"kind": "local", "host": socket.gethostname(), "pid": str(head.pid)}

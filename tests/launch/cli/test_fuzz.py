@@ -21,7 +21,7 @@ from mikoshi.launch.config.cluster import LocalCluster, SlurmCluster, SshCluster
 from mikoshi.launch.config.hostfile import read_hostfile
 from mikoshi.launch.config.names import host_name, variable_name, word
 from mikoshi.launch.config.private_env import PRIVATE, read_private, write_private
-from mikoshi.launch.runs.record import Request, create, new_spec, open_submitted
+from mikoshi.launch.runs.record import Request, create_run, new_spec, open_submitted
 from mikoshi.trainer.errors import ConfigError, LaunchError
 from runs import run_config
 from standin import noted, standin
@@ -75,7 +75,7 @@ def test_over_ssh_paths_are_exact_and_setup_lines_are_a_file(interpreter, workdi
         there.mkdir(parents=True)
         python = standin(folder / "bin" / interpreter)
         cluster = SshCluster(kind="ssh", hosts=["n1"], python=str(python), setup=setup)
-        run = create(new_spec(run_config(folder / "data", folder / "runs"), cluster, there))
+        run = create_run(new_spec(run_config(folder / "data", folder / "runs"), cluster, there))
         attempt = run.add(Request(nodes=1, min_nodes=1, time=1.0))
         if setup:  # what is to be run is run by the user's wish; here it is only seen to come from its file
             (run.folder.path / "setup.sh").write_text("export FROM_FILE=yes\n")
@@ -104,7 +104,7 @@ def test_on_this_machine_paths_and_values_are_exact(interpreter, workdir, name, 
         there.mkdir(parents=True)
         python = standin(folder / "bin" / interpreter)
         cluster = LocalCluster(kind="local", python=str(python), env={"VALUE": value}, setup="export SET=1")
-        run = create(new_spec(run_config(folder / "data", folder / f"runs of {name}"), cluster, there))
+        run = create_run(new_spec(run_config(folder / "data", folder / f"runs of {name}"), cluster, there))
         attempt = run.add(Request(nodes=1, min_nodes=1, time=1.0))
         attempt.write_job(LocalBackend(cluster).submit(run, attempt))
         note = until(lambda: noted(python), 20, "the head runs")
@@ -139,7 +139,7 @@ def test_setup_lines_are_what_bash_makes_of_them_alone(text):
     with watched() as folder:
         program = standin(folder / "python")
         cluster = LocalCluster(kind="local", python=str(program), setup=f"export HELD={shlex.quote(text)}")
-        run = create(new_spec(run_config(folder / "data", folder / "runs"), cluster, folder))
+        run = create_run(new_spec(run_config(folder / "data", folder / "runs"), cluster, folder))
         LocalBackend(cluster).submit(run, run.add(Request(nodes=1, min_nodes=1, time=1.0)))
         assert until(lambda: noted(program), 20, "the head runs")["env"]["HELD"] == text
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from mikoshi.launch.config.cluster import SlurmCluster
-from mikoshi.launch.config.settings import check_order, records, settings
+from mikoshi.launch.config.settings import as_records, check_order, settings
 
 
 def chosen(device="cuda", nodes=2, **keys):
@@ -24,7 +24,7 @@ def test_nccl_gets_exactly_the_interface_and_gloo_its_plain_name():
 
 
 def test_every_setting_says_why():
-    for one in records(list(chosen(network={"hca": "mlx5_0"}).values())):
+    for one in as_records(list(chosen(network={"hca": "mlx5_0"}).values())):
         assert set(one) == {"name", "value", "why"} and len(one["why"]) > 20
 
 

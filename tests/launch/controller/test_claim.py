@@ -6,8 +6,8 @@ import time
 import pytest
 
 from mikoshi.launch.config.cluster import SlurmCluster
-from mikoshi.launch.controller.claim import given, job_here, next_attempt
-from mikoshi.launch.runs.record import Request, Result, Started, Stop, create, new_spec
+from mikoshi.launch.controller.claim import claim_attempt, current_job, folder_from_arguments
+from mikoshi.launch.runs.record import Request, Result, Started, Stop, create_run, new_spec
 from mikoshi.trainer.errors import LaunchError
 from runs import run_config
 
@@ -15,7 +15,7 @@ from runs import run_config
 @pytest.fixture
 def run(tmp_path):
     config = run_config(tmp_path / "data", tmp_path / "runs")
-    made = create(new_spec(config, SlurmCluster(kind="slurm"), tmp_path))
+    made = create_run(new_spec(config, SlurmCluster(kind="slurm"), tmp_path))
     made.add(Request(nodes=2, min_nodes=2, time=1.0)).write_job({"id": "12"})
     return made
 
@@ -26,16 +26,16 @@ def end(attempt, **fields):
 
 
 def test_an_attempt_that_nobody_has_started_is_led(run):
-    assert next_attempt(run, "12") == run.attempts[0]
+    assert claim_attempt(run, "12") == run.attempts[0]
     assert len(run.attempts) == 1
 
 
 def test_a_job_that_is_started_once_more_leads_another_like_it_without_bad_nodes(run):
     end(run.attempts[0], state="failed", bad_nodes=["n2"])
-    again = next_attempt(run, "12")
+    again = claim_attempt(run, "12")
     assert (again.number, again.request.cause, again.request.bad, again.job) == (2, "requeue", ["n2"], {"id": "12"})
     end(again)  # n2 was used all the same, and was sound
-    assert next_attempt(run, "12").request.bad == []
+    assert claim_attempt(run, "12").request.bad == []
 
 
 def test_a_job_of_which_nobody_knows_leads_nothing(run):
@@ -43,7 +43,7 @@ def test_a_job_of_which_nobody_knows_leads_nothing(run):
         if started:
             end(run.attempts[0])
         with pytest.raises(LaunchError, match="it is job 12 that leads it: job 7 ends"):
-            next_attempt(run, "7")
+            claim_attempt(run, "7")
     assert len(run.attempts) == 1
 
 
@@ -53,7 +53,7 @@ def test_what_was_cancelled_stays_so(run):
         if started:
             end(run.attempts[0])
         with pytest.raises(LaunchError, match="someone has cancelled it: `mikoshi resume` goes on"):
-            next_attempt(run, "12")
+            claim_attempt(run, "12")
         assert run.attempts[0].result.state == ("stopped" if started else "cancelled")
 
 
@@ -62,10 +62,10 @@ def test_a_task_of_a_sweep_finds_its_run_and_the_job_its_name(run, tmp_path, mon
     listed.write_text(json.dumps(["/a", str(run.folder.path)]))
     for name, value in {"JOB_ID": "12", "ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "1"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    assert given(["--list", str(listed)]) == run.folder.path
-    assert job_here(run) == "12_1"
+    assert folder_from_arguments(["--list", str(listed)]) == run.folder.path
+    assert current_job(run) == "12_1"
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
     for content in ("[]", "{", "7"):
         listed.write_text(content)
         with pytest.raises(LaunchError, match="which run this task of a sweep is"):
-            given(["--list", str(listed)])
+            folder_from_arguments(["--list", str(listed)])

@@ -13,12 +13,12 @@ import pytest
 import severalnodes
 from mikoshi.data.errors import DataError, StorageError
 from mikoshi.launch.agent import node
-from mikoshi.launch.agent.requests import Requests
+from mikoshi.launch.agent.stop_requests import StopRequests
 from mikoshi.launch.chaos.run import same_weights
 from mikoshi.launch.config.cluster import KubernetesCluster
 from mikoshi.launch.controller import head as leading
-from mikoshi.launch.controller.agent_pool import Crew
-from mikoshi.launch.controller.tee import echoed
+from mikoshi.launch.controller.agent_pool import AgentPool
+from mikoshi.launch.controller.tee import tee
 from mikoshi.launch.runs.record import open_submitted
 from mikoshi.trainer.errors import OutageError
 from mikoshi.trainer.exit_codes import DONE, FAULT, PREEMPTED, USER_ERROR
@@ -220,13 +220,13 @@ def test_a_run_whose_folder_is_removed_ends(lead):
 
 
 def test_nodes_that_never_come_up_are_named(dataset, tmp_path):
-    run = severalnodes.submitted(dataset, tmp_path, 2, patience={"start": 8.0}, run={"name": "run", "folder": "runs"})
+    run = severalnodes.submitted(dataset, tmp_path, 2, patience={"start": 5.0}, run={"name": "run", "folder": "runs"})
     severalnodes.down(run, "n1")
     head = severalnodes.start(run, ["n0", "n1"])
     assert head.wait(60) == FAULT, "nobody's mistake: elsewhere it may work"
     attempt = open_submitted(run.folder.path).attempts[0]
-    assert attempt.result.why.startswith("1 of 2 nodes are up after 8 s (n1: its agent ended: no route to this host)")
-    assert (attempt.result.state, attempt.result.bad_nodes, attempt.found_bad) == ("failed", ["n1"], ["n1"])
+    assert attempt.result.why.startswith("1 of 2 nodes are up after 5 s (n1: its agent ended: no route to this host)")
+    assert (attempt.result.state, attempt.result.bad_nodes, attempt.nodes_to_avoid) == ("failed", ["n1"], ["n1"])
 
 
 def test_where_no_node_can_do_what_the_cluster_file_says_it_is_a_mistake(dataset, tmp_path):
@@ -240,8 +240,8 @@ def test_where_no_node_can_do_what_the_cluster_file_says_it_is_a_mistake(dataset
 def test_storage_that_does_not_answer_is_asked_again(monkeypatch, tmp_path):
     asked, config = [], run_config(tmp_path / "data", tmp_path, recovery={"restarts": 3, "backoff": 0.0})
     spec = SimpleNamespace(config=config, cluster=SimpleNamespace(ranks=1))
-    crew = SimpleNamespace(requests=Requests(1.0))
-    lead = SimpleNamespace(run=SimpleNamespace(spec=spec), request=SimpleNamespace(nodes=1), crew=crew, idle=lambda: None)
+    pool = SimpleNamespace(requests=StopRequests(1.0))
+    lead = SimpleNamespace(run=SimpleNamespace(spec=spec), request=SimpleNamespace(nodes=1), pool=pool, idle=lambda: None)
 
     def foresee(*_):
         asked.append(1)
@@ -250,14 +250,14 @@ def test_storage_that_does_not_answer_is_asked_again(monkeypatch, tmp_path):
 
     monkeypatch.setattr(preflight, "foresee", foresee)
     answers = 4
-    leading._foreseen(lead)
+    leading._preflight(lead)
     assert len(asked) == 4
     answers = 100
     with pytest.raises(OutageError, match="503"):
-        leading._foreseen(lead)
+        leading._preflight(lead)
     assert len(asked) == 8, "as often as ranks are started again"
-    crew.requests.ask(signal.SIGTERM)
-    leading._foreseen(lead)
+    pool.requests.add(signal.SIGTERM)
+    leading._preflight(lead)
     assert len(asked) == 9, "and not at all by one that is to stop"
 
 
@@ -266,12 +266,14 @@ def test_every_agent_is_told_what_it_must_see(dataset, tmp_path):
     said = tmp_path / "said"
     site = SimpleNamespace(nodes=lambda: ["n0"], command=lambda _: ["sh", "-c", f"head -n 1 > {said}"])
     witness = leading._witness(run)
-    crew = Crew(site, run.spec.cluster, run.spec.config.recovery, Requests(1.0), tmp_path.joinpath, tmp_path, {}, witness)
+    pool = AgentPool(
+        site, run.spec.cluster, run.spec.config.recovery, StopRequests(1.0), tmp_path.joinpath, tmp_path, {}, witness
+    )
     try:
-        crew.reach()
+        pool.start_agents()
         until(lambda: said.exists() and said.read_text())
     finally:
-        crew.close()
+        pool.close()
     assert json.loads(said.read_text())["witness"] == str(run.folder.path / "spec.json")
     pods = KubernetesCluster(kind="kubernetes", image="m:1")
     assert leading._witness(SimpleNamespace(spec=SimpleNamespace(cluster=pods), folder=run.folder)) is None
@@ -280,11 +282,11 @@ def test_every_agent_is_told_what_it_must_see(dataset, tmp_path):
 def test_a_mistake_is_one_only_before_ranks_have_ever_started(tmp_path):
     folder = RunFolder(tmp_path)
     run = SimpleNamespace(spec=SimpleNamespace(cluster=SimpleNamespace(kind="slurm")), folder=folder)
-    crew = SimpleNamespace(up=["n1"], why={"n2": "no route"}, names=["n1", "n2"])
+    pool = SimpleNamespace(up=["n1"], down={"n2": "no route"}, names=["n1", "n2"])
 
     def given_up(error, cause="resume"):
-        lead = leading.Lead(run, None, crew, SimpleNamespace(cause=cause))
-        return lead.give_up(error), lead.bad
+        lead = leading.HeadState(run, None, pool, SimpleNamespace(cause=cause))
+        return lead.code_for(error), lead.bad
 
     assert given_up(DataError("no data"), "submit") == given_up(DataError("no data")) == (USER_ERROR, [])
     assert given_up(OutageError("1 of 2 nodes are up"), "submit") == (FAULT, ["n2"])
@@ -295,7 +297,7 @@ def test_a_mistake_is_one_only_before_ranks_have_ever_started(tmp_path):
 def test_what_a_pod_prints_is_what_its_logs_say(tmp_path, capfd):
     first, second = tmp_path / "head.log", tmp_path / "rank-0.log"
     first.write_text("of another attempt\n")
-    with echoed([first, second]):
+    with tee([first, second]):
         with first.open("a") as file:
             file.write("n1 is lost\nand")
         time.sleep(1.2)
@@ -308,12 +310,12 @@ def test_a_node_that_does_not_see_the_runs_folder_ends(monkeypatch, tmp_path, ca
     def end(code):
         raise SystemExit(code)
 
-    monkeypatch.setattr(node, "_SHOWN", 0.1)
+    monkeypatch.setattr(node, "_WITNESS_TIMEOUT", 0.1)
     monkeypatch.setattr(node.os, "_exit", end)
-    node._see("")
-    node._see(str(tmp_path))
+    node._wait_for_witness("")
+    node._wait_for_witness(str(tmp_path))
     with pytest.raises(SystemExit):
-        node._see(str(tmp_path / "spec.json"))
+        node._wait_for_witness(str(tmp_path / "spec.json"))
     assert "spec.json is not there: its folder is not shared with this node" in capfd.readouterr().err
 
 

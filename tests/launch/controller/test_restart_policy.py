@@ -2,7 +2,7 @@
 
 import pytest
 
-from mikoshi.launch.controller.restart_policy import Fault, Streak, judge, pause_before
+from mikoshi.launch.controller.restart_policy import Fault, FaultStreak, decide, pause_before
 from mikoshi.trainer.config.data import RecoverySection
 from mikoshi.trainer.exit_codes import FAULT, HANG, USER_ERROR
 
@@ -15,9 +15,9 @@ def fault(cause="killed", step=7, error="", rank=1, refused=False):
 
 def judged(*faults, policy=POLICY):
     """The verdict on each of (fault, whether a checkpoint was saved since the one before)."""
-    streak, verdicts = Streak(), []
+    streak, verdicts = FaultStreak(), []
     for one, saved in faults:
-        streak, verdict = judge(streak, one, saved, policy)
+        streak, verdict = decide(streak, one, saved, policy)
         verdicts.append(verdict)
     return verdicts
 

@@ -14,24 +14,24 @@ import psutil
 import pytest
 
 import rankwork
-from mikoshi.launch.controller.supervisor import Job, supervise, warm
-from mikoshi.launch.host import private_folder as private
+from mikoshi.launch.controller.supervisor import Job, running_fork_server, supervise
+from mikoshi.launch.host import private_folder as private_folders
 from mikoshi.trainer.config.data import RecoverySection
 from mikoshi.trainer.exit_codes import DONE, FAULT, HANG, PREEMPTED, USER_ERROR
 from mikoshi.trainer.record.run_folder import RunFolder, read_jsonl
-from mikoshi.trainer.signals import ASKING
+from mikoshi.trainer.signals import STOP_SIGNALS
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_forkserver():
-    with warm(4):
+    with running_fork_server(4):
         yield
 
 
 @pytest.fixture(autouse=True)
 def _in_the_foreground():
     """However the tests are run: under nohup, and with & in a script, some signals are ignored."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in ASKING}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
@@ -42,7 +42,7 @@ def _in_the_foreground():
 def folder(tmp_path, monkeypatch):
     with tempfile.TemporaryDirectory() as temporary:  # not in tmp_path: a socket's path is short
         monkeypatch.setattr(tempfile, "tempdir", temporary)
-        monkeypatch.setattr(private, "_MEMORY", Path(temporary))
+        monkeypatch.setattr(private_folders, "_MEMORY", Path(temporary))
         yield RunFolder(tmp_path)
         assert not list(Path(temporary).iterdir()), "no file is left behind"
     assert not [note["pid"] for note in notes(RunFolder(tmp_path)) if running(note["pid"])], "no rank is left behind"
@@ -343,7 +343,7 @@ def test_where_a_rank_finds_itself(folder, monkeypatch):
         assert "PYTHONSAFEPATH" not in env or "PYTHONSAFEPATH" in os.environ
         assert note["comm"] == f"mikoshi-rank{rank}"
         assert note["session"] == note["parent"] != os.getsid(0), "a terminal's Ctrl-C goes to the supervisor alone"
-        assert (note["cuda"], note["main"], note["blocked"], note["handlers"]) == (False, False, [], [True] * len(ASKING))
+        assert (note["cuda"], note["main"], note["blocked"], note["handlers"]) == (False, False, [], [True] * len(STOP_SIGNALS))
 
 
 def test_the_ranks_outlive_what_they_are_forked_from_by_no_second_and_come_back(folder):
@@ -364,8 +364,8 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 sys.path.append({support!r})
-from mikoshi.launch.host import private_folder as private
-private._MEMORY = Path({temporary!r})  # where no other run looks for what a killed one has left
+from mikoshi.launch.host import private_folder as private_folders
+private_folders._MEMORY = Path({temporary!r})  # where no other run looks for what a killed one has left
 from mikoshi.launch.controller.supervisor import Job, supervise
 from mikoshi.trainer.record.run_folder import RunFolder
 import rankwork

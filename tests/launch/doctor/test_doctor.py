@@ -20,21 +20,21 @@ import pytest
 from rich.console import Console
 
 from mikoshi.launch.agent import answers
-from mikoshi.launch.agent.pairs import tournament
+from mikoshi.launch.agent.pairs import round_robin
 from mikoshi.launch.config.cluster import LocalCluster
-from mikoshi.launch.controller.gathering import gathered
+from mikoshi.launch.controller.allocation import allocate_nodes
 from mikoshi.launch.doctor import checks
 from mikoshi.launch.doctor.doctor import Inputs, examine
 from mikoshi.launch.doctor.text import show_report
-from mikoshi.launch.host.network import interface_of
+from mikoshi.launch.host.network import select_interface
 from mikoshi.launch.host.probe import answer
 from mikoshi.trainer.errors import LaunchError
 
 ROOT = Path(__file__).parents[3]
 CLUSTER = LocalCluster(kind="local", network={"interface": "lo"})
 RANK = """import json, sys
-from mikoshi.launch.agent.tasks import work_of
-function, arguments = work_of(sys.argv[1], json.loads(sys.argv[2]))
+from mikoshi.launch.agent.tasks import resolve_task
+function, arguments = resolve_task(sys.argv[1], json.loads(sys.argv[2]))
 sys.exit(function(*arguments))"""
 
 
@@ -77,7 +77,7 @@ class Here:
                 process.wait()
         if wrong := [said for said, code in ended if code]:
             raise LaunchError(f"ranks ended: {wrong[0].splitlines()[-1]}")
-        return {rank: answers.read(self.folder / f"answer-{rank}") for rank in range(size)}
+        return {rank: answers.read_answer(self.folder / f"answer-{rank}") for rank in range(size)}
 
 
 class Mute(Here):
@@ -130,7 +130,7 @@ def test_three_sound_nodes_are_green_and_nothing_is_left_behind(tmp_path):
 @pytest.mark.parametrize(("setup", "said"), [("touch here", ""), ("echo no such module >&2; false", "no such module")])
 def test_agents_start_as_those_of_a_run_do_after_the_lines_of_setup(tmp_path, setup, said):
     cluster = LocalCluster(kind="local", setup=f"cd {tmp_path}\n{setup}", patience={"start": 60.0})
-    with gathered(cluster, 1, tmp_path) as nodes:
+    with allocate_nodes(cluster, 1, tmp_path) as nodes:
         if said:
             assert not nodes.names and all(why.endswith(said) for why in nodes.missing.values())
         else:
@@ -141,7 +141,7 @@ def test_agents_start_as_those_of_a_run_do_after_the_lines_of_setup(tmp_path, se
 def test_a_work_folder_that_cannot_be_written_to_is_one_line(tmp_path):
     with (
         pytest.raises(LaunchError, match=r"workdir = .*: cannot be written to: No such file"),
-        gathered(CLUSTER, 1, tmp_path / "no"),
+        allocate_nodes(CLUSTER, 1, tmp_path / "no"),
     ):
         pass
 
@@ -218,7 +218,7 @@ def test_what_was_measured_stays_when_it_cannot_be_measured_again(tmp_path):
 
 
 def test_what_takes_long_is_measured_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("mikoshi.launch.doctor.doctor._SHORT", -1.0)
+    monkeypatch.setattr("mikoshi.launch.doctor.doctor._RETRY_WINDOW", -1.0)
     nodes = Measured(tmp_path, (1, 1, 9), (9, 9, 9))
     assert rows(look(nodes, tmp_path))["between nodes"].verdict == "bad" and nodes.asked == 1
 
@@ -268,7 +268,7 @@ def test_a_node_that_writes_elsewhere_does_not_share_the_folder(tmp_path):
     import mikoshi.launch.doctor.doctor
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mikoshi.launch.doctor.doctor, "_NFS", 0.2)
+        patch.setattr(mikoshi.launch.doctor.doctor, "_NFS_TIMEOUT", 0.2)
         row = rows(look(Mute(tmp_path, change={"c": overlay}), tmp_path))["shared folder"]
     assert row.verdict == "bad" and len(row.todo) == 1
     assert "c:" in row.todo[0] and "(overlay): what it writes there is not seen here" in row.todo[0]
@@ -344,7 +344,7 @@ def test_one_slow_link_makes_neither_of_its_ends_slow_and_two_nodes_cannot_be_to
 
 @pytest.mark.parametrize("count", range(9))
 def test_everyone_meets_everyone_once_in_as_few_rounds_as_can_be(count):
-    rounds = tournament(count)
+    rounds = round_robin(count)
     met = [pair for pairing in rounds for pair in pairing]
     assert sorted(met) == [(a, b) for a in range(count) for b in range(a + 1, count)]
     assert all(len({one for pair in pairing for one in pair}) == 2 * len(pairing) for pairing in rounds)
@@ -353,7 +353,7 @@ def test_everyone_meets_everyone_once_in_as_few_rounds_as_can_be(count):
 
 @pytest.mark.parametrize(("count", "most"), [(256, 64), (257, 64), (1024, 64), (9, 3), (8, 64)])
 def test_of_many_nodes_a_sample_of_the_pairs_is_measured_and_said(count, most):
-    rounds = tournament(count, most)
+    rounds = round_robin(count, most)
     met = [pair for pairing in rounds for pair in pairing]
     assert len(rounds) == min(most, count - 1 + count % 2)
     assert len(set(met)) == len(met) == len(rounds) * (count // 2)
@@ -407,16 +407,16 @@ def test_the_table_tells_all_and_takes_nothing_for_markup(tmp_path):
     show_report(console, report)
     text = console.export_text()
     assert "[bold]denied[/bold]" in text and "not fit: nodes up" in text
-    assert f"GLOO_SOCKET_IFNAME={interface_of('lo')[0]}" in text
+    assert f"GLOO_SOCKET_IFNAME={select_interface('lo')[0]}" in text
     assert all(check.name in text for check in report.checks)
 
 
 def test_an_answer_is_left_only_where_one_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.delenv(answers.VARIABLE, raising=False)
-    answers.leave({"x": 1})
+    answers.write_answer({"x": 1})
     path = tmp_path / "answer"
     monkeypatch.setenv(answers.VARIABLE, str(path))
-    answers.leave({"x": 2})
-    assert answers.read(path) == {"x": 2}
+    answers.write_answer({"x": 2})
+    assert answers.read_answer(path) == {"x": 2}
     path.write_text("[1")
-    assert answers.read(path) == {} == answers.read(tmp_path / "absent")
+    assert answers.read_answer(path) == {} == answers.read_answer(tmp_path / "absent")

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mikoshi.launch.host.affinity import bind, parse_cores, share
+from mikoshi.launch.host.affinity import assign_cores, cores_for_rank, parse_cores
 
 
 def machine(root, nodes, threads=2, gpus=()):
@@ -33,7 +33,7 @@ def machine(root, nodes, threads=2, gpus=()):
 
 
 def every(size, allowed, buses, root):
-    return [share(rank, size, allowed, buses, root) for rank in range(size)]
+    return [assign_cores(rank, size, allowed, buses, root) for rank in range(size)]
 
 
 def test_a_rank_gets_cores_of_the_numa_node_its_gpu_hangs_on(tmp_path):
@@ -60,7 +60,7 @@ def test_only_cores_that_the_process_may_use_are_shared_out(tmp_path):
 def test_nothing_is_bound_with_fewer_cores_than_ranks_or_one_rank(tmp_path):
     allowed, buses = machine(tmp_path, nodes=1, gpus=[0])
     assert every(9, allowed, [], tmp_path) == [allowed] * 9
-    assert share(0, 1, allowed, buses, tmp_path) == allowed
+    assert assign_cores(0, 1, allowed, buses, tmp_path) == allowed
 
 
 def test_hyperthreads_are_parted_only_where_cores_are_too_few(tmp_path):
@@ -80,9 +80,13 @@ def test_linux_lists_of_cores():
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_the_kernel_accepts_what_this_machine_is_split_into():
-    code = "import os, sys\nfrom mikoshi.launch.host.affinity import bind\nos.sched_setaffinity(0, bind(int(sys.argv[1]), 2))\n"
+    code = (
+        "import os, sys\n"
+        "from mikoshi.launch.host.affinity import cores_for_rank\n"
+        "os.sched_setaffinity(0, cores_for_rank(int(sys.argv[1]), 2))\n"
+    )
     code += "print(sorted(os.sched_getaffinity(0)))"
     said = [subprocess.run([sys.executable, "-c", code, r], capture_output=True, text=True, check=True) for r in "01"]
     first, second = ({int(core) for core in one.stdout.strip("[]\n").split(",")} for one in said)
     assert first and second and not first & second
-    assert first | second == os.sched_getaffinity(0) == bind(0, 2) | bind(1, 2)
+    assert first | second == os.sched_getaffinity(0) == cores_for_rank(0, 2) | cores_for_rank(1, 2)

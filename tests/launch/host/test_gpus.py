@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mikoshi.launch.host.gpus import gpus_here, shown
+from mikoshi.launch.host.gpus import count_shown, count_visible_gpus
 
 UUIDS = ["GPU-aa11-1", "GPU-aa22-2", "GPU-bb33-3"]
 LISTS = [
@@ -26,7 +26,7 @@ def test_a_list_leaves_what_torch_finds(monkeypatch, visible):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     theirs = 3 if visible is None else torch.cuda._device_count_nvml()
-    assert shown(3, visible, UUIDS) == theirs
+    assert count_shown(3, visible, UUIDS) == theirs
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_list_leaves_what_torch_finds(monkeypatch, visible):
     ],
 )  # fmt: skip
 def test_a_list_by_hand(there, visible, count):
-    assert shown(there, visible) == count
+    assert count_shown(there, visible) == count
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def nvidia(tmp_path):
 
 @pytest.mark.parametrize(("visible", "count"), [(None, 2), ("1", 1), ("0,1,2", 2), ("-1", 0), ("GPU-aa22", 1), ("GPU-zz", 0)])
 def test_this_machines(nvidia, visible, count):
-    assert gpus_here(nvidia, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == count
+    assert count_visible_gpus(nvidia, {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}) == count
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_amds(tmp_path, env, count):
         folder = tmp_path / "sys/class/kfd/kfd/topology/nodes" / str(node)
         folder.mkdir(parents=True)
         (folder / "gpu_id").write_text(f"{number}\n")
-    assert gpus_here(tmp_path, env) == count
+    assert count_visible_gpus(tmp_path, env) == count
 
 
 def test_makefile_counts_with_it_on_plain_python():
@@ -79,6 +79,6 @@ def test_makefile_counts_with_it_on_plain_python():
     root = Path(__file__).parents[3]
     (line,) = [line for line in (root / "Makefile").read_text().splitlines() if line.startswith("RANKS")]
     code = line.partition("-c '")[2].rpartition("'")[0]
-    assert "gpus_here()" in code
+    assert "count_visible_gpus()" in code
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert int(done.stdout) in (1, 2, 4, 8, 16)

@@ -5,7 +5,7 @@ import socket
 import psutil
 import pytest
 
-from mikoshi.launch.host.network import Interface, choose, default_routes, interface_of, interfaces
+from mikoshi.launch.host.network import Interface, choose_interface, default_routes, interfaces, select_interface
 from mikoshi.trainer.errors import LaunchError
 
 LO = Interface("lo", "127.0.0.1", loopback=True)
@@ -15,31 +15,31 @@ IB = Interface("ib0", "10.1.0.5", loopback=False)
 
 
 def test_the_interface_found_here_is_one_that_a_port_can_be_opened_on():
-    name, address = interface_of("")
+    name, address = select_interface("")
     assert name in psutil.net_if_addrs()
     with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET):
         pass
 
 
 def test_the_named_interface_is_taken_though_it_is_not_that_of_the_default_route():
-    assert choose("ib0", [LO, ETH, IB], ["eth0"]) == ("ib0", "10.1.0.5")
+    assert choose_interface("ib0", [LO, ETH, IB], ["eth0"]) == ("ib0", "10.1.0.5")
     loopback = next(one for one in interfaces() if one.loopback)
-    assert interface_of(loopback.name) == (loopback.name, loopback.address)
+    assert select_interface(loopback.name) == (loopback.name, loopback.address)
 
 
 def test_a_name_that_is_not_there_is_refused_with_those_that_are():
     with pytest.raises(
         LaunchError, match=r"network\.interface = ib7: .* has no such interface .* it has lo \(127.0.0.1\), ib0"
     ):
-        choose("ib7", [LO, IB], [])
+        choose_interface("ib7", [LO, IB], [])
 
 
 def test_without_a_name_the_default_route_wins_then_what_leads_outward_then_loopback():
-    assert choose("", [LO, ETH, IB], ["ib0", "eth0"])[0] == "ib0"
-    assert choose("", [LO, DOCKER, ETH], [])[0] == "eth0"
-    assert choose("", [LO, DOCKER], [])[0] == "lo"
+    assert choose_interface("", [LO, ETH, IB], ["ib0", "eth0"])[0] == "ib0"
+    assert choose_interface("", [LO, DOCKER, ETH], [])[0] == "eth0"
+    assert choose_interface("", [LO, DOCKER], [])[0] == "lo"
     with pytest.raises(LaunchError, match="no network interface"):
-        choose("", [], [])
+        choose_interface("", [], [])
 
 
 def test_of_several_default_routes_the_lowest_metric_wins_and_one_that_is_down_or_narrower_is_none(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from disks import small_disk
 from mikoshi.launch.controller.supervisor import Job, supervise
-from mikoshi.launch.host import private_folder as private
+from mikoshi.launch.host import private_folder as private_folders
 from mikoshi.launch.host.private_folder import private_folder
 
 
@@ -17,7 +17,7 @@ def places(tmp_path, monkeypatch):
     found = tmp_path / "memory", tmp_path / "disk"
     for path in found:
         path.mkdir()
-    monkeypatch.setattr(private, "_MEMORY", found[0])
+    monkeypatch.setattr(private_folders, "_MEMORY", found[0])
     monkeypatch.setattr(tempfile, "tempdir", str(found[1]))
     return found
 

@@ -139,13 +139,13 @@ def tool(folder, script):
 def test_a_tool_that_fails_is_an_error_with_its_words(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     tool(tmp_path, "echo 'Unable to determine the device handle for GPU 0000:4E:00.0: Unknown Error'; exit 15")
-    assert "Unable to determine the device handle" in gpus.gpus()["error"]
+    assert "Unable to determine the device handle" in gpus.query_gpus()["error"]
 
 
 def test_processes_are_told_of_the_gpu_they_are_on(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     tool(tmp_path, f'case "$1" in *compute*) echo "GPU-bbbb, 4242";; *) printf %s "{SMI}";; esac')
-    found = gpus.gpus()
+    found = gpus.query_gpus()
     assert [gpu["pids"] for gpu in found["gpus"]] == [[], [4242]] and found["driver"] == "570.124.06"
 
 

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from mikoshi.launch.backends.base import JobState
 from mikoshi.launch.config.cluster import LocalCluster, SlurmCluster
-from mikoshi.launch.config.paths import named, typed
+from mikoshi.launch.config.paths import printable, shell_quoted
 from mikoshi.launch.operate import board
-from mikoshi.launch.operate.board import all_runs, folder_of, look, look_at
-from mikoshi.launch.operate.board_text import advice, ago, aligned, as_json, page, table, words
-from mikoshi.launch.operate.status import FINAL, SIGN, Records, held, state_of, state_of_plain
-from mikoshi.launch.runs.record import Request, Result, Started, Status, Stop, create, new_spec
+from mikoshi.launch.operate.board import all_runs, folder_of, survey_run, survey_runs
+from mikoshi.launch.operate.board_text import advice, aligned, as_json, describe_event, elapsed, run_page, runs_table
+from mikoshi.launch.operate.status import FINAL, LIVENESS_TIMEOUT, Records, is_locked, state_of, state_of_plain
+from mikoshi.launch.runs.record import Request, Result, Started, Status, Stop, create_run, new_spec
 from mikoshi.launch.runs.tails import last_records, start_of_last
 from mikoshi.trainer.config.run import RunConfig
 from mikoshi.trainer.errors import LaunchError
@@ -35,7 +35,7 @@ def config(folder, name="test", steps=100):
 
 
 def submitted(folder, name="test", cluster=None, job=None):
-    run = create(new_spec(config(folder, name), cluster or LocalCluster(kind="local"), folder))
+    run = create_run(new_spec(config(folder, name), cluster or LocalCluster(kind="local"), folder))
     attempt = run.add(REQUEST)
     if job:
         attempt.write_job(job)
@@ -68,8 +68,8 @@ TABLE = [
     ({"stop": STOP}, ENDED, "cancelled"),
     ({"stop": STOP}, RUNNING, "stopping"),
     ({"started": started(5)}, None, "starting"),
-    ({"started": started(SIGN + 5)}, None, "lost"),
-    ({"started": started(SIGN + 5)}, RUNNING, "starting"),
+    ({"started": started(LIVENESS_TIMEOUT + 5)}, None, "lost"),
+    ({"started": started(LIVENESS_TIMEOUT + 5)}, RUNNING, "starting"),
     ({"started": started()}, QUEUED, "requeued"),
     ({"started": started()}, ENDED, "lost"),
     ({"started": started(), "status": status(phase="starting")}, RUNNING, "starting"),
@@ -79,9 +79,9 @@ TABLE = [
     (AFTER, RUNNING, "running"),
     (AFTER, QUEUED, "requeued"),
     (AFTER, ENDED, "lost"),
-    ({"started": started(), "status": status(SIGN + 1)}, None, "lost"),
-    ({"started": started(), "status": status(SIGN + 1)}, UNKNOWN, "lost"),
-    ({"started": started(), "status": status(SIGN + 1)}, RUNNING, "running"),
+    ({"started": started(), "status": status(LIVENESS_TIMEOUT + 1)}, None, "lost"),
+    ({"started": started(), "status": status(LIVENESS_TIMEOUT + 1)}, UNKNOWN, "lost"),
+    ({"started": started(), "status": status(LIVENESS_TIMEOUT + 1)}, RUNNING, "running"),
     ({"started": started(), "status": status(phase="stopping")}, RUNNING, "stopping"),
     ({**AFTER, "stop": STOP}, RUNNING, "stopping"),
     ({**AFTER, "stop": STOP}, None, "stopping"),
@@ -114,7 +114,7 @@ def test_a_result_is_the_last_word_whatever_the_scheduler_says(ended, state, sai
 
 def test_every_combination_has_a_state():
     for begun, seen, stop, end, said in itertools.product(
-        (None, started()), (None, status(), status(SIGN + 9)), (None, STOP, STOP_NOW),
+        (None, started()), (None, status(), status(LIVENESS_TIMEOUT + 9)), (None, STOP, STOP_NOW),
         (None, result(), result("stopped", next="requeued")), (None, QUEUED, RUNNING, ENDED, UNKNOWN),
     ):  # fmt: skip
         state, why = state_of(Records(1, REQUEST, {}, begun, seen, stop, end), said, NOW)
@@ -172,7 +172,7 @@ def test_a_row_tells_how_far_a_run_is_and_how_fast(tmp_path):
     attempt.write(started())
     attempt.write(Status(time=NOW, phase="running", nodes=["n1"], lost=["n2"], restarts=3))
     write_logs(run, step=40, steps_each=0.5)
-    row, notes = look_at(run.folder.path, NOW + 10)
+    row, notes = survey_run(run.folder.path, NOW + 10)
     assert (row.state, row.step, row.steps, row.checkpoint, row.restarts) == ("running", 40, 100, 39, 3)
     assert (
         row.loss == pytest.approx(4.6)
@@ -180,7 +180,7 @@ def test_a_row_tells_how_far_a_run_is_and_how_fast(tmp_path):
         and row.seconds_left == pytest.approx(30)
     )
     assert (row.nodes, row.lost, row.asked, notes) == (("n1",), ("n2",), 2, ())
-    told = {name: text for name, text in page(row, [], NOW + 10) if name}
+    told = {name: text for name, text in run_page(row, [], NOW + 10) if name}
     assert "lost: n2" in told["nodes"] and "40/100" in told["step"] and told["checkpoint"] == "step 39"
 
 
@@ -192,7 +192,7 @@ def test_the_loss_of_a_row_is_that_of_the_last_step_that_predicted_a_token(tmp_p
     run.folder.metrics.write_text("".join(json.dumps(step) + "\n" for step in steps))
     if finished:
         run.folder.event("end", step=20, finished=True)
-    row, _ = look_at(run.folder.path, NOW + 10)
+    row, _ = survey_run(run.folder.path, NOW + 10)
     assert (row.step, row.loss) == (20, 4.0)
 
 
@@ -202,7 +202,7 @@ class Counting:
     def __init__(self, state="running", error=None):
         self.questions, self.state, self.error = [], state, error
 
-    def look(self, jobs):
+    def query(self, jobs):
         self.questions.append(len(jobs))
         if self.error:
             raise LaunchError(self.error)
@@ -217,7 +217,7 @@ def test_a_scheduler_is_asked_one_question_for_all_runs_that_are_not_over(tmp_pa
             attempt.write(result())
     scheduler = Counting("queued")
     monkeypatch.setattr(board, "open_backend", lambda _: scheduler)
-    found = look(all_runs(tmp_path), NOW)
+    found = survey_runs(all_runs(tmp_path), NOW)
     assert scheduler.questions == [15]
     assert sorted(row.state for row in found.rows) == ["done"] * 5 + ["queued"] * 15
     assert [row.created for row in found.rows] == sorted((row.created for row in found.rows), reverse=True)
@@ -228,7 +228,7 @@ def test_without_the_scheduler_the_folder_tells_what_it_knows(tmp_path, monkeypa
     attempt.write(started())
     attempt.write(status(3))
     monkeypatch.setattr(board, "open_backend", lambda _: Counting(error="squeue: no controller answers"))
-    row, notes = look_at(run.folder.path, NOW)
+    row, notes = survey_run(run.folder.path, NOW)
     assert row.state == "running" and len(notes) == 1
     assert "no controller answers" in notes[0] and "folder knows" in notes[0]
 
@@ -242,12 +242,12 @@ def test_a_run_that_cannot_be_read_hides_no_other(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "spec.json").write_bytes(b"\xff\x00")
     (tmp_path / "no-run").mkdir()
-    found = look(all_runs(tmp_path), NOW)
+    found = survey_runs(all_runs(tmp_path), NOW)
     assert [row.name for row in found.rows] == ["good"]
     assert len(found.notes) == 3 and all("\n" not in note for note in found.notes)
     assert any("format 99 of Mikoshi 9.9" in note for note in found.notes)
     with pytest.raises(LaunchError, match="format 99"):
-        look_at(newer.folder.path, NOW)
+        survey_run(newer.folder.path, NOW)
 
 
 def test_a_plain_run_is_on_the_board_too(tmp_path):
@@ -256,14 +256,14 @@ def test_a_plain_run_is_on_the_board_too(tmp_path):
     path = tmp_path / "plain"
     path.mkdir()
     (path / "config.toml").write_text(to_toml(config(tmp_path, "plain", steps=37)))
-    assert look_at(path, NOW)[0].steps == 37
+    assert survey_run(path, NOW)[0].steps == 37
     with (path / ".lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert held(path)
-        assert look_at(path, NOW)[0].state == "running"
-    assert not held(path)
+        assert is_locked(path)
+        assert survey_run(path, NOW)[0].state == "running"
+    assert not is_locked(path)
     (path / "events.jsonl").write_text('{"time": 1, "event": "end", "step": 37, "finished": true}\n')
-    row, _ = look_at(path, NOW)
+    row, _ = survey_run(path, NOW)
     assert (row.state, row.cluster, row.step) == ("done", "", 37)
 
 
@@ -280,14 +280,14 @@ def test_tables_and_pages_hold_nothing_that_moves_the_cursor(tmp_path):
     run, attempt = submitted(tmp_path, "a", job={"id": "7"})
     (run.folder.path / "sweep.json").write_text(json.dumps({"x": "1\x1b[2J\n2"}))
     attempt.write(Result(state="failed", code=1, why="line\r\nline\x1b[0m", time=NOW))
-    row, _ = look_at(run.folder.path, NOW)
-    lines = [*aligned(table([row], NOW)), *(text for _, text in page(row, [{"event": "fault\x1b", "how": "\n"}], NOW))]
+    row, _ = survey_run(run.folder.path, NOW)
+    lines = [*aligned(runs_table([row], NOW)), *(text for _, text in run_page(row, [{"event": "fault\x1b", "how": "\n"}], NOW))]
     assert all(sign.isprintable() for line in lines for sign in line)
     assert json.loads(json.dumps(as_json(row, (), []), allow_nan=False))["state"] == "failed"
 
 
 def test_every_state_comes_with_a_way_on(tmp_path):
-    row, _ = look_at(submitted(tmp_path, "a")[0].folder.path, NOW)
+    row, _ = survey_run(submitted(tmp_path, "a")[0].folder.path, NOW)
     for state in (*FINAL, "queued", "starting", "running", "stopping", "requeued"):
         lines = advice(type(row)(**{**row.__dict__, "state": state, "cluster": "local"}))
         assert lines and all("mikoshi" in line for line in lines)
@@ -296,23 +296,28 @@ def test_every_state_comes_with_a_way_on(tmp_path):
 def test_a_run_begun_with_weights_has_a_checkpoint_and_a_command_that_goes_on(tmp_path):
     folder = submitted(tmp_path, "a")[0].folder
     folder.event("import", step=0, source="weights")
-    row, _ = look_at(folder.path, NOW)
+    row, _ = survey_run(folder.path, NOW)
     assert row.checkpoint == 0
     alone = advice(type(row)(**{**row.__dict__, "state": "stopped", "cluster": ""}))
     assert alone == [f"mikoshi train {row.path}   # goes on from step 0, with the --ranks you like"]
 
 
 def test_events_are_told_in_words():
-    assert words({"time": 1, "event": "save", "step": 30, "path": "x"}) == "saved step 30"
-    assert words({"event": "fault", "rank": 2, "how": "was killed", "step": 5}) == "rank 2 was killed at step 5"
-    assert words({"time": 1, "event": "node-lost", "node": "n3"}) == "node-lost node=n3"
-    assert words({"event": "nodes", "nodes": ["n1"], "lost": {"n2": "no word"}, "attempt": 1}) == "nodes: n1; lost: n2"
-    assert words({"event": "save"}) == "save"
-    assert words({"event": "empty", "step": 4, "positions": [3, 4]}) == "step 4 changed nothing: no token is predicted"
+    assert describe_event({"time": 1, "event": "save", "step": 30, "path": "x"}) == "saved step 30"
+    assert describe_event({"event": "fault", "rank": 2, "how": "was killed", "step": 5}) == "rank 2 was killed at step 5"
+    assert describe_event({"time": 1, "event": "node-lost", "node": "n3"}) == "node-lost node=n3"
+    assert describe_event({"event": "nodes", "nodes": ["n1"], "lost": {"n2": "no word"}, "attempt": 1}) == "nodes: n1; lost: n2"
+    assert describe_event({"event": "save"}) == "save"
+    assert describe_event({"event": "empty", "step": 4, "positions": [3, 4]}) == "step 4 changed nothing: no token is predicted"
     why = "nothing is predicted, or it is not finite"
-    assert words({"event": "eval", "step": 4, "loss": None}) == f"no held-out loss at step 4: {why}"
-    assert words({"event": "eval", "step": 4, "loss": 2.5}) == "held-out loss 2.5000 at step 4"
-    assert (ago(NOW - 5, NOW), ago(NOW - 600, NOW), ago(NOW - 7200, NOW), ago(None, NOW)) == ("5 s", "10 min", "2 h", "")
+    assert describe_event({"event": "eval", "step": 4, "loss": None}) == f"no held-out loss at step 4: {why}"
+    assert describe_event({"event": "eval", "step": 4, "loss": 2.5}) == "held-out loss 2.5000 at step 4"
+    assert (elapsed(NOW - 5, NOW), elapsed(NOW - 600, NOW), elapsed(NOW - 7200, NOW), elapsed(None, NOW)) == (
+        "5 s",
+        "10 min",
+        "2 h",
+        "",
+    )
 
 
 def bytes_read():
@@ -344,17 +349,17 @@ def test_a_damaged_sign_of_life_hides_nothing(tmp_path):
     run, attempt = submitted(tmp_path, job=here(os.getpid()))
     attempt.write(started())
     (attempt.path / "status.json").write_text("{")
-    row, notes = look_at(run.folder.path, NOW)
+    row, notes = survey_run(run.folder.path, NOW)
     assert (row.state, notes) == ("starting", ())
     (attempt.path / "result.json").write_text("[]")
     with pytest.raises(LaunchError, match=r"result.json: damaged: Input should be an object; remove it$"):
-        look_at(run.folder.path, NOW)
+        survey_run(run.folder.path, NOW)
 
 
 def test_a_job_whose_name_is_damaged_is_told(tmp_path):
     run, attempt = submitted(tmp_path, cluster=SlurmCluster(kind="slurm"))
     (attempt.path / "job.json").write_text("{")
-    row, notes = look_at(run.folder.path, NOW)
+    row, notes = survey_run(run.folder.path, NOW)
     assert row.state == "queued" and len(notes) == 1 and "job.json: damaged" in notes[0]
 
 
@@ -366,7 +371,7 @@ def test_a_head_on_this_machine_is_found_by_its_own_record_too(tmp_path):
     for text in (None, "{"):
         if text:
             (attempt.path / "job.json").write_text(text)
-        row, notes = look_at(run.folder.path, NOW + 1000)
+        row, notes = survey_run(run.folder.path, NOW + 1000)
         assert (row.state, row.job, notes) == ("starting", f"process {os.getpid()} on {job['host']}", ())
 
 
@@ -374,7 +379,7 @@ def test_a_job_that_never_came_to_start_is_told_with_its_last_words(tmp_path, mo
     run, _ = submitted(tmp_path, cluster=SlurmCluster(kind="slurm"), job={"id": "7"})
     (run.folder.path / "slurm-7.out").write_text("starting\n/no/python: not found\n\n")
     monkeypatch.setattr(board, "open_backend", lambda _: Counting("ended"))
-    row, _ = look_at(run.folder.path, NOW)
+    row, _ = survey_run(run.folder.path, NOW)
     assert row.state == "lost" and row.why.endswith("its last words: /no/python: not found")
 
 
@@ -382,7 +387,7 @@ def test_a_job_that_never_came_to_start_is_told_with_its_last_words(tmp_path, mo
 def test_a_printed_command_names_its_folder_and_does_no_more(name):
     import subprocess
 
-    command = f"printf %s {typed(name)}"
+    command = f"printf %s {shell_quoted(name)}"
     done = subprocess.run(["bash", "-c", command.encode("utf-8", "surrogateescape")], capture_output=True, check=True)
     assert done.stdout.decode("utf-8", "surrogateescape").removeprefix("./") == name
-    assert command.isprintable() and named(name).isprintable()
+    assert command.isprintable() and printable(name).isprintable()

@@ -10,10 +10,10 @@ import pytest
 
 from mikoshi.launch.backends.base import JobState
 from mikoshi.launch.config.cluster import KubernetesCluster, LocalCluster, SlurmCluster, SshCluster
-from mikoshi.launch.operate import control as steer
-from mikoshi.launch.operate.control import Standing, ask_to_stop, next_request, resume, standing, wait_for_end
-from mikoshi.launch.operate.submit import axis, check, make_plan, submit, submit_all, sweep_plans
-from mikoshi.launch.runs.record import Attempt, Request, Result, Started, Status, Submitted, create, open_submitted
+from mikoshi.launch.operate import control
+from mikoshi.launch.operate.control import RunStatus, next_request, request_stop, resume, run_status, wait_for_end
+from mikoshi.launch.operate.submit import check, make_plan, parse_axis, submit, submit_all, sweep_plans
+from mikoshi.launch.runs.record import Attempt, Request, Result, Started, Status, SubmittedRun, create_run, open_submitted
 from mikoshi.parallel.errors import LayoutError
 from mikoshi.trainer.config.run import to_toml
 from mikoshi.trainer.errors import ConfigError, DataError, LaunchError, TooFewError
@@ -46,7 +46,7 @@ class Cluster:
         self.jobs.append(run.folder.path.name)
         return {"id": str(len(self.jobs))}
 
-    def look(self, jobs):
+    def query(self, jobs):
         return [JobState(self.state) for _ in jobs]
 
     def cancel(self, attempt, now):
@@ -189,7 +189,7 @@ def test_a_kill_at_any_point_leaves_a_run_that_can_be_resumed(config, cluster, m
         monkeypatch.setattr(os, "link", no_links)
     run, attempt = submit(make_plan(config, LOCAL), cluster)
     end(attempt)
-    seen, call = standing(run.folder.path), 0
+    seen, call = run_status(run.folder.path), 0
     while killed_at(call, lambda: run.add(attempt.request)):
         for path in run.folder.path.glob("attempts/*/request.json"):
             os.utime(path, (1.0, 1.0))  # as after a while
@@ -207,14 +207,14 @@ def test_a_kill_at_any_point_leaves_no_half_of_a_spec(config, tmp_path, monkeypa
         monkeypatch.setattr(os, "link", no_links)
     plan, call = make_plan(config, LOCAL), 0
     spec = tmp_path / "runs" / "test" / "spec.json"
-    while killed_at(call, lambda: create(plan.spec, plan.folder)):
+    while killed_at(call, lambda: create_run(plan.spec, plan.folder)):
         if spec.exists():
             os.utime(spec, (1.0, 1.0))
         if spec.exists() and spec.stat().st_size:
             with pytest.raises(LaunchError, match="a run of this name is there already"):
-                create(plan.spec, plan.folder)
+                create_run(plan.spec, plan.folder)
         else:
-            create(plan.spec, plan.folder)
+            create_run(plan.spec, plan.folder)
         assert open_submitted(plan.folder).spec == plan.spec
         shutil.rmtree(plan.folder)
         call += 1
@@ -227,11 +227,11 @@ def no_links(*_args, **_named):
 
 def test_a_run_that_was_cut_off_before_it_had_a_job_can_be_resumed(config, cluster):
     plan = make_plan(config, LOCAL)
-    run = create(plan.spec, plan.folder)
+    run = create_run(plan.spec, plan.folder)
     run.add(plan.request)
-    assert standing(run.folder.path).state == "queued", "perhaps it is being handed over"
+    assert run_status(run.folder.path).state == "queued", "perhaps it is being handed over"
     run.attempts[0].write(plan.request.model_copy(update={"time": time.time() - 300}))
-    seen = standing(run.folder.path)
+    seen = run_status(run.folder.path)
     assert (seen.state, seen.why) == ("lost", "it was cut off while it was handed to the cluster")
     assert resume(seen, cluster, None, None, [], [])[0].number == 2
 
@@ -290,13 +290,13 @@ def test_pods_with_a_disk_of_their_own_leave_a_record_here(config, tmp_path):
     ],
 )
 def test_values_of_a_sweep_are_parted_at_commas(text, values):
-    assert axis(text)[1] == values
+    assert parse_axis(text)[1] == values
 
 
 @pytest.mark.parametrize("text", ["optim.lr", "optim.lr=", "=1,2", "optim.lr=1,,2", "optim.lr=1,1"])
 def test_a_sweep_without_key_or_values_is_refused(text):
     with pytest.raises(ConfigError, match="--sweep"):
-        axis(text)
+        parse_axis(text)
 
 
 def test_a_sweep_is_all_of_its_runs_or_none(config, tmp_path):
@@ -334,7 +334,7 @@ def end(attempt, state="stopped", **more):
 def test_a_run_that_has_ended_is_resumed_on_other_nodes(config, cluster):
     run, attempt = submit(make_plan(config, LOCAL, nodes=4, min_nodes=2), cluster)
     end(attempt, "failed", bad_nodes=["n3"])
-    second, told = resume(standing(run.folder.path), cluster, 2, None, ["n9"], [])
+    second, told = resume(run_status(run.folder.path), cluster, 2, None, ["n9"], [])
     assert (second.number, second.request.nodes, second.request.min_nodes) == (2, 2, 2)
     assert (second.request.exclude, second.request.bad) == (["n9"], ["n3"])
     assert second.request.cause == "resume" and "4 ranks" in told
@@ -348,11 +348,11 @@ def test_a_node_that_was_found_bad_is_used_again_where_there_are_too_few_others(
     run, attempt = submit(make_plan(config, LOCAL, nodes=2), cluster)
     end(attempt, "failed", bad_nodes=["n1"])
     cluster.unless = ["n1"]
-    second, _ = resume(standing(run.folder.path), cluster, None, None, [], [])
+    second, _ = resume(run_status(run.folder.path), cluster, None, None, [], [])
     assert second.request.bad == [] and [asked.bad for asked in cluster.checked] == [["n1"], []]
     end(second, "failed", bad_nodes=[])
     with pytest.raises(LaunchError, match="too few"):
-        resume(standing(run.folder.path), cluster, None, None, ["n1"], [])
+        resume(run_status(run.folder.path), cluster, None, None, ["n1"], [])
 
 
 def test_a_check_that_fails_for_another_reason_is_no_reason_to_use_a_bad_node(config, cluster):
@@ -360,18 +360,18 @@ def test_a_check_that_fails_for_another_reason_is_no_reason_to_use_a_bad_node(co
     end(attempt, "failed", bad_nodes=["n1"])
     cluster.refuse = "check"
     with pytest.raises(LaunchError, match="no such partition"):
-        resume(standing(run.folder.path), cluster, None, None, [], [])
+        resume(run_status(run.folder.path), cluster, None, None, [], [])
     assert len(cluster.checked) == 1
 
 
 def test_a_run_led_from_elsewhere_that_gives_signs_of_life_is_not_resumed(config, cluster, monkeypatch):
     """Its clock may be another: that of the last sign tells nothing."""
-    monkeypatch.setattr(steer, "_SIGNS", 1.0)
-    monkeypatch.setattr(steer, "LOOKS", 0.05)
+    monkeypatch.setattr(control, "_LIVENESS_TIME", 1.0)
+    monkeypatch.setattr(control, "POLL_INTERVAL", 0.05)
     run, attempt = submit(make_plan(config, LOCAL), cluster)
     long_ago = time.time() - 1000
     attempt.write(Started(host="elsewhere", pid=1, began=1.0, nodes=["n1"], ranks_per_node=2, time=long_ago))
-    cluster.state, seen = "unknown", Standing(run, "lost", "")
+    cluster.state, seen = "unknown", RunStatus(run, "lost", "")
 
     def live(until):
         while time.monotonic() < until:
@@ -391,30 +391,30 @@ def test_a_run_that_goes_on_is_not_resumed(config, cluster):
     for state in ("queued", "running"):
         cluster.state = state
         with pytest.raises(LaunchError, match=r"`mikoshi cancel .*` ends it first"):
-            resume(standing(run.folder.path), cluster, None, None, [], [])
+            resume(run_status(run.folder.path), cluster, None, None, [], [])
     end(attempt, next="requeued")
     with pytest.raises(LaunchError, match="it is requeued"):
-        resume(standing(run.folder.path), cluster, None, None, [], [])
+        resume(run_status(run.folder.path), cluster, None, None, [], [])
     assert len(run.attempts) == 1
 
 
 def test_a_run_whose_scheduler_does_not_answer_is_not_resumed(config, monkeypatch):
     run, _ = submit(make_plan(config, LOCAL), Cluster())
 
-    def look(_):
+    def query(_):
         raise LaunchError("squeue: no controller answers")
 
     silent = Cluster()
-    silent.look = look
+    silent.query = query
     monkeypatch.setattr("mikoshi.launch.operate.board.open_backend", lambda _: silent)
     with pytest.raises(LaunchError, match="whether it still runs cannot be told: squeue"):
-        resume(standing(run.folder.path), silent, None, None, [], [])
+        resume(run_status(run.folder.path), silent, None, None, [], [])
 
 
 def test_a_resume_that_fails_leaves_no_attempt(config, cluster):
     run, attempt = submit(make_plan(pairs(config), ONE, nodes=2), cluster)
     end(attempt)
-    seen = standing(run.folder.path)
+    seen = run_status(run.folder.path)
     for refuse, words in (("check", "no such partition"), ("submit", "quota")):
         with pytest.raises(LaunchError, match=words):
             resume(seen, Cluster(refuse), None, None, [], [])
@@ -428,7 +428,7 @@ def test_a_resume_that_fails_leaves_no_attempt(config, cluster):
 def test_of_two_that_resume_at_once_one_is_told_so(config, cluster):
     run, attempt = submit(make_plan(config, LOCAL), cluster)
     end(attempt)
-    seen, refused = standing(run.folder.path), []
+    seen, refused = run_status(run.folder.path), []
 
     class Slow(Cluster):
         def check(self, run, request):
@@ -442,19 +442,19 @@ def test_of_two_that_resume_at_once_one_is_told_so(config, cluster):
 def test_a_request_to_stop_that_reaches_nobody_is_not_on_record(config):
     run, attempt = submit(make_plan(config, LOCAL), Cluster())
     with pytest.raises(LaunchError, match="no controller answers"):
-        ask_to_stop(run, Cluster("cancel"), now=False)
+        request_stop(run, Cluster("cancel"), now=False)
     assert attempt.stop is None
-    ask_to_stop(run, Cluster(), now=False)
+    request_stop(run, Cluster(), now=False)
     with pytest.raises(LaunchError, match="no controller answers"):
-        ask_to_stop(run, Cluster("cancel"), now=True)
+        request_stop(run, Cluster("cancel"), now=True)
     assert attempt.stop is not None and attempt.stop.now is False
 
 
 def test_cancelling_waits_for_the_end_also_of_an_attempt_that_begins_meanwhile(config, cluster, monkeypatch):
-    monkeypatch.setattr("mikoshi.launch.operate.control.ASKS", 0.01)
-    monkeypatch.setattr("mikoshi.launch.operate.control.LOOKS", 0.01)
+    monkeypatch.setattr("mikoshi.launch.operate.control.SCHEDULER_INTERVAL", 0.01)
+    monkeypatch.setattr("mikoshi.launch.operate.control.POLL_INTERVAL", 0.01)
     run, attempt = submit(make_plan(config, LOCAL), cluster)
-    ask_to_stop(run, cluster, now=False)
+    request_stop(run, cluster, now=False)
     seen = []
 
     def show(state, _):
@@ -495,9 +495,9 @@ def test_a_stop_takes_a_job_alone_and_no_damaged_one(config):
     run, attempt = submit(make_plan(config, LOCAL), cluster)
     for name in ("request", "result", "stop"):
         (attempt.path / f"{name}.json").write_text("{")
-    ask_to_stop(run, cluster, now=False)
+    request_stop(run, cluster, now=False)
     assert cluster.cancelled == [("1", False)] and attempt.stop is not None
     (attempt.path / "job.json").write_text("{")
-    slurm = Submitted(run.folder, run.spec.model_copy(update={"cluster": SlurmCluster(kind="slurm")}))
+    slurm = SubmittedRun(run.folder, run.spec.model_copy(update={"cluster": SlurmCluster(kind="slurm")}))
     with pytest.raises(LaunchError, match=r"job.json: damaged"):
-        ask_to_stop(slurm, cluster, now=True)
+        request_stop(slurm, cluster, now=True)

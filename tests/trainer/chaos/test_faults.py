@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mikoshi.parallel.process import heartbeat as pulse
+from mikoshi.parallel.process import heartbeat
 from mikoshi.trainer.chaos.inject import LOG, SUPERVISOR, InjectedError, Injector, fired, flip_bit, inject, spoil_gradient
 from mikoshi.trainer.chaos.plan import (
     KINDS,
@@ -20,11 +20,11 @@ from mikoshi.trainer.chaos.plan import (
     SLOW_STEPS,
     STEP_PHASES,
     Fault,
-    Plan,
-    Setting,
-    make_plan,
-    read_plan,
-    write_plan,
+    FaultPlan,
+    FaultSetting,
+    make_fault_plan,
+    read_fault_plan,
+    write_fault_plan,
 )
 from mikoshi.trainer.errors import ConfigError
 from mikoshi.trainer.record.run_folder import RunFolder
@@ -44,7 +44,7 @@ def in_process(function):
 
 
 def injector(folder, *faults, rank=1, supervisor=None, parameters=()):
-    return Injector(Plan(faults), rank, folder / LOG, folder / "checkpoints", lambda: parameters, supervisor)
+    return Injector(FaultPlan(faults), rank, folder / LOG, folder / "checkpoints", lambda: parameters, supervisor)
 
 
 def walk(listener, first, last, phases=("data", "forward", "backward", "reduce", "update", "agree")):
@@ -54,7 +54,7 @@ def walk(listener, first, last, phases=("data", "forward", "backward", "reduce",
 
 
 SETTINGS = st.builds(
-    Setting, steps=st.integers(1, 3000), ranks=st.integers(1, 9), every=st.integers(0, 40), compare=st.integers(0, 30),
+    FaultSetting, steps=st.integers(1, 3000), ranks=st.integers(1, 9), every=st.integers(0, 40), compare=st.integers(0, 30),
     replicas=st.booleans(),
 )  # fmt: skip
 
@@ -65,11 +65,11 @@ def test_a_plan_is_a_function_of_its_seed_and_has_room(seed, count, kinds, setti
     if not kinds:
         return
     try:
-        plan = make_plan(seed, count, kinds, setting)
+        plan = make_fault_plan(seed, count, kinds, setting)
     except ConfigError as error:
         assert "train.steps" in str(error) or "checkpoint.every" in str(error)
         return
-    assert plan == make_plan(seed, count, kinds, setting)
+    assert plan == make_fault_plan(seed, count, kinds, setting)
     assert len(plan.faults) == count
     tally = [sum(fault.kind == kind for fault in plan.faults) for kind in kinds]
     assert max(tally) - min(tally) <= 1
@@ -86,27 +86,27 @@ def test_a_plan_is_a_function_of_its_seed_and_has_room(seed, count, kinds, setti
 
 
 def test_another_seed_makes_another_plan():
-    setting = Setting(steps=400, ranks=4, every=5)
+    setting = FaultSetting(steps=400, ranks=4, every=5)
     kinds = [kind for kind in KINDS if setting.refusal(kind) is None]
-    assert make_plan(1, 20, kinds, setting) != make_plan(2, 20, kinds, setting)
+    assert make_fault_plan(1, 20, kinds, setting) != make_fault_plan(2, 20, kinds, setting)
     assert "flip" not in kinds
     assert set(kinds) | {"flip"} == set(KINDS)
 
 
 def test_where_there_is_no_room_it_says_how_many_steps_it_takes():
     with pytest.raises(ConfigError, match=r"train.steps = 50.*need \d+ steps: raise train.steps, or ask for fewer"):
-        make_plan(1, 40, ["kill"], Setting(50, 4, 5))
+        make_fault_plan(1, 40, ["kill"], FaultSetting(50, 4, 5))
     with pytest.raises(ConfigError, match=r"set checkpoint\.every"):
-        make_plan(1, 40, ["kill"], Setting(5000, 4, 0))
+        make_fault_plan(1, 40, ["kill"], FaultSetting(5000, 4, 0))
 
 
 def test_a_plan_is_read_back_as_it_was_written(tmp_path):
-    plan = make_plan(3, 30, list(KINDS), Setting(2000, 4, 5, 10, True))
-    (tmp_path / "plan.toml").write_text(write_plan(plan))
-    assert read_plan(tmp_path / "plan.toml", 4) == plan
+    plan = make_fault_plan(3, 30, list(KINDS), FaultSetting(2000, 4, 5, 10, True))
+    (tmp_path / "plan.toml").write_text(write_fault_plan(plan))
+    assert read_fault_plan(tmp_path / "plan.toml", 4) == plan
     tables = [{"kind": f.kind, "step": f.step, "phase": f.phase, "rank": f.rank} for f in plan.faults if f.kind != "preempt"]
     (tmp_path / "plan.json").write_text(json.dumps({"fault": tables}))
-    assert read_plan(tmp_path / "plan.json", 4) == Plan(tuple(f for f in plan.faults if f.kind != "preempt"))
+    assert read_fault_plan(tmp_path / "plan.json", 4) == FaultPlan(tuple(f for f in plan.faults if f.kind != "preempt"))
 
 
 GOOD = '[[fault]]\nkind = "kill"\nstep = 3\nphase = "data"\nrank = 1\n'
@@ -135,15 +135,15 @@ GOOD = '[[fault]]\nkind = "kill"\nstep = 3\nphase = "data"\nrank = 1\n'
 def test_what_is_wrong_in_a_plan_is_told_with_its_line(tmp_path, text, said):
     (tmp_path / "plan.toml").write_text(text)
     with pytest.raises(ConfigError, match=said):
-        read_plan(tmp_path / "plan.toml", 4)
+        read_fault_plan(tmp_path / "plan.toml", 4)
 
 
 def test_a_plan_that_is_not_there_or_no_json(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
-        read_plan(tmp_path / "no.toml", 4)
+        read_fault_plan(tmp_path / "no.toml", 4)
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="not JSON"):
-        read_plan(tmp_path / "deep.json", 4)
+        read_fault_plan(tmp_path / "deep.json", 4)
 
 
 def test_kill_is_sigkill_at_its_step_and_phase_and_never_again(tmp_path):
@@ -352,12 +352,12 @@ def test_the_beats_of_a_run_bring_them(tmp_path, monkeypatch):
     monkeypatch.setenv(SUPERVISOR, str(os.getpid()))
 
     def train():
-        inject(Plan((Fault("raise", 2, "reduce", 1),)), 1, RunFolder(tmp_path), lambda: ())
-        pulse.beat("data", 1)
-        pulse.beat("reduce")
-        pulse.beat("data", 2)
+        inject(FaultPlan((Fault("raise", 2, "reduce", 1),)), 1, RunFolder(tmp_path), lambda: ())
+        heartbeat.send_heartbeat("data", 1)
+        heartbeat.send_heartbeat("reduce")
+        heartbeat.send_heartbeat("data", 2)
         try:
-            pulse.beat("reduce")
+            heartbeat.send_heartbeat("reduce")
         except InjectedError:
             os._exit(7)
 

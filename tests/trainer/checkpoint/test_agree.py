@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from mikoshi.data.errors import DataError
-from mikoshi.trainer.checkpoint.agree import from_first_rank, of_all_ranks, on_first_rank, to_first_rank
+from mikoshi.trainer.checkpoint.agree import all_gather_json, gather_json, on_first_rank, scatter_json
 from mikoshi.trainer.errors import CheckpointError, RunError
 
 ERRORS = {
@@ -39,14 +39,14 @@ def each_way(name):
     """How an error of the first rank ends each way of telling here; whether the ranks still understand each other after."""
     import torch.distributed as dist
 
-    error, told = Strange("a", "b") if name == "strange" else ERRORS[name][0], []
-    for way in (on_first_rank, from_first_rank):
+    error, results = Strange("a", "b") if name == "strange" else ERRORS[name][0], []
+    for way in (on_first_rank, scatter_json):
         try:
             way(lambda: raising(error))
         except BaseException as raised:
-            told.append((type(raised).__name__, str(raised), raised is error))
-        assert of_all_ranks(dist.get_rank()) == [0, 1, 2]
-    return told
+            results.append((type(raised).__name__, str(raised), raised is error))
+        assert all_gather_json(dist.get_rank()) == [0, 1, 2]
+    return results
 
 
 @pytest.mark.parametrize("name", [*ERRORS, "strange"])
@@ -56,9 +56,9 @@ def test_whatever_the_first_rank_raises_is_raised_on_all(ranks, name):
     assert first == [(type(error).__name__, str(error), True)] * 2
     for other in others:
         assert len(other) == 2
-        for found, told, same in other:
+        for found, message, same in other:
             assert found == kind.__name__
-            assert told.startswith(text)
+            assert message.startswith(text)
             assert not same
 
 
@@ -72,9 +72,9 @@ def exchange():
     rank = dist.get_rank()
     return (
         on_first_rank(lambda: VALUE if rank == 0 else raising(AssertionError("only the first acts"))),
-        of_all_ranks([rank, "y" * 10 ** (2 * rank)]),
-        to_first_rank({"rank": rank, "more": [None] * rank}),
-        from_first_rank(lambda: [VALUE, (), "z"]),
+        all_gather_json([rank, "y" * 10 ** (2 * rank)]),
+        gather_json({"rank": rank, "more": [None] * rank}),
+        scatter_json(lambda: [VALUE, (), "z"]),
     )
 
 
@@ -88,13 +88,13 @@ def test_plain_values_arrive_as_they_are_whatever_their_length(ranks):
 
 def test_without_a_process_group_it_is_the_same():
     assert on_first_rank(lambda: (1, 2)) == [1, 2]
-    assert of_all_ranks((1, 2)) == to_first_rank((1, 2)) == [[1, 2]]
-    assert from_first_rank(lambda: [(1, 2)]) == [1, 2]
+    assert all_gather_json((1, 2)) == gather_json((1, 2)) == [[1, 2]]
+    assert scatter_json(lambda: [(1, 2)]) == [1, 2]
     error = Strange(1, 2)
-    for way in (on_first_rank, from_first_rank):
-        with pytest.raises(Strange) as told:
+    for way in (on_first_rank, scatter_json):
+        with pytest.raises(Strange) as caught:
             way(lambda: raising(error))
-        assert told.value is error
+        assert caught.value is error
 
 
 class Payload:
@@ -110,22 +110,22 @@ class Payload:
 def telling_what_is_no_json(path):
     import torch.distributed as dist
 
-    told = []
-    for way in (on_first_rank, from_first_rank):
+    results = []
+    for way in (on_first_rank, scatter_json):
         try:
             way(lambda: [Payload(path)] * 3)
         except (TypeError, RuntimeError) as error:
-            told.append(str(error))
-    for way in (of_all_ranks, to_first_rank):
+            results.append(str(error))
+    for way in (all_gather_json, gather_json):
         try:
             way(Payload(path) if dist.get_rank() == 1 else 0)
         except (TypeError, RuntimeError) as error:
-            told.append(str(error))
-    return told
+            results.append(str(error))
+    return results
 
 
 def test_what_is_no_json_is_an_error_and_no_pickle(ranks, tmp_path):
-    told = ranks.run(telling_what_is_no_json, tmp_path / "made", world=3)
-    assert [len(one) for one in told] == [4, 4, 4]
-    assert all("not JSON serializable" in word for one in told for word in one)
+    results = ranks.run(telling_what_is_no_json, tmp_path / "made", world=3)
+    assert [len(one) for one in results] == [4, 4, 4]
+    assert all("not JSON serializable" in word for one in results for word in one)
     assert not (tmp_path / "made").exists()

@@ -87,8 +87,8 @@ def test_saved_by_two_ranks_and_restored_by_any_number(ranks, dataset, tmp_path,
             assert found.keys() == saved.keys()
             for name, tensor in found.items():
                 assert torch.equal(tensor, saved[name]), name
-        asked = [name for name in s3.requests if name.endswith(".safetensors")]
-        assert len(asked) <= len(set(asked)) + 2, "each file once for the node, and once more for each fault"
+        requested = [name for name in s3.requests if name.endswith(".safetensors")]
+        assert len(requested) <= len(set(requested)) + 2, "each file once for the node, and once more for each fault"
 
 
 KILLED = """
@@ -145,7 +145,7 @@ def test_killed_before_the_manifest_is_there_it_does_not_exist(tmp_path, s3, pla
     load(store, manifest, found)
     assert found["w"].unique().tolist() == [1.0]
     assert save(store, 2, {"w": torch.full((3 << 20,), 5.0)}).error is None
-    assert (store.steps(), store.others()) == ([2, 1], [])
+    assert (store.steps(), store.leftovers()) == ([2, 1], [])
     assert newest_valid(store)[1].step == 2
 
 
@@ -172,7 +172,7 @@ def test_a_damaged_object_is_refused_by_name_and_the_older_step_used(tmp_path, s
     assert manifest.step == 1
     assert len(refused) == 1
     assert f"{s3.url}/{folder}/{name}" in refused[0]
-    assert (store.steps(), store.others()) == ([1], ["step-00000002/damaged-manifest.json"])
+    assert (store.steps(), store.leftovers()) == ([1], ["step-00000002/damaged-manifest.json"])
     found = {"w": torch.zeros(1000)}
     load(store, manifest, found)
     assert found["w"].unique().tolist() == [1.0]
@@ -203,6 +203,6 @@ def test_a_store_that_is_away_condemns_nothing_and_a_save_fails_by_name(tmp_path
     assert f"{place}/" in outcome.error
     assert "503" in outcome.error
     s3.forget()
-    assert (store.steps(), store.others()) == ([1], [])
+    assert (store.steps(), store.leftovers()) == ([1], [])
     assert save(store, 2, {"w": torch.ones(1000)}).error is None
     assert newest_valid(store)[1].step == 2

@@ -32,10 +32,10 @@ class Failing(LocalStore):
         super().__init__(folder)
         self.what, self.number, self.times = what, number, times
 
-    def _whole(self, step):
+    def _step_folder(self, step):
         if step == 2 and self.what == "folder":
             self._fail()
-        return super()._whole(step)
+        return super()._step_folder(step)
 
     def local(self, step, name, sha256=None):
         if step == 2 and self.what == "file":
@@ -71,9 +71,9 @@ def test_what_passes_is_asked_again_and_what_stays_is_raised(tmp_path, monkeypat
     saved, manifest, refused = newest_valid(Failing(folder, what, number, 2))
     assert (saved.step, manifest.step, refused) == (2, 2, [])
     store = Failing(folder, what, number, 99)
-    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as told:
+    with pytest.raises(OSError, match=re.escape(os.strerror(number))) as caught:
         newest_valid(store)
-    assert not isinstance(told.value, CheckpointError)
+    assert not isinstance(caught.value, CheckpointError)
     assert store.times == 96
     assert names(folder) == ["step-00000001", "step-00000002"]
 
@@ -94,21 +94,21 @@ def resumed_where_one_rank_fails(folder, times):
 def test_on_one_rank_it_is_told_to_all(ranks, tmp_path):
     folder = checkpoints(tmp_path / "c")
     assert ranks.run(resumed_where_one_rank_fails, folder, 2, world=3) == [2] * 3
-    told = ranks.run(resumed_where_one_rank_fails, folder, 99, world=3)
-    assert told == [f"{folder}/step-00000002: cannot be verified: Input/output error"] * 3
+    results = ranks.run(resumed_where_one_rank_fails, folder, 99, world=3)
+    assert results == [f"{folder}/step-00000002: cannot be verified: Input/output error"] * 3
     assert names(folder) == ["step-00000001", "step-00000002"]
 
 
 def test_a_read_that_fails_is_an_error_of_the_disk():
     """Nobody maps the first page of memory: reading it is an I/O error."""
-    with pytest.raises(OSError, match="/proc/self/mem") as told:
+    with pytest.raises(OSError, match="/proc/self/mem") as caught:
         read_through(Path("/proc/self/mem"), lambda _: None)
-    assert told.value.errno == errno.EIO
+    assert caught.value.errno == errno.EIO
 
 
 def with_no_handle_left(folder):
     """The errors of a process that may open no more files."""
-    store, told = LocalStore(folder), []
+    store, results = LocalStore(folder), []
     file = store.local(2, NAME)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
     for look in (
@@ -122,13 +122,13 @@ def with_no_handle_left(folder):
         try:
             look()
         except OSError as error:
-            told.append(error.errno)
-    return told
+            results.append(error.errno)
+    return results
 
 
 def test_a_process_without_a_handle_left_takes_nothing_for_damaged(tmp_path):
-    told, _ = forked(with_no_handle_left, checkpoints(tmp_path / "c"))
-    assert told == [errno.EMFILE] * 6
+    results, _ = forked(with_no_handle_left, checkpoints(tmp_path / "c"))
+    assert results == [errno.EMFILE] * 6
 
 
 def test_what_cannot_be_read_while_loading_is_no_mistake_of_the_users(tmp_path):

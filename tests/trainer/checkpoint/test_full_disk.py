@@ -34,31 +34,31 @@ def test_training_goes_on_and_the_next_save_works_once_there_is_room(dataset, tm
 
 
 def run_out_of_room(dataset, tmp_path, disk):
-    asked = {
+    requested = {
         "steps": STEPS,
         "train": {"global_batch": 8},
         "checkpoint": {"every": 20, "keep": 1},
         "eval": {"every": 0, "batches": 1},
     }
-    here = write_run(tmp_path / "quiet", dataset, **asked)
+    here = write_run(tmp_path / "quiet", dataset, **requested)
     quiet = command(here, "train", "run.name=r", ranks=2)
-    there = write_run(disk, dataset, **asked)
+    there = write_run(disk, dataset, **requested)
     finish(quiet)
     process = command(there, "train", "run.name=r", ranks=2)
     wait_for_step(process, there, "r", 22)
     ballast = fill(disk)
-    said = ""
-    while "training goes on" not in said:
+    notice = ""
+    while "training goes on" not in notice:
         line = process.stdout.readline()
-        assert line, said
-        said += line
-    assert "No space left on device" in said
+        assert line, notice
+        notice += line
+    assert "No space left on device" in notice
     left = [p for p in (disk / "runs" / "r" / "checkpoints").iterdir() if "partial" in p.name]
     at = [r["step"] for r in records(there, "r")]
     ballast.unlink()
     rest, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said + rest
-    assert "Traceback" not in said + rest
+    assert process.returncode == 0, notice + rest
+    assert "Traceback" not in notice + rest
     assert not left or not any(p.exists() for p in left), "the partial is removed"
     assert at[-1] < STEPS
     assert [e["step"] for e in events(there, "r", "save")][-1] == STEPS

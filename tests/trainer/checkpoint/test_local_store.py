@@ -78,13 +78,13 @@ def test_a_step_that_is_no_folder(tmp_path, what):
     shutil.copytree(path, elsewhere)
     replaced(path, what, elsewhere)
     assert store.steps() == [2, 1]
-    for ask in (store.manifest, store.written, store.sizes, lambda step: store.local(step, A)):
+    for ask in (store.manifest, store.written_at, store.sizes, lambda step: store.local(step, A)):
         with pytest.raises(CheckpointError, match=rf"step-00000002: damaged: a {what}, not a folder"):
             ask(2)
     with pytest.raises(CheckpointError, match="exists already"):
         store.begin(2)
     store.remove(2)
-    assert (store.steps(), store.others()) == ([1], [])
+    assert (store.steps(), store.leftovers()) == ([1], [])
     assert sorted(p.name for p in elsewhere.iterdir()) == ["manifest.json", A]
 
 
@@ -187,7 +187,7 @@ def test_a_kill_while_committing(tmp_path, monkeypatch, at):
     def commit():
         store.begin(3)
         write(store, 3)
-        for module, name in ((os, "open"), (os, "fsync"), (store_module, "flush"), (Path, "rename")):
+        for module, name in ((os, "open"), (os, "fsync"), (store_module, "fsync_path"), (Path, "rename")):
             killed_at(module, name)
         store.commit(3, b"{}")
 
@@ -199,7 +199,7 @@ def test_a_kill_while_committing(tmp_path, monkeypatch, at):
     else:
         assert at <= 6
         saved(store, 3)
-        assert (store.steps(), store.others()) == ([3, 2, 1], [])
+        assert (store.steps(), store.leftovers()) == ([3, 2, 1], [])
 
 
 def test_a_kill_while_removing(tmp_path, monkeypatch):
@@ -211,23 +211,23 @@ def test_a_kill_while_removing(tmp_path, monkeypatch):
 
     assert in_child(remove) == signal.SIGKILL
     assert store.steps() == [1]
-    assert len(store.others()) == 1
+    assert len(store.leftovers()) == 1
     saved(store, 3)
-    assert (store.steps(), store.others()) == ([3, 1], [])
+    assert (store.steps(), store.leftovers()) == ([3, 1], [])
 
 
 def test_a_commit_that_fails_is_taken_back(tmp_path, monkeypatch):
     store, _ = local_with(tmp_path)
     store.begin(3)
     write(store, 3)
-    real = store_module.flush
+    real = store_module.fsync_path
 
     def flush(path):
         if path == tmp_path / "checkpoints":
             raise OSError(errno.EIO, "Input/output error")
         real(path)
 
-    monkeypatch.setattr(store_module, "flush", flush)
+    monkeypatch.setattr(store_module, "fsync_path", flush)
     with pytest.raises(OSError, match="Input/output"):
         store.commit(3, b"{}")
     assert store.steps() == [2, 1]
@@ -244,9 +244,9 @@ def test_no_room_for_a_file(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
         store.begin(3)
-        with pytest.raises(OSError) as told:
+        with pytest.raises(OSError) as caught:
             write(store, 3, body=bytes(1 << 20))
-        assert told.value.errno == errno.EFBIG
+        assert caught.value.errno == errno.EFBIG
         write(store, 3, B)
         store.commit(3, b"{}")
 

@@ -133,11 +133,11 @@ def test_the_good_one_is_believed_and_comes_back_as_it_was():
 
 @pytest.mark.parametrize("what", BAD)
 def test_what_cannot_be_is_refused_with_its_key(what):
-    path, value, told = BAD[what]
+    path, value, message = BAD[what]
     with pytest.raises(CheckpointError) as error:
         parse(changed(path, value), "PLACE/step-00000003/manifest.json")
     assert str(error.value).startswith("PLACE/step-00000003/manifest.json: ")
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value)) < 600
 
 

@@ -12,7 +12,7 @@ from xxhash import xxh3_128_hexdigest
 
 from mikoshi.trainer.checkpoint.manifest import DTYPES
 from mikoshi.trainer.checkpoint.pieces import bytes_of, dtype_named, lay_out, piece_file, write
-from mikoshi.trainer.checkpoint.storage.digests import Both
+from mikoshi.trainer.checkpoint.storage.digests import DigestPair
 from mikoshi.trainer.checkpoint.storage.files import read_through
 from mikoshi.trainer.errors import CheckpointError
 
@@ -32,7 +32,7 @@ def written(path, tensors):
     with path.open("wb") as out:
         digests = write(out, contents.header, [bytes_of(tensors[piece.key]) for piece in contents.pieces], threading.Event())
     assert path.stat().st_size == len(contents.header) + contents.bytes
-    content, again = path.read_bytes(), Both()
+    content, again = path.read_bytes(), DigestPair()
     read_through(path, again.update)
     assert digests == again.hexdigests()
     assert digests == {"sha256": hashlib.sha256(content).hexdigest(), "xxh3": xxh3_128_hexdigest(content)}

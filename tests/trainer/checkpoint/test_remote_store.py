@@ -59,19 +59,19 @@ def test_what_does_not_pass_is_told_with_address_and_cause(s3, tmp_path):
     store = bucket(s3, tmp_path, retries=1)
     store.begin(1)
     s3.plan_changes(Fault(status=403))
-    with pytest.raises(OSError, match=rf"{store.place}/step-00000001/{A}: access refused.*403"):
+    with pytest.raises(OSError, match=rf"{store.address}/step-00000001/{A}: access refused.*403"):
         write(store, 1)
     s3.plan_changes(Fault(status=400))
-    with pytest.raises(OSError, match=rf"{store.place}/step-00000001/{A}: the store refuses the request.*400"):
+    with pytest.raises(OSError, match=rf"{store.address}/step-00000001/{A}: the store refuses the request.*400"):
         write(store, 1)
     s3.plan(Fault(status=403))
-    with pytest.raises(OSError, match=rf"{store.place}.*: access refused; check the credentials"):
+    with pytest.raises(OSError, match=rf"{store.address}.*: access refused; check the credentials"):
         store.steps()
     s3.plan_changes(*[Fault(status=503)] * 2)
-    with pytest.raises(OSError, match=rf"{store.place}/step-00000001/{A}: failed 2 times, the last time with: .*503"):
+    with pytest.raises(OSError, match=rf"{store.address}/step-00000001/{A}: failed 2 times, the last time with: .*503"):
         write(store, 1)
     s3.plan(*[Fault(status=503)] * 2)
-    with pytest.raises(OSError, match=rf"{store.place}/.*: failed 2 times, the last time with: .*503"):
+    with pytest.raises(OSError, match=rf"{store.address}/.*: failed 2 times, the last time with: .*503"):
         store.steps()
     assert store.steps() == []
     gone = open_remote_store("s3://nowhere/x", tmp_path, s3.options, retries=1)
@@ -86,7 +86,7 @@ def test_what_does_not_pass_is_told_with_address_and_cause(s3, tmp_path):
 
 def test_of_two_attempts_one_commits(s3, tmp_path):
     first = bucket(s3, tmp_path)
-    second = open_remote_store(first.place, tmp_path, s3.options, part=PART)
+    second = open_remote_store(first.address, tmp_path, s3.options, part=PART)
     first.begin(1)
     second.begin(1)
     write(first, 1)
@@ -108,7 +108,7 @@ def test_a_commit_in_doubt_is_taken_back(s3, tmp_path):
         store.commit(1, b"{}")
     assert store.steps() == [1]
     store.abandon(1)
-    assert (store.steps(), store.others()) == ([], [])
+    assert (store.steps(), store.leftovers()) == ([], [])
 
 
 def test_what_was_damaged_on_its_way_is_not_held_against_the_store(s3, tmp_path):
@@ -120,13 +120,13 @@ def test_what_was_damaged_on_its_way_is_not_held_against_the_store(s3, tmp_path)
     s3.plan(Fault(flip=70_000))
     assert store.local(1, A, sha256(body).hexdigest()).read_bytes() == body
     assert s3.requests.count(A) == 2
-    s3.put(f"{store.place.rpartition('/')[2]}/step-00000001/{A}", body[:-1] + bytes([body[-1] ^ 1]))
+    s3.put(f"{store.address.rpartition('/')[2]}/step-00000001/{A}", body[:-1] + bytes([body[-1] ^ 1]))
     s3.forget()
     store.release()
-    for asked in (1, 2):
-        with pytest.raises(CheckpointError, match=rf"{store.place}/step-00000001/{A}: altered: .*SHA-256"):
+    for requested in (1, 2):
+        with pytest.raises(CheckpointError, match=rf"{store.address}/step-00000001/{A}: altered: .*SHA-256"):
             store.local(1, A, sha256(body).hexdigest())
-        assert s3.requests.count(A) == 2 * asked
+        assert s3.requests.count(A) == 2 * requested
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"], "nobody finds it here"
 
 
@@ -138,7 +138,7 @@ def test_an_object_is_fetched_once_for_a_node(s3, tmp_path):
     ready, found = threading.Barrier(6), []
 
     def look():
-        mine = open_remote_store(store.place, tmp_path, s3.options)  # what another process would have
+        mine = open_remote_store(store.address, tmp_path, s3.options)  # what another process would have
         ready.wait()
         found.append(mine.local(1, A))
 
@@ -158,7 +158,7 @@ def test_an_object_is_fetched_once_for_a_node(s3, tmp_path):
 
 def test_objects_that_are_none_of_ours_stay(s3, tmp_path):
     store = bucket(s3, tmp_path)
-    prefix = store.place.rpartition("/")[2]
+    prefix = store.address.rpartition("/")[2]
     for name in ("README", "step-1/x", "other/step-00000001/rank", "step-00000003/deep/er"):
         s3.put(f"{prefix}/{name}", b"x")
     saved(store, 2)
@@ -167,26 +167,26 @@ def test_objects_that_are_none_of_ours_stay(s3, tmp_path):
     s3.put(f"{prefix}/step-00000002/deep/er", b"x")
     assert store.sizes(2) == {A: 6, "deep": -1}
     store.remove(2)
-    assert (store.steps(), store.others()) == ([], [])
+    assert (store.steps(), store.leftovers()) == ([], [])
 
 
 def test_a_listing_that_fails_while_removing_is_told_by_address(s3, tmp_path):
     store = bucket(s3, tmp_path, retries=0)
     saved(store, 2)
-    s3.put(f"{store.place.rpartition('/')[2]}/step-00000001/deep/er", b"x")
+    s3.put(f"{store.address.rpartition('/')[2]}/step-00000001/deep/er", b"x")
     s3.plan(None, Fault(status=403))  # the first tells what is there
-    with pytest.raises(OSError, match=rf"{store.place}/step-00000001/deep: access refused; check the credentials"):
+    with pytest.raises(OSError, match=rf"{store.address}/step-00000001/deep: access refused; check the credentials"):
         store.begin(3)
     store.begin(3)
-    assert (store.steps(), store.others()) == ([2], [])
+    assert (store.steps(), store.leftovers()) == ([2], [])
 
 
 @pytest.mark.slow
 def test_many_objects_are_seen(s3, tmp_path):
     store = bucket(s3, tmp_path)
-    prefix = store.place.rpartition("/")[2]
+    prefix = store.address.rpartition("/")[2]
     for number in range(1_100):  # a page of a listing has a thousand
         s3.put(f"{prefix}/step-00000001/rank-{number:05d}.safetensors", b"")
-    assert (store.steps(), store.others()) == ([], ["step-00000001"])
+    assert (store.steps(), store.leftovers()) == ([], ["step-00000001"])
     store.begin(1)
-    assert store.others() == []
+    assert store.leftovers() == []

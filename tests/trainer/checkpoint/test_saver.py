@@ -121,10 +121,10 @@ def steps_beside_a_save(folder):
 
 
 def test_steps_go_on_beside_a_save_and_all_ranks_learn_of_its_end_at_one(ranks, tmp_path):
-    told = ranks.run(steps_beside_a_save, tmp_path, world=2)
-    assert told[0] == told[1]
-    assert told[0][0] > 20
-    assert told[0][1] is None
+    results = ranks.run(steps_beside_a_save, tmp_path, world=2)
+    assert results[0] == results[1]
+    assert results[0][0] > 20
+    assert results[0][1] is None
     assert same(restored(tmp_path, tensors())[1], tensors())
     assert names(tmp_path) == ["step-00000001"]
 
@@ -209,7 +209,7 @@ class Broken(LocalStore):
 
 
 @pytest.mark.parametrize(
-    ("fault", "told"),
+    ("fault", "message"),
     [
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
         (MemoryError(), "MemoryError"),
@@ -217,10 +217,10 @@ class Broken(LocalStore):
         (CheckpointError("the bucket is gone"), "the bucket is gone"),
     ],
 )
-def test_whatever_ends_the_thread_is_told_and_never_lost(tmp_path, fault, told):
+def test_whatever_ends_the_thread_is_told_and_never_lost(tmp_path, fault, message):
     saver = Saver(Broken(tmp_path, fault), Keep(1))
     saver.begin(1, tensors(), RECORD)
-    assert saver.conclude().error == f"rank 0: {told}"
+    assert saver.conclude().error == f"rank 0: {message}"
     assert names(tmp_path) == []
     saver.store = LocalStore(tmp_path)
     saver.begin(1, tensors(), RECORD)
@@ -228,8 +228,8 @@ def test_whatever_ends_the_thread_is_told_and_never_lost(tmp_path, fault, told):
 
 
 def test_what_no_checkpoint_can_hold_is_refused_by_name_and_leaves_nothing(tmp_path):
-    for state, told in [({"z": torch.zeros(2, dtype=torch.complex64)}, "complex64"), ({"z": 3}, "only tensors")]:
-        with pytest.raises(CheckpointError, match=rf"z: {told}"):
+    for state, message in [({"z": torch.zeros(2, dtype=torch.complex64)}, "complex64"), ({"z": 3}, "only tensors")]:
+        with pytest.raises(CheckpointError, match=rf"z: {message}"):
             Saver(LocalStore(tmp_path), Keep(1)).begin(1, state, RECORD)
         assert names(tmp_path) == []
 

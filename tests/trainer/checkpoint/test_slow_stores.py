@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mikoshi.parallel.process import heartbeat as pulse
+from mikoshi.parallel.process import heartbeat
 from mikoshi.trainer.checkpoint import waiting
 from mikoshi.trainer.checkpoint.retention import Keep
 from mikoshi.trainer.checkpoint.saver import Saver
@@ -54,9 +54,9 @@ def save_slowly(rendezvous, folder, what, background):
     dist.destroy_process_group()
     store = dist.FileStore(str(rendezvous), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=TIMEOUT))
-    waiting.SLICE, waiting.LONG_SLICE = 0.2, 0.4
+    waiting.FIRST_WAIT, waiting.LATER_WAITS = 0.2, 0.4
     beats = []
-    pulse.listen(lambda _, phase: beats.append(phase))
+    heartbeat.set_listener(lambda _, phase: beats.append(phase))
     try:
         by_whom = 1 if what == "create" else 0  # the others are for the first rank to do
         error = OSError("no room") if what == "abandon" and rank == 1 else None
@@ -64,7 +64,7 @@ def save_slowly(rendezvous, folder, what, background):
         saver.begin(1, {"w": torch.arange(10.0), f"w{rank}": torch.ones(5)}, {"config": ""})
         outcome = saver.conclude()
     finally:
-        pulse.listen(None)
+        heartbeat.set_listener(None)
     return outcome.error, beats, saver.store.steps()
 
 
@@ -72,8 +72,8 @@ def save_slowly(rendezvous, folder, what, background):
     ("what", "background"), [("create", True), ("create", False), ("begin", True), ("commit", True), ("abandon", True)]
 )
 def test_who_is_done_waits_for_who_is_not(ranks, tmp_path, what, background):
-    told = ranks.run(save_slowly, tmp_path / "store", tmp_path / "c", what, background, world=2)
-    for error, beats, steps in told:
+    results = ranks.run(save_slowly, tmp_path / "store", tmp_path / "c", what, background, world=2)
+    for error, beats, steps in results:
         assert error == ("rank 1: no room" if what == "abandon" else None)
         assert steps == ([] if what == "abandon" else [1])
         assert set(beats) == {"save"}
@@ -82,13 +82,13 @@ def test_who_is_done_waits_for_who_is_not(ranks, tmp_path, what, background):
 
 def conclude_without_a_beat(folder):
     beats = []
-    pulse.listen(lambda _, phase: beats.append(phase))
+    heartbeat.set_listener(lambda _, phase: beats.append(phase))
     try:
         saver = Saver(LocalStore(folder), Keep(1))
         saver.begin(1, {"w": torch.ones(5)}, {"config": ""})
         return saver.conclude().error, beats
     finally:
-        pulse.listen(None)
+        heartbeat.set_listener(None)
 
 
 def test_where_nobody_waits_nothing_is_said(ranks, tmp_path):

@@ -27,7 +27,7 @@ def store(request, tmp_path):
 
 
 def test_a_committed_step_is_there_whole(store):
-    assert (store.steps(), store.others()) == ([], [])
+    assert (store.steps(), store.leftovers()) == ([], [])
     large = os.urandom(2 * PART + 12_345)
     store.begin(30)
     with store.create(30, A) as file:
@@ -35,23 +35,23 @@ def test_a_committed_step_is_there_whole(store):
             file.write(memoryview(large)[start : start + (1 << 20)])
     write(store, 30, B, b"")
     assert store.steps() == []
-    assert len(store.others()) == 1
-    assert "step-00000030" in store.others()[0]
+    assert len(store.leftovers()) == 1
+    assert "step-00000030" in store.leftovers()[0]
     store.commit(30, b'{"a": 1}')
-    assert (store.steps(), store.others()) == ([30], [])
+    assert (store.steps(), store.leftovers()) == ([30], [])
     assert store.manifest(30) == b'{"a": 1}'
     assert store.sizes(30) == {A: len(large), B: 0}
     assert store.local(30, A).read_bytes() == large
     assert store.local(30, B).read_bytes() == b""
-    assert abs(store.written(30) - time.time()) < 120
-    assert store.describe(30) == f"{store.place}/step-00000030"
+    assert abs(store.written_at(30) - time.time()) < 120
+    assert store.describe(30) == f"{store.address}/step-00000030"
     saved(store, 7)
     saved(store, 123_456_789)
     assert store.steps() == [123_456_789, 30, 7]
 
 
 def test_what_is_not_there_is_told(store):
-    for ask in (store.manifest, store.written, store.sizes):
+    for ask in (store.manifest, store.written_at, store.sizes):
         with pytest.raises(FileNotFoundError, match="step-00000009"):
             ask(9)
     saved(store, 3)
@@ -78,7 +78,7 @@ def test_the_next_save_clears_what_killed_ones_left(store):
     write(store, 4, B)
     assert store.steps() == [1]
     store.commit(4, b"{}")
-    assert (store.steps(), store.others()) == ([4, 1], [])
+    assert (store.steps(), store.leftovers()) == ([4, 1], [])
     assert store.sizes(4) == {B: 6}
 
 
@@ -97,7 +97,7 @@ def test_an_abandoned_save_leaves_nothing(store):
     write(store, 8)
     store.abandon(8)
     store.abandon(8)
-    assert (store.steps(), store.others()) == ([], [])
+    assert (store.steps(), store.leftovers()) == ([], [])
     saved(store, 8)
     assert store.steps() == [8]
 
@@ -107,12 +107,12 @@ def test_removed_and_set_aside(store):
         saved(store, step)
     store.remove(2)
     store.remove(2)
-    assert (store.steps(), store.others()) == ([3, 1], [])
+    assert (store.steps(), store.leftovers()) == ([3, 1], [])
     name = store.set_aside(3)
     assert "damaged-" in name
-    assert (store.steps(), store.others()) == ([1], [name])
+    assert (store.steps(), store.leftovers()) == ([1], [name])
     saved(store, 4)
-    assert store.others() == [name], "kept for inspection"
+    assert store.leftovers() == [name], "kept for inspection"
     saved(store, 3, b"again", **{B: b"more"})
     assert store.steps() == [4, 3, 1]
     assert (store.manifest(3), store.sizes(3)) == (b"again", {A: 6, B: 4})
@@ -132,14 +132,14 @@ def test_a_name_that_is_no_file_of_a_checkpoint(store, name):
 
 
 @pytest.mark.parametrize(
-    ("place", "told"),
+    ("place", "message"),
     [
         ("ftp://host/x", "s3://"), ("http://host/x", "s3://"), ("file://host/x", "file:///path"), ("file://", "file:///path"),
         ("file:///x?y", "file:///path"), ("s3://", "cannot be opened"),
     ],
 )  # fmt: skip
-def test_an_address_that_cannot_be(tmp_path, place, told):
-    with pytest.raises(CheckpointError, match=rf"checkpoint\.folder.*{told}"):
+def test_an_address_that_cannot_be(tmp_path, place, message):
+    with pytest.raises(CheckpointError, match=rf"checkpoint\.folder.*{message}"):
         open_store(place, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -16,23 +16,23 @@ import psutil
 import pytest
 from rich.console import Console
 
-from mikoshi.launch.controller.rounds import machine, take_turns, versions
+from mikoshi.launch.controller.rounds import machine, run_rounds, versions
 from mikoshi.trainer.compare.comparison import (
     CONTESTANT,
     WARM_UP,
     Comparison,
+    ComparisonPlan,
     Contestant,
-    Plan,
+    ContestantResult,
     Round,
-    Row,
     difference,
     figures,
-    make_plan,
+    make_comparison,
     read_comparison,
-    write_plan,
+    write_comparison_plan,
 )
 from mikoshi.trainer.compare.page import _decades, _differences, write_page
-from mikoshi.trainer.compare.text import markdown, print_comparison, table, words
+from mikoshi.trainer.compare.text import markdown, print_comparison, summary_lines, table
 from mikoshi.trainer.config.run import load_config, to_toml
 from mikoshi.trainer.record.run_folder import read_jsonl
 from runs import run_config
@@ -71,8 +71,10 @@ def a_comparison(*rounds, layouts=None, refused="", failed=""):
     """Of contestants with these rounds; the last is refused or has failed, if so."""
     names = [Contestant("native", layout, f"{n}-native") for n, layout in enumerate(layouts or [""] * len(rounds), 1)]
     names[-1] = replace(names[-1], refused=refused)
-    plan = Plan("run.toml", "mikoshi compare run.toml", 1, STEPS, len(rounds[0]), names, machine(), {"python": "3"})
-    rows = [Row(one, "", of, figures(of, rounds[0]) if of else None) for one, of in zip(names, rounds, strict=True)]
+    plan = ComparisonPlan("run.toml", "mikoshi compare run.toml", 1, STEPS, len(rounds[0]), names, machine(), {"python": "3"})
+    rows = [
+        ContestantResult(one, "", of, figures(of, rounds[0]) if of else None) for one, of in zip(names, rounds, strict=True)
+    ]
     rows[-1] = replace(rows[-1], failed=failed)
     return Comparison(plan, rows, [], 0, True)
 
@@ -82,10 +84,10 @@ def test_one_round_has_no_range_and_says_that_it_tells_nothing_of_the_machine():
     assert one.rows[1].figures.ratios is None
     assert "1.78x |" in markdown(one)
     assert "1.78x to" not in markdown(one)
-    assert "one round: how much of a difference is the machine's is not known: --rounds 2 or more tells" in words(one)
+    assert "one round: how much of a difference is the machine's is not known: --rounds 2 or more tells" in summary_lines(one)
     twice = a_comparison([a_round(1, [100, 100]), a_round(2, [100, 100])], [a_round(1, [178, 178]), a_round(2, [180, 180])])
     assert "1.78x to 1.80x" in markdown(twice)
-    assert not any(line.startswith("one round") for line in words(twice))
+    assert not any(line.startswith("one round") for line in summary_lines(twice))
     json.dumps(one.as_json(), allow_nan=False)
 
 
@@ -192,8 +194,8 @@ def test_what_is_no_number_is_infinitely_far_from_one(a, b, absolute, relative):
 
 def test_everyone_comes_once_before_anyone_comes_again():
     names = [Contestant("native", "", "a"), Contestant("native", "x", "b", "refused"), Contestant("native", "", "c")]
-    plan = Plan("", "", 1, 5, 3, names, {}, {})
-    assert plan.turns == [(1, 0), (1, 2), (2, 2), (2, 0), (3, 0), (3, 2)]
+    plan = ComparisonPlan("", "", 1, 5, 3, names, {}, {})
+    assert plan.schedule == [(1, 0), (1, 2), (2, 2), (2, 0), (3, 0), (3, 2)]
 
 
 @pytest.fixture
@@ -294,7 +296,7 @@ def test_where_nobody_can_run_each_row_says_why(mikoshi, config):
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_of_a_comparison_that_is_there_nothing_can_be_set(mikoshi, tmp_path, arguments, named):
-    plan = Plan("run.toml", "", 1, STEPS, 1, [Contestant("native", "", "1-native", "why")], machine(), versions())
+    plan = ComparisonPlan("run.toml", "", 1, STEPS, 1, [Contestant("native", "", "1-native", "why")], machine(), versions())
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "plan.json").write_text(json.dumps(asdict(plan)))
     before = sorted(tmp_path.rglob("*"))
@@ -312,14 +314,15 @@ def test_the_help_says_the_fewest_steps(mikoshi):
     assert f"{WARM_UP + 2} or more, as {WARM_UP} are to warm up" in " ".join(out.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_one_that_fails_is_told_and_ends_no_other(config, tmp_path):
     out = tmp_path / "out"
-    contestants, configs = make_plan(config, [], "native", ["zero=0", "zero=1"], 1, STEPS, out)
-    write_plan(Plan("run.toml", "", 1, STEPS, 2, contestants, machine(), versions()), configs, out)
+    contestants, configs = make_comparison(config, [], "native", ["zero=0", "zero=1"], 1, STEPS, out)
+    write_comparison_plan(ComparisonPlan("run.toml", "", 1, STEPS, 2, contestants, machine(), versions()), configs, out)
     lost = out / contestants[0].folder / CONTESTANT
     lost.write_text(lost.read_text().replace(load_config(lost).data.path, "gone"))  # after preflight
     seen = []
-    take_turns(out, seen.append)
+    run_rounds(out, seen.append)
     found = read_comparison(out)
     assert found.complete
     assert [bool(row.failed) for row in found.rows] == [True, False]
@@ -331,9 +334,9 @@ def test_one_that_fails_is_told_and_ends_no_other(config, tmp_path):
     assert "FAILED: exit code 2" in markdown(found)
     assert len({tuple(row) for row in table(found)}) == 1
 
-    from mikoshi.launch.cli.compare import _code
+    from mikoshi.launch.cli.compare import _exit_code
 
-    assert _code(found, out) == 1
+    assert _exit_code(found, out) == 1
 
 
 @pytest.mark.slow

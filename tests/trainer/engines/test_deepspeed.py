@@ -10,7 +10,7 @@ import torch
 from engines import released
 from layouts import BASE, MODELS
 from mikoshi.parallel.sharding import local
-from mikoshi.trainer.engines.base import Limits
+from mikoshi.trainer.engines.base import StepLimits
 from runs import engine_and_rows, held_out_of, run_config, whole_state
 
 pytest.importorskip("deepspeed")
@@ -37,7 +37,7 @@ def course(config, steps):
     again = engine.step(loader.batch(steps), 1e-3)
     figures = [(r.loss, r.grad_norm, r.tokens) for r in [*results, again]]
     assert all(r.more.keys() == again.more.keys() for r in results)
-    return before, figures, whole_state(engine.state()), evaluation, engine.next_logits([1, 2, 3]), engine.differing()
+    return before, figures, whole_state(engine.state()), evaluation, engine.next_logits([1, 2, 3]), engine.replica_differences()
 
 
 def config_of(dataset, folder, model, small=True, **sections):
@@ -68,7 +68,9 @@ def assert_same_course(found, reference, rel=1e-5, atol=2e-5):
     assert max(norm for _, norm, _ in reference[1]) > 0.2, "clipping was at work"
     assert found[2].keys() == reference[2].keys()
     for name, tensor in found[2].items():
-        torch.testing.assert_close(tensor, reference[2][name], atol=atol, rtol=1e-4, msg=lambda told, n=name: f"{n}: {told}")
+        torch.testing.assert_close(
+            tensor, reference[2][name], atol=atol, rtol=1e-4, msg=lambda message, n=name: f"{n}: {message}"
+        )
     assert found[3] == pytest.approx(reference[3], rel=rel)
     torch.testing.assert_close(found[4], reference[4], atol=2e-4, rtol=1e-4)
     assert found[5] == []
@@ -210,23 +212,23 @@ def refused_steps(config):
     first = engine.step(loader.batch(0), 1e-3)
     live = [local(p).detach().clone() for p in engine.parameters]
     before = digests(whole_state(engine.state()))
-    batch, told = loader.batch(1), []
+    batch, results = loader.batch(1), []
     norm_forward = engine.model.norm.forward
 
     def unchanged():
         same = all(torch.equal(local(p), old) for p, old in zip(engine.parameters, live, strict=True))
         return same and digests(whole_state(engine.state())) == before
 
-    for limits in (Limits(loss=first.loss / 2), Limits(norm=first.grad_norm / 100), Limits(loss=float("nan"))):
+    for limits in (StepLimits(loss=first.loss / 2), StepLimits(norm=first.grad_norm / 100), StepLimits(loss=float("nan"))):
         r = engine.step(batch, 1e-3, limits)
-        told.append((r.applied, r.loss, r.grad_norm, unchanged()))
+        results.append((r.applied, r.loss, r.grad_norm, unchanged()))
     if dist.get_rank() == 0:
         engine.model.norm.forward = lambda x: norm_forward(x) * float("nan")
     r = engine.step(batch, 1e-3)
     engine.model.norm.forward = norm_forward
-    told.append((r.applied, r.loss, r.grad_norm, unchanged()))
+    results.append((r.applied, r.loss, r.grad_norm, unchanged()))
     r = engine.step(batch, 1e-3)
-    return told, (r.applied, r.loss, r.grad_norm)
+    return results, (r.applied, r.loss, r.grad_norm)
 
 
 @pytest.mark.parametrize("zero", [*(pytest.param(zero, marks=pytest.mark.slow) for zero in (0, 1)), 2, 3])
@@ -252,8 +254,8 @@ def test_a_step_beyond_its_limits_changes_nothing_and_can_be_tried_again(ranks, 
 @pytest.mark.parametrize("how", [{"precision": "bf16"}, {"deepspeed": {"offload_optimizer": "cpu"}}], ids=["bf16", "offload"])
 def test_so_it_is_in_bf16_and_with_offload(ranks, dataset, tmp_path, zero, how):
     mine = config_of(dataset, tmp_path, "llama", engine=DEEPSPEED | how, parallel={"zero": zero})
-    for told, last in ranks.run(refused_steps, mine, world=2):
-        assert [(applied, same) for applied, _, _, same in told] == [(False, True)] * 4
+    for message, last in ranks.run(refused_steps, mine, world=2):
+        assert [(applied, same) for applied, _, _, same in message] == [(False, True)] * 4
         assert last[0]
 
 
@@ -262,10 +264,10 @@ def corrupted(config):
 
     engine, loader = engine_and_rows(config)
     engine.step(loader.batch(0), 1e-3)
-    before = engine.differing()
+    before = engine.replica_differences()
     if dist.get_rank() == 1:
         engine.parameters[3].data.view(-1)[5] += 1e-4
-    return before, engine.differing(), engine.named[3][0]
+    return before, engine.replica_differences(), engine.named[3][0]
 
 
 @pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 2])

@@ -92,24 +92,24 @@ def partly(config):
     engine, loader = engine_and_rows(config)
     before = whole_state(engine.state())
     steps(engine, loader, range(1))
-    held = sum(local(t).numel() for t in engine.state().values())
+    kept = sum(local(t).numel() for t in engine.state().values())
     moved = whole_state(engine.state())
     state = engine.state()
     for tensor in state.values():
         local(tensor).mul_(2.0)
     engine.load_state({name: t for name, t in state.items() if name.startswith("model.")})
-    return before, moved, whole_state(engine.state()), held
+    return before, moved, whole_state(engine.state()), kept
 
 
 @pytest.mark.parametrize("zero", [3, *(pytest.param(zero, marks=pytest.mark.slow) for zero in (0, 1, 2))])
 def test_a_part_of_a_state_is_taken_and_a_rank_holds_a_part_of_it(ranks, dataset, tmp_path, zero):
-    for before, moved, now, held in ranks.run(partly, config_of(dataset, tmp_path, "llama", f"zero={zero}"), world=2):
+    for before, moved, now, kept in ranks.run(partly, config_of(dataset, tmp_path, "llama", f"zero={zero}"), world=2):
         assert all(not t.any() for name, t in before.items() if name.startswith("optim."))
         assert {float(t) for name, t in moved.items() if name.endswith(".step")} == {1.0}
         for name, tensor in moved.items():
             assert torch.equal(now[name], tensor * 2 if name.startswith("model.") else tensor), name
         elements = sum(t.numel() for t in moved.values())
-        assert held < 0.52 * elements, "half of it, and the steps"
+        assert kept < 0.52 * elements, "half of it, and the steps"
 
 
 def uneven(config):
@@ -124,6 +124,6 @@ def uneven(config):
 
 
 def test_parameters_of_different_ages_are_refused(ranks, dataset, tmp_path):
-    for told in ranks.run(uneven, config_of(dataset, tmp_path, "llama", "zero=2"), world=2):
-        assert "different numbers of steps, from 0 to 7" in told
-        assert 'engine.kind="native"' in told
+    for message in ranks.run(uneven, config_of(dataset, tmp_path, "llama", "zero=2"), world=2):
+        assert "different numbers of steps, from 0 to 7" in message
+        assert 'engine.kind="native"' in message

@@ -73,10 +73,10 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "engine", "sections", "told"), CASES)
-def test_it_is_refused_with_the_reason_and_a_way_out(tmp_path, layout, engine, sections, told):
+@pytest.mark.parametrize(("layout", "engine", "sections", "message"), CASES)
+def test_it_is_refused_with_the_reason_and_a_way_out(tmp_path, layout, engine, sections, message):
     found = refusal(config_of(tmp_path, layout, engine, **sections))
-    assert any(told in line for line in found.splitlines())
+    assert any(message in line for line in found.splitlines())
     assert all(line.startswith('engine.kind = "deepspeed": ') for line in found.splitlines())
 
 
@@ -89,7 +89,9 @@ def test_every_row_of_the_table_can_be_met(tmp_path, monkeypatch):
     monkeypatch.setattr(deepspeed_limits, "installed", lambda _: False)
     monkeypatch.setattr(deepspeed_limits.importlib.metadata, "version", lambda _: "0.18.9")
     quantized = config_of(tmp_path, "zero=3", of(quantized_weights=True))
-    fired |= {line.split(": ")[1] for told in (refusal(nvme), refusal(quantized, cuda=True)) for line in told.splitlines()}
+    fired |= {
+        line.split(": ")[1] for message in (refusal(nvme), refusal(quantized, cuda=True)) for line in message.splitlines()
+    }
     assert fired == {row.what for row in deepspeed_limits.DEEPSPEED}
 
 
@@ -108,8 +110,8 @@ def test_the_rest_is_not(tmp_path, layout, engine):
 
 
 def test_the_nearest_that_is_told_for_bf16_is_none_that_is_refused_too(tmp_path):
-    told = refusal(config_of(tmp_path, "zero=0", {"precision": "bf16"}))
-    (way,) = re.findall(r"(parallel\.zero=1)$", told)
+    message = refusal(config_of(tmp_path, "zero=0", {"precision": "bf16"}))
+    (way,) = re.findall(r"(parallel\.zero=1)$", message)
     assert refusal(config_of(tmp_path, way.removeprefix("parallel."), {"precision": "bf16"})) == ""
 
 
@@ -210,37 +212,39 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("text", "told"), BAD)
-def test_what_contradicts_the_run_is_refused_by_name(tmp_path, text, told):
+@pytest.mark.parametrize(("text", "message"), BAD)
+def test_what_contradicts_the_run_is_refused_by_name(tmp_path, text, message):
     found = with_json(tmp_path, text)
-    assert told in found
+    assert message in found
     assert found.startswith("engine.deepspeed.config = ")
     assert len(found.splitlines()) == 1
 
 
 def test_the_micro_batch_that_is_told_is_right(tmp_path):
-    for asked in ({"gradient_accumulation_steps": 4}, {"train_micro_batch_size_per_gpu": 2}):
-        (size,) = re.findall(r"set train\.micro_batch=(\d+)", with_json(tmp_path, asked, train={"global_batch": 32}))
-        assert with_json(tmp_path, asked, train={"global_batch": 32, "micro_batch": int(size)}) == ""
+    for requested in ({"gradient_accumulation_steps": 4}, {"train_micro_batch_size_per_gpu": 2}):
+        (size,) = re.findall(r"set train\.micro_batch=(\d+)", with_json(tmp_path, requested, train={"global_batch": 32}))
+        assert with_json(tmp_path, requested, train={"global_batch": 32, "micro_batch": int(size)}) == ""
 
 
 def test_in_bf16_the_way_out_is_not_what_is_set(tmp_path):
-    def told(text):
+    def message(text):
         path = tmp_path / "ds.json"
         path.write_text(json.dumps(text))
         return refusal(config_of(tmp_path, "zero=2", of(config=path) | {"precision": "bf16"}))
 
-    assert told({"fp16": {"enabled": True}}).endswith('engine.precision is "bf16", which can be "fp32" or "bf16": leave it out')
-    assert told({"bf16": {"enabled": False}}).endswith('is "bf16": set engine.precision="fp32", or leave it out')
-    assert told({"bf16": {"enabled": True}}) == ""
+    assert message({"fp16": {"enabled": True}}).endswith(
+        'engine.precision is "bf16", which can be "fp32" or "bf16": leave it out'
+    )
+    assert message({"bf16": {"enabled": False}}).endswith('is "bf16": set engine.precision="fp32", or leave it out')
+    assert message({"bf16": {"enabled": True}}) == ""
 
 
 def test_what_deepspeed_itself_finds_has_its_section_and_value():
-    from mikoshi.trainer.engines.deepspeed.setup import not_taken
+    from mikoshi.trainer.engines.deepspeed.setup import rejection
 
     error = {"loc": ("enabled",), "msg": "Input should be a valid boolean", "input": "maybe"}
-    said = {"aio": {"enabled": 3}, "comms_logger": {"enabled": "maybe"}}
-    assert not_taken(said, error) == (
+    notice = {"aio": {"enabled": 3}, "comms_logger": {"enabled": "maybe"}}
+    assert rejection(notice, error) == (
         'comms_logger.enabled = "maybe": DeepSpeed does not take it: input should be a valid boolean'
     )
 
@@ -280,7 +284,7 @@ def test_a_disk_that_another_machine_has_is_not_missed_here(tmp_path):
     config = config_of(tmp_path, "zero=3", of(offload_parameters="nvme", nvme=tmp_path / "none"))
     with pytest.raises(ConfigError, match=r"that is no folder, or none to write in: .*: a folder that is there: mkdir -p"):
         limits.refuse(config, layout_of(config, 2), cuda=False)
-    limits.refuse(config, layout_of(config, 2), cuda=False, here=False)
+    limits.refuse(config, layout_of(config, 2), cuda=False, on_this_machine=False)
     assert not (tmp_path / "none").exists()
 
 
@@ -329,8 +333,8 @@ def test_what_a_killed_rank_left_is_removed_at_the_next_start(tmp_path):
     elsewhere.touch()  # whether it is held, only its host knows
     owner = Owner()
     mine, _ = swap_folder(swapping(tmp_path, "next"), 0, owner)
-    held = mine.with_name(f"{mine.name}-lock")
-    assert set((tmp_path / "disk").iterdir()) == {mine, held, elsewhere}
+    kept = mine.with_name(f"{mine.name}-lock")
+    assert set((tmp_path / "disk").iterdir()) == {mine, kept, elsewhere}
 
 
 def test_a_removal_that_was_cut_short_is_gone_on_with(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from engines import assert_as_near, engine_config, go_on, save_after, train
-from mikoshi.trainer.engines.base import Limits
+from mikoshi.trainer.engines.base import StepLimits
 from runs import engine_and_rows, whole_state
 
 pytest.importorskip("deepspeed")
@@ -42,7 +42,7 @@ def assert_same_run(ranks, dataset, folder, model, layout, world, engine=None, *
         assert state.keys() == reference[4].keys()
         for name, tensor in state.items():
             torch.testing.assert_close(
-                tensor, reference[4][name], atol=2e-5, rtol=1e-4, msg=lambda told, n=name: f"{n}: {told}"
+                tensor, reference[4][name], atol=2e-5, rtol=1e-4, msg=lambda message, n=name: f"{n}: {message}"
             )
         assert differing == []
 
@@ -120,11 +120,11 @@ def test_in_bf16_it_is_as_near_as_without_a_pipeline(ranks, dataset, tmp_path, m
 def odd_rows(config):
     """What passes between stages changes its shape: logits of one row, and a step after them."""
     engine, loader = engine_and_rows(config)
-    told = []
+    results = []
     for ids in ([5, 6, 7], [1]):
-        told.append(engine.next_logits(ids))
-        told.append(torch.tensor(engine.step(loader.batch(len(told)), 1e-3).loss))
-    return told
+        results.append(engine.next_logits(ids))
+        results.append(torch.tensor(engine.step(loader.batch(len(results)), 1e-3).loss))
+    return results
 
 
 @pytest.mark.parametrize("layout", ["pp=2 zero=1", pytest.param("pp=3 zero=0", marks=pytest.mark.slow)])
@@ -141,23 +141,25 @@ def refused_steps(config):
     engine, loader = engine_and_rows(config)
     first = engine.step(loader.batch(0), 1e-3)
     live, before, batch = [p.detach().clone() for p in engine.parameters], whole_state(engine.state()), loader.batch(1)
-    norm_forward, told = engine.model.norm and engine.model.norm.forward, []
+    norm_forward, results = engine.model.norm and engine.model.norm.forward, []
 
     def tried(limits):
         r = engine.step(batch, 1e-3, limits)
         state = whole_state(engine.state())
         same = all(torch.equal(p, old) for p, old in zip(engine.parameters, live, strict=True))
-        told.append((r.applied, r.loss, r.grad_norm, same and all(torch.equal(state[name], before[name]) for name in before)))
+        results.append(
+            (r.applied, r.loss, r.grad_norm, same and all(torch.equal(state[name], before[name]) for name in before))
+        )
 
-    for limits in (Limits(loss=first.loss / 2), Limits(norm=first.grad_norm / 100), Limits(loss=math.nan)):
+    for limits in (StepLimits(loss=first.loss / 2), StepLimits(norm=first.grad_norm / 100), StepLimits(loss=math.nan)):
         tried(limits)
-    if norm_forward and engine.here.data == 0:  # one rank of the last stage; the others learn of it
+    if norm_forward and engine.coordinates.data == 0:  # one rank of the last stage; the others learn of it
         engine.model.norm.forward = lambda x: norm_forward(x) * math.nan
-    tried(Limits())
+    tried(StepLimits())
     if norm_forward:
         engine.model.norm.forward = norm_forward
     again = engine.step(batch, 1e-3)
-    return told, (again.applied, again.loss, again.grad_norm), dist.get_rank()
+    return results, (again.applied, again.loss, again.grad_norm), dist.get_rank()
 
 
 @pytest.mark.parametrize(("zero", "model"), [(0, "gpt2"), (1, "llama")])
@@ -179,10 +181,10 @@ def test_a_step_beyond_its_limits_changes_nothing_and_can_be_tried_again(ranks, 
 def corrupted(config):
     engine, loader = engine_and_rows(config)
     engine.step(loader.batch(0), 1e-3)
-    before = engine.differing()
+    before = engine.replica_differences()
     if dist.get_rank() == 3:
         engine.model.norm.weight.data[5] += 1e-4
-    return before, engine.differing()
+    return before, engine.replica_differences()
 
 
 @pytest.mark.slow
@@ -220,13 +222,13 @@ def test_native_to_deepspeeds_pipeline_to_native(ranks, dataset, tmp_path, model
             assert_same_steps(then, after)
 
 
-def held(config):
+def kept(config):
     engine, _ = engine_and_rows(config)
     return {name.removeprefix("model.") for name in engine.state() if name.startswith("model.")}
 
 
 def test_a_rank_holds_and_saves_its_own_stage_alone(ranks, dataset, tmp_path):
-    first, last = ranks.run(held, engine_config(dataset, tmp_path, "gpt2", "deepspeed", "pp=2 zero=1"), world=2)
+    first, last = ranks.run(kept, engine_config(dataset, tmp_path, "gpt2", "deepspeed", "pp=2 zero=1"), world=2)
     assert first & last == {"embed.weight"}
     assert "position.weight" in first - last
     assert "norm.weight" in last - first

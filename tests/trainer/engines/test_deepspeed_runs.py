@@ -101,8 +101,8 @@ def test_it_is_brought_in_quietly_and_builds_nothing(ranks, dataset, tmp_path):
 
 def with_settings(config):
     engine, loader = engine_and_rows(config)
-    said = engine.deepspeed.config
-    return said["steps_per_print"], said["zero_optimization"]["reduce_bucket_size"], engine.step(loader.batch(0), 1e-3).loss
+    notice = engine.deepspeed.config
+    return notice["steps_per_print"], notice["zero_optimization"]["reduce_bucket_size"], engine.step(loader.batch(0), 1e-3).loss
 
 
 def test_a_users_settings_arrive(ranks, dataset, tmp_path):
@@ -135,5 +135,5 @@ def test_a_value_that_deepspeed_does_not_take_is_named(ranks, dataset, tmp_path)
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"tensorboard": {"enabled": "maybe"}}))
     config = run_config(dataset, tmp_path, engine={"kind": "deepspeed", "deepspeed": {"config": path}})
-    for told in ranks.run(asks_too_much, config, world=2):
-        assert told.startswith(f'engine.deepspeed.config = {str(path)!r}: tensorboard.enabled = "maybe": DeepSpeed does not')
+    for message in ranks.run(asks_too_much, config, world=2):
+        assert message.startswith(f'engine.deepspeed.config = {str(path)!r}: tensorboard.enabled = "maybe": DeepSpeed does not')

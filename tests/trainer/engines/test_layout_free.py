@@ -55,8 +55,8 @@ def initial_bits(config, zero):
             engine = build_engine(config, data_layout(config, dist.get_world_size(), zero), CPU)
     finally:
         init._indices = indices
-    held = sum(local(p).numel() for p in engine.parameters)
-    return digests({name: p.detach() for name, p in engine.named}), held, largest, tensors.elements
+    kept = sum(local(p).numel() for p in engine.parameters)
+    return digests({name: p.detach() for name, p in engine.named}), kept, largest, tensors.elements
 
 
 def train(config, zero):
@@ -81,13 +81,13 @@ def test_initial_weights_are_the_same_bits(ranks, dataset, tmp_path, model):
     config = run_config(dataset, tmp_path, model={**model, "width": 64, "vocab": 4001})
     ((reference, total, _, _),) = ranks.run(initial_bits, config, 0, world=1)
     for world, zero in [(2, 0), (2, 3), (4, 1), (4, 3)]:
-        for found, held, largest, tensor in ranks.run(initial_bits, config, zero, world=world):
+        for found, kept, largest, tensor in ranks.run(initial_bits, config, zero, world=world):
             assert found == reference
             assert 0 < largest <= init.BLOCK
             if zero:
                 embedding = math.ceil(4001 / world) * 64
                 assert tensor <= max(embedding, init.BLOCK) < 4001 * 64, "no whole parameter, not for a moment"
-                assert held <= math.ceil(total / world) + 64 * 64 * world, "a rank holds its own shard and no more"
+                assert kept <= math.ceil(total / world) + 64 * 64 * world, "a rank holds its own shard and no more"
 
 
 def assert_same_run(found, reference):

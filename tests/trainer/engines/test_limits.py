@@ -45,25 +45,25 @@ def fused(folder, *changes, **model):
     return type(plain).model_validate(values)
 
 
-def told(config, cuda, here=True):
+def message(config, cuda, on_this_machine=True):
     """The rows of Transformer Engine that a config meets."""
-    case = Case(config, layout_of(config, 1), cuda, here)
-    rows = [row.what for row in megatron_limits.MEGATRON if row.met(case)]
+    case = Case(config, layout_of(config, 1), cuda, on_this_machine)
+    rows = [row.what for row in megatron_limits.MEGATRON if row.applies(case)]
     return [what for what in rows if "ransformer" in what or "fp8" in what]
 
 
 @pytest.mark.parametrize(
-    ("asked", "why"),
+    ("requested", "why"),
     [
         ([f"{FP8}=true"], f"{FP8} = true without Transformer Engine on CUDA"),
         ([f"{TE}=on"], f'{TE} = "on" without Transformer Engine on CUDA'),
         ([f"{FP8}=true", f"{TE}=off"], f"{FP8} = true without Transformer Engine on CUDA"),
     ],
 )
-def test_without_cuda_that_alone_is_the_reason(tmp_path, asked, why):
+def test_without_cuda_that_alone_is_the_reason(tmp_path, requested, why):
     """Whatever else of the run Transformer Engine could not do."""
     wrong = ["data.document_mask=true", "engine.precision=fp32", "engine.recompute=full"]
-    assert told(fused(tmp_path, *asked, *wrong, width=24, heads=2, kv_heads=2), cuda=False) == [why]
+    assert message(fused(tmp_path, *requested, *wrong, width=24, heads=2, kv_heads=2), cuda=False) == [why]
 
 
 def test_a_run_on_this_machine_is_told_what_this_machine_lacks(tmp_path, monkeypatch):
@@ -90,27 +90,27 @@ def test_a_run_on_this_machine_is_told_what_this_machine_lacks(tmp_path, monkeyp
 )
 def test_on_gpus_each_reason_is_a_row_and_its_ways_out_work(tmp_path, changes, model, why):
     config = fused(tmp_path, f"{FP8}=true", *changes, **model)
-    assert told(config, cuda=None, here=False) == why
+    assert message(config, cuda=None, on_this_machine=False) == why
     (row,) = [row for row in LIMITS if row.what == why[0]]
     for way in row.instead.split(", or "):
         after = fused(tmp_path, f"{FP8}=true", *changes, *way.split(), **({} if "windows" in way else model))
-        assert told(after, cuda=None, here=False) == []
+        assert message(after, cuda=None, on_this_machine=False) == []
 
 
 def test_what_transformer_engine_serves_is_not_refused(tmp_path):
     config = fused(tmp_path, f"{FP8}=true", f"{TE}=on")
-    assert not megatron_limits.unserved(config, layout_of(config, 1))
-    refuse(config, layout_of(config, 1), cuda=None, here=False)
+    assert not megatron_limits.unsupported_by_transformer_engine(config, layout_of(config, 1))
+    refuse(config, layout_of(config, 1), cuda=None, on_this_machine=False)
 
 
-@pytest.mark.parametrize(("kind", "told"), [("native", {"tp=2", "tp=1", "tp=1 cp=2"}), ("deepspeed", {"tp=1"})])
-def test_layouts_that_are_suggested_are_those_the_engine_can_have(tmp_path, kind, told):
+@pytest.mark.parametrize(("kind", "message"), [("native", {"tp=2", "tp=1", "tp=1 cp=2"}), ("deepspeed", {"tp=1"})])
+def test_layouts_that_are_suggested_are_those_the_engine_can_have(tmp_path, kind, message):
     changes = {"parallel": {"tp": 3}, "engine": {"kind": kind}}
     with pytest.raises(LayoutError) as error:
         layout_of(run_config("nowhere", tmp_path, model=BASE, **changes), 2)
     ways = str(error.value).partition("nearest that work: ")[2].replace("parallel.", "").split(" | ")
-    assert set(ways) == told
+    assert set(ways) == message
     for way in ways:
         degrees = {key: int(value) for key, _, value in (word.partition("=") for word in way.split())}
         config = run_config("nowhere", tmp_path, model=BASE, **changes | {"parallel": degrees})
-        refuse(config, layout_of(config, 2), cuda=None, here=False)
+        refuse(config, layout_of(config, 2), cuda=None, on_this_machine=False)

@@ -8,7 +8,7 @@ import torch
 from layouts import BASE, MODELS
 from mikoshi.trainer.config.run import OptimSection, ScheduleSection, to_toml
 from mikoshi.trainer.engines.optim import Optimizers, learning_rate, orthogonalise, treatment
-from mikoshi.trainer.inspect.optimizer import treated
+from mikoshi.trainer.inspect.optimizer import parameter_treatments
 from mikoshi.trainer.model.config import ModelConfig
 from mikoshi.trainer.model.gpt import GPT
 from runs import run_config
@@ -155,9 +155,9 @@ def test_what_each_parameter_gets(tmp_path, mikoshi, kind):
     if kind == "deepseek":
         model["moe"] = {**model["moe"], "first": 0}
     config = run_config(tmp_path / "data", tmp_path, model=model, optim={"kind": "muon", "lr": 0.02})
-    found = [[row.name, row.optimizer, f"{row.weight_decay:g}"] for row in treated(config)]
+    found = [[row.name, row.optimizer, f"{row.weight_decay:g}"] for row in parameter_treatments(config)]
     assert sorted(found) == sorted(listed(kind))
-    assert {row.rate for row in treated(config)} == ({0.02, 0.01} if kind == "deepseek" else {0.02})
+    assert {row.rate for row in parameter_treatments(config)} == ({0.02, 0.01} if kind == "deepseek" else {0.02})
     (tmp_path / "run.toml").write_text(to_toml(config))
     code, out, _ = mikoshi("config", tmp_path / "run.toml", "--optim")
     printed = {line.split()[0]: line.split() for line in out.splitlines()}

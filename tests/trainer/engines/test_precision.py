@@ -6,7 +6,7 @@ from layouts import BASE, MODELS
 from mikoshi.trainer.config.run import RunConfig, load_config, to_toml
 from mikoshi.trainer.engines.layout import layout_of
 from mikoshi.trainer.engines.limits import refuse
-from mikoshi.trainer.engines.precision import choose, has_bf16
+from mikoshi.trainer.engines.precision import choose_precision, has_bf16
 from mikoshi.trainer.errors import ConfigError
 from mikoshi.trainer.record.run_folder import RunFolder
 from mikoshi.trainer.train.preflight import foresee
@@ -19,9 +19,9 @@ def config(**sections):
     return run_config(".", ".", **{"engine": {"precision": "auto"}, "model": BASE, **sections})
 
 
-def chosen(run, device, able, world=1, begun=None):
-    settled, said = choose(run, layout_of(run, world), device, able, begun)
-    return settled.engine.precision, said
+def chosen(run, device, bf16_everywhere, world=1, begun=None):
+    settled, notice = choose_precision(run, layout_of(run, world), device, bf16_everywhere, begun)
+    return settled.engine.precision, notice
 
 
 @pytest.mark.parametrize(
@@ -39,28 +39,28 @@ def test_which_devices_have_bf16(device, capability, hip, has):
 
 
 def test_gpus_that_have_bf16_compute_in_it_and_say_so():
-    precision, said = chosen(config(), "cuda", able=True)
+    precision, notice = chosen(config(), "cuda", bf16_everywhere=True)
     assert precision == "bf16"
-    assert said.startswith("precision: bf16")
-    precision, said = chosen(config(), "cuda", able=False)
+    assert notice.startswith("precision: bf16")
+    precision, notice = chosen(config(), "cuda", bf16_everywhere=False)
     assert precision == "fp32"
-    assert "without TF32" in said
+    assert "without TF32" in notice
 
 
 def test_a_cpu_stays_in_fp32():
-    assert chosen(config(), "cpu", able=False) == ("fp32", "")
+    assert chosen(config(), "cpu", bf16_everywhere=False) == ("fp32", "")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("device", "able"), [("cpu", False), ("cuda", True), ("cuda", False)])
-def test_what_is_given_is_taken(precision, device, able):
-    assert chosen(config(engine={"precision": precision}), device, able) == (precision, "")
+@pytest.mark.parametrize(("device", "bf16_everywhere"), [("cpu", False), ("cuda", True), ("cuda", False)])
+def test_what_is_given_is_taken(precision, device, bf16_everywhere):
+    assert chosen(config(engine={"precision": precision}), device, bf16_everywhere) == (precision, "")
 
 
 def test_a_run_keeps_the_precision_that_it_was_begun_with():
-    precision, said = chosen(config(), "cuda", able=True, begun="fp32")
+    precision, notice = chosen(config(), "cuda", bf16_everywhere=True, begun="fp32")
     assert precision == "fp32"
-    assert "as the run was begun" in said
+    assert "as the run was begun" in notice
 
 
 @pytest.mark.parametrize(
@@ -72,24 +72,28 @@ def test_a_run_keeps_the_precision_that_it_was_begun_with():
     ],
 )
 def test_an_engine_that_cannot_have_bf16_goes_on_as_before(sections, precision):
-    found, said = chosen(config(**{**sections, "engine": {"kind": "deepspeed", "precision": "auto"}}), "cuda", able=True)
+    found, notice = chosen(
+        config(**{**sections, "engine": {"kind": "deepspeed", "precision": "auto"}}), "cuda", bf16_everywhere=True
+    )
     assert found == precision
-    assert ("deepspeed cannot have bf16" in said) == (precision == "fp32")
+    assert ("deepspeed cannot have bf16" in notice) == (precision == "fp32")
 
 
 @pytest.mark.parametrize("kind", ["native", "megatron"])
 def test_the_ring_in_fp32_is_refused_on_gpus_alone(kind):
-    def asked(precision, cuda, **more):
+    def requested(precision, cuda, **more):
         run = config(**RING, engine={"kind": kind, "precision": precision, **more})
-        refuse(run, layout_of(run, 2), cuda, here=False)
+        refuse(run, layout_of(run, 2), cuda, on_this_machine=False)
 
     with pytest.raises(ConfigError, match=r"context_kind = .ring. with engine.precision = .fp32. on CUDA: its flash kernel"):
-        asked("fp32", True)
+        requested("fp32", True)
     with pytest.raises(ConfigError, match="half precision"):
-        asked("fp32", None, device="cuda")
+        requested("fp32", None, device="cuda")
     for precision, cuda in [("fp32", False), ("fp32", None), ("bf16", True), ("auto", True)]:
-        asked(precision, cuda)
-    assert chosen(config(**RING, engine={"kind": kind, "precision": "auto"}), "cuda", able=True, world=2)[0] == "bf16"
+        requested(precision, cuda)
+    assert (
+        chosen(config(**RING, engine={"kind": kind, "precision": "auto"}), "cuda", bf16_everywhere=True, world=2)[0] == "bf16"
+    )
 
 
 def test_the_ring_is_refused_before_any_rank_starts():

@@ -6,12 +6,20 @@ import re
 
 import pytest
 
-from mikoshi.launch.agent.outcome import Ended
-from mikoshi.launch.controller.trials import told_of
+from mikoshi.launch.agent.outcome import RanksOutcome
+from mikoshi.launch.controller.trials import merge_results
 from mikoshi.parallel.errors import LayoutError
 from mikoshi.trainer.config.run import to_toml
 from mikoshi.trainer.errors import ConfigError, LaunchError
-from mikoshi.trainer.estimate.micro_batch import Told, asked, find, held, in_words, shortage, sizes
+from mikoshi.trainer.estimate.micro_batch import (
+    AttemptResult,
+    failed_attempt,
+    find_micro_batch,
+    memory_in_use,
+    micro_batch_sizes,
+    requested_bytes,
+    shortage,
+)
 from mikoshi.trainer.exit_codes import DONE, FAULT, LOST_PEER
 from runs import run_config
 
@@ -32,28 +40,28 @@ def run(dataset, tmp_path):
 
 def test_sizes_are_those_that_the_layout_can_have(dataset, tmp_path):
     config = run_config(dataset, tmp_path, train={"global_batch": 24})
-    assert sizes(config, 2) == [12, 6, 4, 3, 2, 1]
+    assert micro_batch_sizes(config, 2) == [12, 6, 4, 3, 2, 1]
     piped = run_config(dataset, tmp_path, train={"global_batch": 24, "micro_batch": 5}, parallel={"pp": 2})
-    assert sizes(piped, 2) == [24, 12, 8, 6, 4, 3, 2, 1]
+    assert micro_batch_sizes(piped, 2) == [24, 12, 8, 6, 4, 3, 2, 1]
     with pytest.raises(LayoutError):
-        sizes(run_config(dataset, tmp_path, parallel={"tp": 2}), 1)
+        micro_batch_sizes(run_config(dataset, tmp_path, parallel={"tp": 2}), 1)
 
 
 def test_the_search_goes_down_until_one_fits(dataset, tmp_path):
-    config, asked, told = run_config(dataset, tmp_path, train={"global_batch": 24}), [], []
+    config, requested_bytes, told = run_config(dataset, tmp_path, train={"global_batch": 24}), [], []
 
     def carry(tried):
-        asked.append(tried.train.micro_batch)
-        return Told(error=SHORT) if tried.train.micro_batch > 4 else Told(7 * tried.train.micro_batch)
+        requested_bytes.append(tried.train.micro_batch)
+        return AttemptResult(error=SHORT) if tried.train.micro_batch > 4 else AttemptResult(7 * tried.train.micro_batch)
 
-    found, tried = find(config, 2, None, carry, told.append)
+    found, tried = find_micro_batch(config, 2, None, carry, told.append)
     assert found == 4
-    assert asked == [12, 6, 4]
+    assert requested_bytes == [12, 6, 4]
     assert tried == told
     assert [(one.fits, one.peak) for one in tried] == [(False, 0), (False, 0), (True, 28)]
     assert told[0].why == "out of memory: 8 bytes more were asked for"
     with pytest.raises(LaunchError, match=r"train.micro_batch=12: shapes cannot be multiplied"):
-        find(config, 2, None, lambda _: Told(error="shapes cannot be multiplied"), told.append)
+        find_micro_batch(config, 2, None, lambda _: AttemptResult(error="shapes cannot be multiplied"), told.append)
 
 
 def test_what_does_not_fit_says_how_much_was_asked_for_and_the_limit():
@@ -61,7 +69,7 @@ def test_what_does_not_fit_says_how_much_was_asked_for_and_the_limit():
     raw += "536870912 bytes. Error code 12 (Cannot allocate memory)"
     assert shortage(raw, 4 << 30) == "out of memory at the limit of 4 GiB (--memory): 0.50 GiB more were asked for"
     assert shortage(raw, None) == "out of memory: 0.50 GiB more were asked for"
-    assert asked("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB") == 20 << 20
+    assert requested_bytes("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79 GiB") == 20 << 20
     assert shortage("std::bad_alloc: out of memory.", 1 << 29) == "out of memory at the limit of 0.5 GiB (--memory)"
     killed = "rank 1 was killed (SIGKILL), as the kernel does with what makes it run out of memory."
     assert shortage(killed, 1 << 30) == killed[:-1]
@@ -87,7 +95,7 @@ def test_where_nothing_fits_it_says_what_helps(dataset, tmp_path, sections, rank
     config = run_config(dataset, tmp_path, train={"global_batch": 4}, **sections)
     limit = None if memory is None else int(memory * 2**30)
     with pytest.raises(ConfigError) as error:
-        find(config, ranks, limit, lambda _: Told(error=SHORT, needed=needed), lambda _: None)
+        find_micro_batch(config, ranks, limit, lambda _: AttemptResult(error=SHORT, needed=needed), lambda _: None)
     assert str(error.value) == f"train.micro_batch=1: {said}"
 
 
@@ -96,9 +104,9 @@ def test_json_says_that_nothing_fits(mikoshi, monkeypatch, tmp_path):
     @contextlib.contextmanager
     def none_fits(ranks, memory):
         assert (ranks, memory) == (2, 1 << 29)
-        yield lambda _: Told(error=SHORT, needed=3 << 29)
+        yield lambda _: AttemptResult(error=SHORT, needed=3 << 29)
 
-    monkeypatch.setattr("mikoshi.launch.controller.trials.attempts", none_fits)
+    monkeypatch.setattr("mikoshi.launch.controller.trials.trial_runner", none_fits)
     command = ("fit-batch", tmp_path / "run.toml", "train.global_batch=4", "--ranks", 2, "--memory", 0.5)
     code, out, (error,) = mikoshi(*command, "--json")
     assert code == 2
@@ -112,28 +120,30 @@ def test_json_says_that_nothing_fits(mikoshi, monkeypatch, tmp_path):
 
 def test_what_the_ranks_say_together():
     def ended(codes, answers=(), said=()):
-        return Ended(
+        return RanksOutcome(
             ranks=2, codes=codes, said=dict(said), answers={rank: json.dumps(told) for rank, told in dict(answers).items()}
         )
 
     fine = {"peak": 5, "error": "", "trace": ""}
-    assert told_of(ended({0: DONE, 1: DONE}, {0: fine, 1: fine | {"peak": 9}})) == Told(9)
-    assert told_of(ended({0: LOST_PEER, 1: FAULT}, {1: {"peak": 0, "error": SHORT, "trace": "t"}})) == Told(0, SHORT, "t")
-    assert "rank 1 was killed" in told_of(ended({0: LOST_PEER, 1: -9})).error
-    assert told_of(ended({0: FAULT, 1: LOST_PEER}, said={0: "it broke\nhere"})).error == "rank 0: it broke"
-    assert told_of(ended({0: DONE, 1: DONE}, {0: fine})).error, "one that left no answer has not done its steps"
+    assert merge_results(ended({0: DONE, 1: DONE}, {0: fine, 1: fine | {"peak": 9}})) == AttemptResult(9)
+    assert merge_results(ended({0: LOST_PEER, 1: FAULT}, {1: {"peak": 0, "error": SHORT, "trace": "t"}})) == AttemptResult(
+        0, SHORT, "t"
+    )
+    assert "rank 1 was killed" in merge_results(ended({0: LOST_PEER, 1: -9})).error
+    assert merge_results(ended({0: FAULT, 1: LOST_PEER}, said={0: "it broke\nhere"})).error == "rank 0: it broke"
+    assert merge_results(ended({0: DONE, 1: DONE}, {0: fine})).error, "one that left no answer has not done its steps"
 
 
 def test_errors_in_words():
     from accelerate.utils.memory import should_reduce_batch_size
 
     def judged(error):
-        return should_reduce_batch_size(RuntimeError(in_words(error).error))
+        return should_reduce_batch_size(RuntimeError(failed_attempt(error).error))
 
     outer = ValueError("a hook failed")
     outer.__cause__ = RuntimeError(SHORT)
     assert judged(outer)
-    assert in_words(outer).needed >= held() // 2 > 0
+    assert failed_attempt(outer).needed >= memory_in_use() // 2 > 0
     assert judged(MemoryError())
     assert judged(RuntimeError("std::bad_alloc"))
     assert judged(RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"))

@@ -73,7 +73,7 @@ def mixed_run(folder, packing):
     inside(config_file, "prepare")
     feed = open_feed(load_config(config_file))
     drawn = feed.continued(None).history.counts(40 * 8)
-    assert 0 <= feed.asked.caps["code"] - drawn["code"] <= 1, "the cap is reached, to less than a sample"
+    assert 0 <= feed.mixture.caps["code"] - drawn["code"] <= 1, "the cap is reached, to less than a sample"
     inside(config_file, "train", "run.name=quiet")
     return config_file
 
@@ -198,7 +198,7 @@ def test_a_cache_that_does_not_hold_the_window_is_refused(s3, prepared):
 def test_an_object_that_changes_under_a_run_is_refused_by_name(s3, prepared):
     s3.forget()
     feed = open_feed(load_config(prepared, ["data.shuffle_window=1"]))
-    first = feed.loader(Layout(), Layout().coordinates(0), feed.continued(None)).course.samples(0, 1)
+    first = feed.loader(Layout(), Layout().coordinates(0), feed.continued(None)).sampler.samples(0, 1)
     victim = prepared.parent / "data" / feed.train[""].shards[int(first.shard[0])].file
     content = victim.read_bytes()
     try:
@@ -237,7 +237,7 @@ def test_a_megatron_corpus_is_trained_on_as_it_is(prepared):
     feed = open_feed(load_config(prepared, named))
     corpus = feed.train[""]
     tokens = np.concatenate([shard.tokens for shard in shards])
-    assert np.array_equal(corpus.where(0, 0).shard.tokens, tokens[: corpus.shards[0].tokens]), "the same ids, in their order"
+    assert np.array_equal(corpus.locate(0, 0).shard.tokens, tokens[: corpus.shards[0].tokens]), "the same ids, in their order"
     assert corpus.samples == (corpus.shards[0].tokens - 1) // 64
     losses = [r["loss"] for r in records(prepared, "megatron")]
     assert len(losses) == 10 and losses[-1] < losses[0]

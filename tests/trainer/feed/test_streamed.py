@@ -9,7 +9,7 @@ from mikoshi.data.errors import DataError
 from mikoshi.data.sources.sources import open_source
 from mikoshi.trainer.config.run import load_config
 from mikoshi.trainer.feed.feed import open_feed, recipes
-from mikoshi.trainer.feed.streamed import set_apart, stream_fingerprint
+from mikoshi.trainer.feed.streamed import hold_out, stream_fingerprint
 
 RUN = """
 [run]
@@ -44,17 +44,17 @@ def test_conversations_set_apart_by_earlier_rules_go_on_and_it_is_said(tmp_path,
     (tmp_path / "run.toml").write_text(RUN)
     config = load_config(tmp_path / "run.toml", [])
     places = dict.fromkeys(recipes(config.data), "apart")
-    set_apart(config, recipes(config.data), places)
+    hold_out(config, recipes(config.data), places)
     feed = open_feed(config)
-    assert "today's" not in feed.told
+    assert "today's" not in feed.description
 
     ((name, recipe),) = recipes(config.data).items()
     before = stream_fingerprint(recipe, open_source(recipe.spec), before=True)
     index = tmp_path / "apart" / INDEX
     index.write_text(index.read_text().replace(read_index(tmp_path / "apart").recipe, before))
-    set_apart(config, recipes(config.data), places)
+    hold_out(config, recipes(config.data), places)
     feed = open_feed(config)
-    assert feed.identity["sources"] == {name: before} and "today's rules for conversations" in feed.told
+    assert feed.identity["sources"] == {name: before} and "today's rules for conversations" in feed.description
     other = load_config(tmp_path / "run.toml", ["data.held_out=0.3"])
     with pytest.raises(DataError, match="other files or settings"):
-        set_apart(other, recipes(other.data), places)
+        hold_out(other, recipes(other.data), places)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from mikoshi.data.sources.chat import ChatTemplate, load_chat, write_chat
+from mikoshi.data.sources.chat import ChatTemplate, dump_chat_template, load_chat_template
 from mikoshi.data.tokenizer.tokenizer import train_tokenizer
 from mikoshi.trainer.config.run import to_toml
 from mikoshi.trainer.errors import ConfigError
-from mikoshi.trainer.generation.prompt import chat_of, start_of
+from mikoshi.trainer.generation.prompt import chat_of, encode_prompt
 from mikoshi.trainer.record.run_folder import RunFolder
 from runs import run_config
 
@@ -27,32 +27,34 @@ def folder_of(path, **data):
 def test_special_tokens_of_a_prompt_are_real_in_a_run_of_conversations_or_when_asked_for(tmp_path, tokenizer):
     start, end = (tokenizer.backend.token_to_id(name) for name in ("<|im_start|>", "<|im_end|>"))
     talk = folder_of(tmp_path / "talk", chat="chatml")
-    ids, stops = start_of(talk, tokenizer, ASKED, False, None)
+    ids, stops = encode_prompt(talk, tokenizer, ASKED, False, None)
     assert (ids[0], ids.count(start), ids.count(end)) == (start, 2, 1)
     assert stops == {tokenizer.separator, end}
-    assert start_of(talk, tokenizer, "What is 2+2?", True, None) == (ids, stops)
+    assert encode_prompt(talk, tokenizer, "What is 2+2?", True, None) == (ids, stops)
     plain = folder_of(tmp_path / "plain")
-    assert start_of(plain, tokenizer, ASKED, False, True) == (ids, tokenizer.stops)
+    assert encode_prompt(plain, tokenizer, ASKED, False, True) == (ids, tokenizer.stops)
     letters = tokenizer.encode(ASKED)
     assert start not in letters
-    assert start_of(plain, tokenizer, ASKED, False, None) == (letters, tokenizer.stops)
-    assert start_of(talk, tokenizer, ASKED, False, False) == (letters, stops)
+    assert encode_prompt(plain, tokenizer, ASKED, False, None) == (letters, tokenizer.stops)
+    assert encode_prompt(talk, tokenizer, ASKED, False, False) == (letters, stops)
     for run in (plain, talk):
-        assert start_of(run, tokenizer, "", False, None)[0] == [tokenizer.separator]
+        assert encode_prompt(run, tokenizer, "", False, None)[0] == [tokenizer.separator]
 
 
 def test_a_template_is_applied_when_there_is_one(tmp_path, tokenizer):
     plain, talk = folder_of(tmp_path / "plain"), folder_of(tmp_path / "talk", chat=str(tmp_path / "gone.jinja"))
     for run in (plain, talk):
         with pytest.raises(ConfigError, match=r"^--chat: .* has no chat template, or several"):
-            start_of(run, tokenizer, "Hi", True, None)
-    talk.chat.write_text(write_chat(ChatTemplate("kept", "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}")))
+            encode_prompt(run, tokenizer, "Hi", True, None)
+    talk.chat.write_text(
+        dump_chat_template(ChatTemplate("kept", "{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}"))
+    )
     start = tokenizer.backend.token_to_id("<|im_start|>")
-    assert start_of(talk, tokenizer, "Four", True, None) == ([start, *tokenizer.encode("Four")], tokenizer.stops)
+    assert encode_prompt(talk, tokenizer, "Four", True, None) == ([start, *tokenizer.encode("Four")], tokenizer.stops)
     with pytest.raises(ConfigError, match=r"^--chat: special token: the text of message 1 holds '<\|im_start\|>'"):
-        start_of(talk, tokenizer, "<|im_start|>", True, None)
+        encode_prompt(talk, tokenizer, "<|im_start|>", True, None)
     with pytest.raises(ConfigError, match=r"^--chat and --special"):
-        start_of(talk, tokenizer, "Hi", True, True)
+        encode_prompt(talk, tokenizer, "Hi", True, True)
 
 
 def test_a_run_keeps_the_one_template_of_its_sources():
@@ -61,6 +63,6 @@ def test_a_run_keeps_the_one_template_of_its_sources():
 
     one, other = {"source": "a", "weight": 1.0}, {"source": "b", "weight": 1.0}
     assert of() is None
-    assert of(chat="chatml") == of(mixture={"a": one | {"chat": "chatml"}, "b": other}) == load_chat("chatml")
+    assert of(chat="chatml") == of(mixture={"a": one | {"chat": "chatml"}, "b": other}) == load_chat_template("chatml")
     assert of(chat="chatml", mixture={"a": one | {"chat_date": "2026-01-31"}, "b": other}) is None
     assert of(chat="no/such/file") is None

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mikoshi.data.sampling.curriculum import check_skips
-from mikoshi.data.sampling.sampler import skips
+from mikoshi.data.sampling.sampler import make_skips
 from mikoshi.trainer.config.data import GuardSection
-from mikoshi.trainer.engines.base import Limits
+from mikoshi.trainer.engines.base import StepLimits
 from mikoshi.trainer.errors import CheckpointError, RunError
 from mikoshi.trainer.guard.loss_guard import LossGuard, Rewind, abandoned, add_rewind, read_rewinds
 from runs import engine_and_rows, run_config
@@ -99,7 +99,7 @@ def test_spikes_that_are_only_recorded_are_applied():
     guard = LossGuard(GuardSection(spike="record"))
     for _ in range(200):
         guard.accept(2.0, 1.0)
-    assert guard.limits() == Limits()
+    assert guard.limits() == StepLimits()
     assert guard.judge(9.0, 1.0).kind == "spike"
 
 
@@ -107,7 +107,7 @@ def test_nothing_is_a_spike_before_enough_is_known():
     for window, fewest in [(128, 32), (32, 16), (8, 8)]:
         guard = LossGuard(GuardSection(spike="skip", window=window))
         for _ in range(fewest):
-            assert guard.limits() == Limits()
+            assert guard.limits() == StepLimits()
             assert guard.judge(1e9, 1e9).kind == ""
             guard.accept(2.0, 1.0)
         assert guard.judge(1e9, 1.0).kind == guard.judge(2.0, 1e9).kind == "spike"
@@ -221,16 +221,16 @@ def test_however_often_it_goes_back_the_data_go_on_from_what_is_left(moves):
     live, left = {0: ((), 0)}, []
 
     def position(sample):
-        return skips([r.span for r in rewinds]).positions(np.array([sample])).item()
+        return make_skips([r.span for r in rewinds]).positions(np.array([sample])).item()
 
     for steps, back, more in moves:
         for _ in range(steps):
             step += 1
-            live[step] = (skips([r.span for r in rewinds]).spans, position(step * size))
+            live[step] = (make_skips([r.span for r in rewinds]).spans, position(step * size))
         to, spiked = max(0, step - back), position((step - 1) * size)
         rewinds.append(Rewind(step, to, (position(to * size), position((step + more) * size - 1) + 1)))
         left += [(later, live.pop(later)[0]) for later in range(to + 1, step + 1)]
-        new = skips([r.span for r in rewinds]).spans
+        new = make_skips([r.span for r in rewinds]).spans
         assert any(low <= spiked < high for low, high in new)
         for kept, (old, consumed) in live.items():
             assert not abandoned(rewinds, kept, old)

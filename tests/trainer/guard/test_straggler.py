@@ -12,18 +12,18 @@ import torch
 import torch.distributed as dist
 
 from layouts import degrees
-from mikoshi.trainer.guard.straggler import Slow, Stragglers, slow
+from mikoshi.trainer.guard.straggler import SlowRank, Stragglers, find_slow
 from runs import engine_and_rows, run_config
 
 
 def test_who_is_slow():
-    assert slow([1.0, 1.0, 2.0, 1.1], [0, 0, 0, 0]) == [Slow(2, 2.0)]
-    assert slow([1.0, 1.3, 0.8, 1.1], [0, 0, 0, 0]) == []
-    assert slow([1.0, 2.0], [0, 0]) == [Slow(1, 2.0)]
-    assert slow([1.0, 1.0, 3.0, 3.0], [0, 0, 1, 1]) == [], "another stage, another amount of work"
-    assert slow([1.0, 1.0, 9.0], [0, 0, 1]) == [], "alone it has no peers"
-    assert slow([3.0, 1.0, 1.0, 3.0], [0, 0, 0, 0]) == [Slow(0, 3.0), Slow(3, 3.0)]
-    assert slow([0.0, 0.0, 1.0, 0.0], [0, 0, 0, 0]) == [], "nothing is known of the others"
+    assert find_slow([1.0, 1.0, 2.0, 1.1], [0, 0, 0, 0]) == [SlowRank(2, 2.0)]
+    assert find_slow([1.0, 1.3, 0.8, 1.1], [0, 0, 0, 0]) == []
+    assert find_slow([1.0, 2.0], [0, 0]) == [SlowRank(1, 2.0)]
+    assert find_slow([1.0, 1.0, 3.0, 3.0], [0, 0, 1, 1]) == [], "another stage, another amount of work"
+    assert find_slow([1.0, 1.0, 9.0], [0, 0, 1]) == [], "alone it has no peers"
+    assert find_slow([3.0, 1.0, 1.0, 3.0], [0, 0, 0, 0]) == [SlowRank(0, 3.0), SlowRank(3, 3.0)]
+    assert find_slow([0.0, 0.0, 1.0, 0.0], [0, 0, 0, 0]) == [], "nothing is known of the others"
 
 
 def test_who_is_slow_is_who_the_definition_says():
@@ -35,8 +35,8 @@ def test_who_is_slow_is_who_the_definition_says():
         for rank, mine in enumerate(times):
             others = [t for at, t in enumerate(times) if at != rank and peers[at] == peers[rank] and t > 0]
             if others and mine >= 1.5 * median(others):
-                wanted.append(Slow(rank, mine / median(others)))
-        assert slow(times, peers) == wanted
+                wanted.append(SlowRank(rank, mine / median(others)))
+        assert find_slow(times, peers) == wanted
 
 
 def test_thousands_of_ranks_are_compared_in_thousands_of_looks():
@@ -53,18 +53,18 @@ def test_thousands_of_ranks_are_compared_in_thousands_of_looks():
 
     times = [Counted(1.0 + random.Random(rank).random() / 4) for rank in range(4096)]
     times[77] = Counted(3.0)
-    assert [one.rank for one in slow(times, [rank % 2 for rank in range(4096)])] == [77]
+    assert [one.rank for one in find_slow(times, [rank % 2 for rank in range(4096)])] == [77]
     assert Counted.looks < 40 * 4096
 
 
 def test_who_is_slow_once_is_not_named():
-    watch, first = Stragglers(torch.device("cpu"), [0, 0]), Slow(0, 2.0)
-    assert [watch.lasting([first], [0, 1]) for _ in range(2)] == [[], []]
-    assert watch.lasting([], [0, 1]) == []
-    assert [watch.lasting([Slow(0, ratio)], [0, 1]) for ratio in (2.0, 9.0, 3.0)] == [[], [], [Slow(0, 3.0)]]
-    assert [watch.lasting([first], [0, 1]) for _ in range(2)] == [[], []]
-    assert watch.lasting([first], [1]) == [], "told by a time of long ago"
-    assert watch.lasting([first], [0]) == [first]
+    watch, first = Stragglers(torch.device("cpu"), [0, 0]), SlowRank(0, 2.0)
+    assert [watch.persistent([first], [0, 1]) for _ in range(2)] == [[], []]
+    assert watch.persistent([], [0, 1]) == []
+    assert [watch.persistent([SlowRank(0, ratio)], [0, 1]) for ratio in (2.0, 9.0, 3.0)] == [[], [], [SlowRank(0, 3.0)]]
+    assert [watch.persistent([first], [0, 1]) for _ in range(2)] == [[], []]
+    assert watch.persistent([first], [1]) == [], "told by a time of long ago"
+    assert watch.persistent([first], [0]) == [first]
 
 
 def steps(config, count, slow_rank, since):
@@ -84,7 +84,7 @@ def steps(config, count, slow_rank, since):
                 pass
         stragglers.end()
         if stragglers.due(step):
-            found += [(step, one.rank, one.ratio) for one in stragglers.named()]
+            found += [(step, one.rank, one.ratio) for one in stragglers.slow_ranks()]
     return found
 
 
@@ -97,7 +97,7 @@ def told_times(slow_rank, since, count, seed):
             watch.begin()
             now[0] += by_chance.uniform(0.8, 1.2) * (2 if dist.get_rank() == slow_rank and step >= since else 1)
             watch.end()
-            found += [(step, one.rank, one.ratio) for one in watch.named()] if watch.due(step) else []
+            found += [(step, one.rank, one.ratio) for one in watch.slow_ranks()] if watch.due(step) else []
     return found
 
 
@@ -108,9 +108,9 @@ def told_often(count, seeds):
 def test_a_rank_twice_as_slow_is_named_within_20_steps(ranks):
     for found in ranks.run(told_often, 25, 20, world=4):
         cases = [(seed % 4, since) for seed in range(20) for since in range(1, 6)]
-        for (rank, since), named in zip(cases, found, strict=True):
-            ((step, one, ratio),) = named
-            assert one == rank and step < since + 20 and 1.6 < ratio < 2.5, (since, named)
+        for (rank, since), slow_ranks in zip(cases, found, strict=True):
+            ((step, one, ratio),) = slow_ranks
+            assert one == rank and step < since + 20 and 1.6 < ratio < 2.5, (since, slow_ranks)
 
 
 def config_of(dataset, folder, layout, count):
@@ -128,7 +128,7 @@ def config_of(dataset, folder, layout, count):
 def test_a_slow_rank_is_named_within_20_steps_of_training(ranks, dataset, tmp_path, layout, rank, since):
     found = ranks.run(steps, config_of(dataset, tmp_path, layout, 30), 30, rank, since, world=4)
     assert all(one == found[0] for one in found), "the same on every rank"
-    assert {named for _, named, _ in found[0]} == {rank}
+    assert {slow_ranks for _, slow_ranks, _ in found[0]} == {rank}
     assert found[0][0][0] < since + 20
 
 

@@ -11,8 +11,8 @@ import torch
 from mikoshi.launch.cli import main as cli
 from mikoshi.parallel.layout import Layout
 from mikoshi.trainer.config.run import to_toml
-from mikoshi.trainer.inspect.layout import bubble_of, count, degrees, layout_view, span, spans
-from mikoshi.trainer.inspect.layout_svg import draw
+from mikoshi.trainer.inspect.layout import bubble_of, degrees, format_count, layout_view, span, spans
+from mikoshi.trainer.inspect.layout_svg import draw_layout
 from mikoshi.trainer.inspect.layout_text import text_timeline
 from mikoshi.trainer.model.gpt import GPT
 from mikoshi.trainer.record.run_folder import RunFolder
@@ -133,7 +133,7 @@ def test_the_clock_in_characters():
 
 
 def test_words():
-    assert [count(n) for n in (950, 7_090_000, 67e6, 999_900, 1.8e12)] == ["950", "7.09M", "67.0M", "1,000k", "1.80T"]
+    assert [format_count(n) for n in (950, 7_090_000, 67e6, 999_900, 1.8e12)] == ["950", "7.09M", "67.0M", "1,000k", "1.80T"]
     assert (span(range(3, 4)), spans([range(2), range(2, 4), range(6, 7)])) == ("3", ["0-3", "6"])
 
 
@@ -148,7 +148,7 @@ def box_of(text):
 @pytest.mark.parametrize("node_ranks", [1, 4, 8, 72])
 def test_every_word_is_inside_the_picture_and_on_no_other(shown, node_ranks):
     config, view = shown
-    root = ElementTree.fromstring(draw(layout_view(config, view.layout.world, node_ranks)))
+    root = ElementTree.fromstring(draw_layout(layout_view(config, view.layout.world, node_ranks)))
     _, _, width, height = map(float, root.get("viewBox").split())
     texts = [e for e in root.iter("{http://www.w3.org/2000/svg}text") if e.text]
     boxes = sorted((box_of(text), text.text) for text in texts)
@@ -159,7 +159,7 @@ def test_every_word_is_inside_the_picture_and_on_no_other(shown, node_ranks):
             if b[0] >= a[2]:
                 break
             assert b[1] >= a[3] or b[3] <= a[1], (words, others)
-    assert not re.search(r"(src|href|url)\b", draw(view)), "nothing is fetched"
+    assert not re.search(r"(src|href|url)\b", draw_layout(view)), "nothing is fetched"
     said = [text.text for text in texts]
     assert view.layout.world > 64 or not any("…" in words for words in said), "nothing is cut short"
     ranks = [words for words in said if re.fullmatch(r"rank \d+", words)]

@@ -99,7 +99,7 @@ def test_fsdp_with_offload_and_what_has_no_setting(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("fsdp_config: {fsdp_ofload_params: true}", "fsdp_config.fsdp_ofload_params: not a key of accelerate; did you mean "
          "fsdp_config.fsdp_offload_params?"),
@@ -112,12 +112,12 @@ def test_fsdp_with_offload_and_what_has_no_setting(tmp_path):
         ("dynamo_config: {dynamo_bakend: INDUCTOR}", "did you mean dynamo_config.dynamo_backend?"),
     ],
 )  # fmt: skip
-def test_a_misspelt_key_is_refused(tmp_path, text, told):
+def test_a_misspelt_key_is_refused(tmp_path, text, message):
     path = tmp_path / "a.yaml"
     path.write_text(f"distributed_type: FSDP\n{text}\n")
     with pytest.raises(ConfigError) as error:
         convert(path)
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -134,8 +134,8 @@ def test_every_key_of_accelerate_is_known():
     assert {field.name for field in fields(ClusterConfig)} <= set(KEYS[""].split())
     for section, prefix in PREFIXES.items():
         known = set(KEYS[section].split())
-        asked = {name.removeprefix(prefix) for name in names if prefix and name.startswith(prefix)} - {"config"}
-        assert asked <= known, section
+        requested = {name.removeprefix(prefix) for name in names if prefix and name.startswith(prefix)} - {"config"}
+        assert requested <= known, section
 
 
 def test_parallelism(tmp_path):
@@ -264,7 +264,7 @@ def test_a_json_as_people_have_them_becomes_a_base_that_runs(tmp_path, dataset):
 
 
 @pytest.mark.parametrize(
-    ("inside", "told"),
+    ("inside", "message"),
     [
         ({"zero_optimization": {"offload_optimiser": {"device": "cpu"}}}, "did you mean zero_optimization.offload_optimizer?"),
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, 'reduce_bucket_size = "big": a whole number'),
@@ -273,11 +273,11 @@ def test_a_json_as_people_have_them_becomes_a_base_that_runs(tmp_path, dataset):
         ({"steps_per_print": 0}, "steps_per_print = 0: a whole number of at least 1"),
     ],
 )
-def test_a_mistake_in_a_json_is_told_with_its_file(tmp_path, inside, told):
+def test_a_mistake_in_a_json_is_told_with_its_file(tmp_path, inside, message):
     (tmp_path / "ds.json").write_text(json.dumps(inside))
     with pytest.raises(ConfigError) as error:
         converted(tmp_path, distributed_type="DEEPSPEED", deepspeed_config={"deepspeed_config_file": "ds.json"})
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert "ds.json: " in str(error.value)
 
 
@@ -329,7 +329,7 @@ def test_megatron(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"distributed_type": "NO", "mixed_precision": "fp16"}, r'mixed_precision = "fp16": .*mixed_precision: bf16'),
         ({"distributed_type": "NO", "mixed_precision": "fp8"}, "only Megatron's engine computes in FP8"),
@@ -343,15 +343,15 @@ def test_megatron(tmp_path):
         ({"distributed_type": "MULTI_GPU", "dynamo_config": {"dynamo_backend": "TVM"}}, "compiled by inductor"),
     ],
 )
-def test_what_no_run_can_be(tmp_path, settings, told):
-    with pytest.raises(ConfigError, match=told) as error:
+def test_what_no_run_can_be(tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message) as error:
         converted(tmp_path, **settings)
     assert "\n" not in str(error.value)
     assert "accelerate.yaml" in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("a: !!python/object/apply:os.system ['touch CANARY']", "not plain YAML"),
         ("a: &x [1, 1]\nb: &y [*x, *x, *x]\nc: [*y, *y, *y]", "aliases"),
@@ -367,10 +367,10 @@ def test_what_no_run_can_be(tmp_path, settings, told):
         ("x: " + "y" * (1 << 20), "larger than"),
     ],
 )
-def test_hostile_files(tmp_path, monkeypatch, text, told):
+def test_hostile_files(tmp_path, monkeypatch, text, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a.yaml").write_bytes(text.encode("latin-1"))
-    with pytest.raises(ConfigError, match=told) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         convert(tmp_path / "a.yaml")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "CANARY").exists()

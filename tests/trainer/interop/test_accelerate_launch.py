@@ -7,7 +7,7 @@ import pytest
 
 from mikoshi.trainer.checkpoint.verify import read_manifest, steps_in
 from mikoshi.trainer.config.run import to_toml
-from mikoshi.trainer.interop.accelerate.start import lone_of_several
+from mikoshi.trainer.interop.accelerate.start import lone_process_reason
 from mikoshi.trainer.record.run_folder import read_jsonl
 from runs import run_config
 from whole import run_whole
@@ -67,8 +67,8 @@ def test_one_process_where_one_was_asked_for_trains(dataset, tmp_path):
 def test_what_the_environment_says():
     launched = {"ACCELERATE_MIXED_PRECISION": "no"}
     several = launched | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    assert lone_of_several({}) is None
-    assert lone_of_several(launched) is None
-    assert lone_of_several({"MASTER_ADDR": "n1"}) is None, "of another launcher"
-    assert lone_of_several(several | {"RANK": "0", "WORLD_SIZE": "2"}) is None
-    assert "unset MASTER_ADDR" in (lone_of_several(several) or "")
+    assert lone_process_reason({}) is None
+    assert lone_process_reason(launched) is None
+    assert lone_process_reason({"MASTER_ADDR": "n1"}) is None, "of another launcher"
+    assert lone_process_reason(several | {"RANK": "0", "WORLD_SIZE": "2"}) is None
+    assert "unset MASTER_ADDR" in (lone_process_reason(several) or "")

@@ -42,15 +42,15 @@ def two(dataset, tmp_path, case, **env):
 @pytest.fixture(scope="module")
 def alone(dataset, tmp_path_factory):
     """The same script and the same rows in one process with no launcher."""
-    (told,) = train(dataset, tmp_path_factory.mktemp("alone"), "ddp", [])
-    assert told["model"] == "LlamaForCausalLM"
-    return told["losses"]
+    (message,) = train(dataset, tmp_path_factory.mktemp("alone"), "ddp", [])
+    assert message["model"] == "LlamaForCausalLM"
+    return message["losses"]
 
 
 @pytest.mark.slow
 def test_ddp_of_two_trains_as_one_does(dataset, tmp_path, alone):
     found = two(dataset, tmp_path, "ddp")
-    assert [told["model"] for told in found] == ["DistributedDataParallel"] * 2
+    assert [message["model"] for message in found] == ["DistributedDataParallel"] * 2
     assert found[0]["losses"] == found[1]["losses"] == pytest.approx(alone, rel=1e-5)
     assert alone[-1] < alone[0]
 
@@ -58,20 +58,20 @@ def test_ddp_of_two_trains_as_one_does(dataset, tmp_path, alone):
 @pytest.mark.slow
 def test_a_model_that_accelerate_compiles_is_looked_into(dataset, tmp_path, alone):
     found = two(dataset, tmp_path, "ddp-compiled")
-    assert [told["model"] for told in found] == ["OptimizedModule"] * 2
+    assert [message["model"] for message in found] == ["OptimizedModule"] * 2
     assert found[0]["losses"] == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.slow
 def test_deepspeed_of_two_trains_as_one_does(dataset, tmp_path, alone):
     found = two(dataset, tmp_path, "deepspeed")
-    assert [told["model"] for told in found] == ["DeepSpeedEngine"] * 2
+    assert [message["model"] for message in found] == ["DeepSpeedEngine"] * 2
     assert found[0]["losses"] == found[1]["losses"] == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "said"),
+    ("case", "notice"),
     [
         (
             "deepspeed-cpu",
@@ -84,16 +84,16 @@ def test_deepspeed_of_two_trains_as_one_does(dataset, tmp_path, alone):
         ("ddp-bf16", 'precision = "fp32": accelerate computes in mixed precision "bf16"'),
     ],
 )
-def test_a_silent_downgrade_is_an_error(dataset, tmp_path, case, said):
-    for told in two(dataset, tmp_path, case):
-        assert told.get("error", "it trained").startswith(said)
+def test_a_silent_downgrade_is_an_error(dataset, tmp_path, case, notice):
+    for message in two(dataset, tmp_path, case):
+        assert message.get("error", "it trained").startswith(notice)
 
 
 @pytest.mark.slow
 def test_one_process_of_two_is_an_error(dataset, tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
-    (told,) = train(dataset, tmp_path, "launched", launch)
-    assert told["error"].startswith("accelerate launch: several processes were asked for, and this is the only one")
+    (message,) = train(dataset, tmp_path, "launched", launch)
+    assert message["error"].startswith("accelerate launch: several processes were asked for, and this is the only one")
 
 
 def test_ranks_that_nobody_started():

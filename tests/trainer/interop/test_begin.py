@@ -103,18 +103,18 @@ def test_a_run_that_has_checkpoints_is_left_alone(dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda w: w.pop("norm.bias"), r"in\.file: it has no norm\.bias"),
         (lambda w: w.update({"norm.bias": torch.zeros(31)}), r"in\.file: norm\.bias is of shape \[31\], .*has \[32\]"),
         (lambda w: w.update({"norm.bias": torch.zeros(32, dtype=torch.int32)}), r"in\.file: norm\.bias is int32"),
     ],
 )
-def test_weights_of_another_model_leave_nothing(dataset, tmp_path, change, told):
+def test_weights_of_another_model_leave_nothing(dataset, tmp_path, change, message):
     config = config_of(dataset, tmp_path)
     _, weights = given(config)
     change(weights)
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         begin_run(config, weights, source="in.file")
     folder = RunFolder(config.run.path)
     assert steps_in(folder.checkpoints) == []

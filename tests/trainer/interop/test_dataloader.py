@@ -163,8 +163,8 @@ def test_the_loss_is_that_by_hand_and_that_of_our_model(chats, kind, attention):
 
     ours = GPT(model_config(kind))
     load_into(ours, kind.model_type, model.state_dict(), ours.config)
-    told = ours(*(torch.from_numpy(a) for a in (rows.tokens, rows.labels, rows.docs, rows.positions)))
-    assert out.loss.item() == pytest.approx(told.item() / predicted(rows), rel=1e-5)
+    results = ours(*(torch.from_numpy(a) for a in (rows.tokens, rows.labels, rows.docs, rows.positions)))
+    assert out.loss.item() == pytest.approx(results.item() / predicted(rows), rel=1e-5)
 
     # Where transformers shifts `labels` itself, all but the last token of every row is the same.
     del batch["shift_labels"], batch["num_items_in_batch"]
@@ -239,13 +239,13 @@ def test_ranks_and_accumulation_change_neither_loss_nor_gradients(chats, ranks, 
     loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward()
     found = ranks.run(gradients_of_ranks, config, accumulated, world=world)
-    assert np.mean([told for told, _ in found]) == pytest.approx(loss.item(), rel=1e-6)
+    assert np.mean([results for results, _ in found]) == pytest.approx(loss.item(), rel=1e-6)
     for _, grads in found:
         for name, p in model.named_parameters():
             torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-6)
     if world == 2:  # without the count, the mean of means is another loss
-        told = [told for told, _ in ranks.run(gradients_of_ranks, config, accumulated, True, world=world)]
-        assert abs(np.mean(told) - loss.item()) > 1e-4
+        results = [results for results, _ in ranks.run(gradients_of_ranks, config, accumulated, True, world=world)]
+        assert abs(np.mean(results) - loss.item()) > 1e-4
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_another_number_of_ranks_goes_on_with_the_very_next_sample(dataset, rank
         found = ranks.run(read_on, config, state, steps, parts, world=world)
         for n in range(steps):
             assert np.array_equal(np.concatenate([rows[n] for rows, _ in found])[:8], whole[step + n])
-        states = [json.dumps(told) for _, told in found]
+        states = [json.dumps(message) for _, message in found]
         assert len(set(states)) == 1, "every rank tells the same, and plain values"
         state, step = json.loads(states[0]), step + steps
     assert (state["samples"], state["global_batch"]) == (96, 8)
@@ -411,18 +411,18 @@ def test_what_cannot_be_is_refused_by_name(dataset):
 
 def wrong_groups(config):
     """On 2 ranks: what is said where accelerate knows of one process, and where `world` is not the group's."""
-    said = []
+    results = []
     for how in ({}, {"rank": 0, "world": 1}, {"rank": 0, "world": 3}):
         PartialState(cpu=True)
         try:
             training_batches(config, **how)
-            said.append("")
+            results.append("")
         except ConfigError as error:
-            said.append(str(error))
+            results.append(str(error))
         finally:
             reset_accelerate()
     alone = training_batches(config, group=dist.new_group([dist.get_rank()], use_local_synchronization=True))
-    return [*said, next(iter(alone))["input_ids"].shape]
+    return [*results, next(iter(alone))["input_ids"].shape]
 
 
 def test_ranks_that_do_not_agree_with_the_process_group(dataset, ranks):

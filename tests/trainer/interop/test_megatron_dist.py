@@ -24,7 +24,7 @@ from mikoshi.trainer.interop.committed import open_committed
 from mikoshi.trainer.interop.dcp import open_folder, saved_tensor
 from mikoshi.trainer.interop.megatron.export import export_megatron, saved_plain
 from mikoshi.trainer.interop.megatron.torch_dist import find_weights
-from mikoshi.trainer.interop.model_file import untold
+from mikoshi.trainer.interop.model_file import unverifiable_settings
 from mikoshi.trainer.model.config import ModelConfig
 from mikoshi.trainer.model.gpt import GPT
 from mikoshi.trainer.record.run_folder import RunFolder, read_jsonl
@@ -67,9 +67,9 @@ def megatron_loads(model, folder, tp, tokens, vocab):
     with on_cpu(tp):
         built = gpt_model(model, tp, vocab=vocab)
         loaded = dist_checkpointing.load(built.sharded_state_dict(), str(folder))
-        told = built.load_state_dict({k: v for k, v in loaded.items() if k not in ("iteration", "checkpoint_version")})
-        assert not told.missing_keys
-        assert not told.unexpected_keys
+        results = built.load_state_dict({k: v for k, v in loaded.items() if k not in ("iteration", "checkpoint_version")})
+        assert not results.missing_keys
+        assert not results.unexpected_keys
         return logits_of(built, tokens), loaded["iteration"]
 
 
@@ -219,17 +219,17 @@ def append(file, value):
 
 
 @pytest.mark.parametrize(
-    ("poison", "told"),
+    ("poison", "message"),
     [
         (poison_metadata, r"\.metadata: cannot be read: names '(posix|os)\.system', .*nothing of it was run"),
         (poison_metadata_in_an_old_protocol, r"\.metadata: cannot be read: "),
         (poison_chunk, r"__0_0\.distcp: .*cannot be read: names '(posix|os)\.system'"),
     ],
 )
-def test_a_poisoned_file_is_refused_by_name_and_runs_nothing(exported, tmp_path, poison, told):
+def test_a_poisoned_file_is_refused_by_name_and_runs_nothing(exported, tmp_path, poison, message):
     folder, model = exported
     poison(folder, Canary(tmp_path / "canary"))
-    with pytest.raises(CheckpointError, match=told) as refused:
+    with pytest.raises(CheckpointError, match=message) as refused:
         everything(folder, model)
     assert len(str(refused.value).splitlines()) == 1
     assert not (tmp_path / "canary").exists()
@@ -301,7 +301,7 @@ def one_chunk_huge(parts):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (setting("entry", size=torch.Size((2, 1 << 40, 1 << 20))), r"chunks do not make up"),
         (one_chunk_huge, r"reaches out of"),
@@ -317,13 +317,13 @@ def one_chunk_huge(parts):
         (setting("info", offset=3), r"__0_0\.distcp: decoder\.layers\.mlp\.linear_fc2\.weight: cannot be read|is torch"),
     ],
 )
-def test_what_cannot_be_is_refused_before_memory_is_taken_for_it(exported, change, told):
+def test_what_cannot_be_is_refused_before_memory_is_taken_for_it(exported, change, message):
     folder, model = exported
     metadata = metadata_of(folder)
     (index,) = [i for i in metadata.storage_data if i.fqn == LINEAR and tuple(i.offset) == (0, 0, 0)]
     change(Parts(metadata, metadata.state_dict_metadata[LINEAR], metadata.storage_data[index]))
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match=told) as refused:
+    with pytest.raises(CheckpointError, match=message) as refused:
         everything(folder, model)
     assert len(str(refused.value).splitlines()) == 1
     assert str(folder) in str(refused.value)
@@ -388,7 +388,7 @@ def test_plain_numbers_are_saved_as_torch_saves_them(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ({"width": 64}, r"final_layernorm\.weight is of shape \[32\], the config's model has \[64\] \(norm\.weight\)"),
         ({"layers": 3}, r"is of 2 layers, the config's model has 3"),
@@ -401,10 +401,10 @@ def test_plain_numbers_are_saved_as_torch_saves_them(tmp_path):
         ({"windows": [16]}, r"model\.windows: Megatron-core's dense GPT has nothing like it"),
     ],
 )
-def test_a_model_of_another_shape_is_told_where(exported, change, told):
+def test_a_model_of_another_shape_is_told_where(exported, change, message):
     folder, model = exported
     (folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=told):
+    with pytest.raises(CheckpointError, match=message):
         find_weights(folder, ModelConfig.model_validate(model.model_dump(exclude_unset=True) | change))
 
 
@@ -415,7 +415,7 @@ def test_what_no_shape_tells_is_told_by_our_own_export(exported):
         find_weights(folder, other)
     (folder / "config.json").unlink()
     assert find_weights(folder, other)
-    assert "norm_eps=1e-06" in untold(other)
+    assert "norm_eps=1e-06" in unverifiable_settings(other)
 
 
 def test_what_is_no_checkpoint_of_its_is_told(exported, tmp_path):

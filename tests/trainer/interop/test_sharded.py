@@ -16,7 +16,7 @@ from mikoshi.trainer.config.run import to_toml
 from mikoshi.trainer.errors import CheckpointError, ConfigError
 from mikoshi.trainer.interop.begin import begin_run
 from mikoshi.trainer.interop.committed import open_committed
-from mikoshi.trainer.interop.sharded import export, open_weights, parse_size, shared_out
+from mikoshi.trainer.interop.sharded import export, open_weights, parse_size, split_into_shards
 from mikoshi.trainer.model.gpt import GPT
 from mikoshi.trainer.record.run_folder import read_jsonl
 from runs import GPT2_MODEL, TINY_MODEL, run_config
@@ -101,14 +101,14 @@ def test_the_command_and_its_refusals(begun, tmp_path, mikoshi):
         same({name: read(name) for name, _ in model.named_parameters()}, dict(model.named_parameters()))
         with pytest.raises(KeyError):
             read("blocks.9.attn.q.weight")
-    for arguments, told in (
+    for arguments, message in (
         ((step, tmp_path / "one"), "exists already"),
         ((tmp_path / "nothing", tmp_path / "two"), "not a run folder"),
         ((step, tmp_path / "two", "--max-shard-size", "5 apples"), "--max-shard-size 5 apples"),
     ):
         code, _, errors = mikoshi("checkpoint", "export", *arguments)
         assert code == 2
-        assert told in errors[0]
+        assert message in errors[0]
     damaged = next(step.glob("*.safetensors"))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     with pytest.raises(CheckpointError, match="altered"):
@@ -134,13 +134,13 @@ def test_a_damaged_newer_one_is_told_and_the_wrong_folder_named(begun, tmp_path,
     (tmp_path / "run.toml").write_text(to_toml(config))
     (tmp_path / "megatron").mkdir()
     (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").write_text("1")
-    for folder, told in (
+    for folder, message in (
         (config.run.path, "`mikoshi checkpoint export`"),
         (tmp_path / "megatron", "`mikoshi checkpoint import-m"),
     ):
         code, _, errors = mikoshi("checkpoint", "import", folder, tmp_path / "run.toml", "run.name=other")
         assert code == 2
-        assert told in errors[0]
+        assert message in errors[0]
 
 
 def test_another_model_and_hostile_folders_are_refused(dataset, tmp_path):
@@ -150,7 +150,7 @@ def test_another_model_and_hostile_folders_are_refused(dataset, tmp_path):
 
     first = min((tmp_path / "good").glob("model-*"))
 
-    def refused(told, model=config.model, **files):
+    def refused(message, model=config.model, **files):
         bad = tmp_path / "bad"
         bad.mkdir(exist_ok=True)
         for path in (tmp_path / "good").iterdir():
@@ -158,7 +158,7 @@ def test_another_model_and_hostile_folders_are_refused(dataset, tmp_path):
         for name, change in files.items():
             path = bad / {"index": "model.safetensors.index.json", "config": "config.json"}.get(name, name)
             path.write_text(change(json.loads(path.read_text())))
-        with pytest.raises(CheckpointError, match=told) as error, open_weights(bad, model):
+        with pytest.raises(CheckpointError, match=message) as error, open_weights(bad, model):
             pass
         assert "\n" not in str(error.value)
 
@@ -193,7 +193,7 @@ def test_sizes_and_groups():
     for text in ("0", "GB", "-1MB", "5 XB", ""):
         with pytest.raises(ConfigError):
             parse_size(text)
-    assert shared_out({"a": 4, "b": 4, "c": 9, "d": 1, "e": 7}, 8) == [["a", "b"], ["c"], ["d", "e"]]
+    assert split_into_shards({"a": 4, "b": 4, "c": 9, "d": 1, "e": 7}, 8) == [["a", "b"], ["c"], ["d", "e"]]
 
 
 def test_no_more_than_a_shard_is_in_memory(dataset, tmp_path):

@@ -39,7 +39,7 @@ def test_without_a_clip_nothing_was_clipped(capsys):
 def test_a_silent_rank_says_nothing(capsys):
     with TrainConsole(5, every=1, silent=True) as console:
         console.step(1, VALUES)
-        console.say("hello")
+        console.print("hello")
     assert capsys.readouterr().out == ""
 
 
@@ -49,7 +49,7 @@ def test_a_terminal_gets_a_line_that_moves():
         f"values = {VALUES}\n"
         "with TrainConsole(3, every=1) as console:\n"
         "    for done in (1, 2, 3): console.step(done, values)\n"
-        "    console.say('held-out loss 1.0')\n"
+        "    console.print('held-out loss 1.0')\n"
     )
     ours, theirs = pty.openpty()
     process = subprocess.Popen(

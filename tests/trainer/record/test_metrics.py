@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mikoshi.launch.operate.board_text import words
+from mikoshi.launch.operate.board_text import describe_event
 from mikoshi.trainer.engines.base import StepResult
 from mikoshi.trainer.engines.layout import layout_of
 from mikoshi.trainer.record.metrics import MetricLog
@@ -42,7 +42,7 @@ def test_a_figure_that_is_not_finite_is_null_and_an_event_has_it(log):
     events = strictly(log.folder.events)
     told = [event for event in events if event["event"] == "non-finite"]
     assert [event["values"] for event in told] == [{"grad_norm": "inf"}, {"eval_loss": "nan"}]
-    assert words(told[0]) == "step 1: not finite: grad_norm"
+    assert describe_event(told[0]) == "step 1: not finite: grad_norm"
     assert math.isnan(read_metrics(log.folder.metrics)[0]["grad_norm"])
 
 

@@ -10,7 +10,7 @@ from mikoshi.trainer.errors import ConfigError
 from mikoshi.trainer.record import wandb as wandb_log
 from mikoshi.trainer.record.metrics import MetricLog
 from mikoshi.trainer.record.run_folder import RunFolder, read_jsonl
-from mikoshi.trainer.record.wandb import check_key, mode, segment_of
+from mikoshi.trainer.record.wandb import check_key, history_segment, mode
 from runs import run_config
 
 
@@ -108,7 +108,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(config, monkeypatch, ca
     never, there = threading.Event(), use(monkeypatch)
     there.init = lambda **_: never.wait(60)
     monkeypatch.setattr(wandb_log, "_FINISH", 0.05)
-    monkeypatch.setattr(wandb_log, "_ROOM", 3)
+    monkeypatch.setattr(wandb_log, "_MAX_QUEUED", 3)
     train(config, 0, 5)
     never.set()
     assert len(losses(config)) == 5
@@ -156,7 +156,7 @@ def test_where_it_cannot_be_rewound_the_history_goes_on_in_another_run(config, m
 def test_a_kill_while_the_run_goes_back_does_not_keep_the_abandoned_history(config, monkeypatch):
     there = use(monkeypatch)
     train(config, 0, 6)
-    segment_of(RunFolder(config.run.path), config, 3, 6)  # all that was done before the kill
+    history_segment(RunFolder(config.run.path), config, 3, 6)  # all that was done before the kill
     there.broken = {"init": CommError("no route")}
     train(config, 3, 3)
     there.broken = {}

@@ -15,7 +15,7 @@ from mikoshi.parallel.process.process_group import World
 from mikoshi.trainer.checkpoint.verify import steps_in, verify
 from mikoshi.trainer.config.run import to_toml
 from mikoshi.trainer.errors import ConfigError
-from mikoshi.trainer.train.rank import place_here
+from mikoshi.trainer.train.rank import launched_world
 from runs import VOCAB, run_config, text_folder
 
 
@@ -271,7 +271,7 @@ def test_a_launcher_that_contradicts_the_command_is_refused(run, config_file, tm
 def test_ranks_that_agree_with_the_launcher_are_its_ranks(monkeypatch):
     for name, value in LONE.items():
         monkeypatch.setenv(name, value)
-    assert place_here() == place_here(1) == World(0, 1, None, ("127.0.0.1", 29500))
+    assert launched_world() == launched_world(1) == World(0, 1, None, ("127.0.0.1", 29500))
 
 
 @pytest.mark.parametrize(
@@ -285,9 +285,9 @@ def test_a_lone_place_among_the_ranks_of_another_launcher_is_refused(monkeypatch
     for name, value in {**LONE, **other}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match="two launchers"):
-        place_here()
+        launched_world()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one torchrun for each task")
-    assert place_here() == World(0, 1, None, ("127.0.0.1", 29500))
+    assert launched_world() == World(0, 1, None, ("127.0.0.1", 29500))
 
 
 def test_a_changed_tokenizer_is_noticed(run, config_file, tmp_path):

@@ -10,14 +10,14 @@ from mikoshi.trainer.checkpoint.saver import save
 from mikoshi.trainer.config.run import RunConfig, differences, parse_config, to_toml
 from mikoshi.trainer.engines.optim import Optimizers
 from mikoshi.trainer.model.gpt import GPT
-from mikoshi.trainer.train.changed_settings import changes_told, moments_begun_anew
+from mikoshi.trainer.train.changed_settings import describe_changes, reset_moments
 from runs import run_config
 
 MOE = {"experts": 2, "top_k": 1}
 
 
 def told(old, new, step):
-    return changes_told(old, new, differences(old, new), step)
+    return describe_changes(old, new, differences(old, new), step)
 
 
 def config(dataset=".", folder=".", **sections):
@@ -115,6 +115,6 @@ def test_only_moments_of_another_optimizer_begin_anew():
     run = config(model={"moe": MOE}, optim={"kind": "muon"})
     assert isinstance(run, RunConfig)
     names = [name for name, _ in Optimizers(GPT(run.model).named_parameters(), run.optim).state()]
-    assert moments_begun_anew(names, dict.fromkeys(names)) == []
+    assert reset_moments(names, dict.fromkeys(names)) == []
     lost = [name for name in names if "blocks.0.attn.q" not in name]
-    assert moments_begun_anew(names, dict.fromkeys(lost)) == [], "a moment that is missing is damage"
+    assert reset_moments(names, dict.fromkeys(lost)) == [], "a moment that is missing is damage"

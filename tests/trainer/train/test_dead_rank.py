@@ -18,12 +18,12 @@ import sys
 from pathlib import Path
 from mikoshi.launch.controller.supervisor import Job, supervise
 from mikoshi.trainer.config.run import load_config
-from mikoshi.trainer.chaos.plan import Fault, Plan
+from mikoshi.trainer.chaos.plan import Fault, FaultPlan
 from mikoshi.trainer.train.rank import train_supervised
 from mikoshi.trainer.record.run_folder import RunFolder
 run = load_config(Path("run.toml"))
 RunFolder(run.run.path).make()
-plan = Plan((Fault(sys.argv[1], 2, "forward", 3),))
+plan = FaultPlan((Fault(sys.argv[1], 2, "forward", 3),))
 sys.exit(supervise(Job(4, train_supervised, (run, plan), RunFolder(run.run.path), run.recovery)))
 """
 MARK = "MIKOSHI_TEST_MARK"

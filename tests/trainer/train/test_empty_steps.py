@@ -8,7 +8,7 @@ import pytest
 from datarun import events, inside, paragraphs, records, run, write_run
 from mikoshi.trainer.checkpoint.restore import newest_valid
 from mikoshi.trainer.compare.comparison import Round, figures
-from mikoshi.trainer.record.run_folder import predicting
+from mikoshi.trainer.record.run_folder import predicting_steps
 from mikoshi.trainer.train.step_log import mean_loss
 
 STEPS = 30
@@ -57,7 +57,7 @@ def test_they_change_nothing_and_are_said_as_such(long_prompts, mikoshi):
     applied = [r for r in steps if r["applied"]]
     assert manifest.record["guard"]["losses"] == [r["loss"] for r in applied][-8:]
     assert manifest.record["guard"]["left"] == 0
-    assert predicting(steps) == applied
+    assert predicting_steps(steps) == applied
     looked = json.loads(inside(config, "data stats", "--json"))["sources"][0]["nothing"]
     assert round(100 * looked["train"], 1) == float(share)
     assert f"{share}% of the training rows" in inside(config, "data stats")
@@ -67,7 +67,7 @@ def test_they_change_nothing_and_are_said_as_such(long_prompts, mikoshi):
     page = (folder / "report.html").read_text()
     assert f"<b>{len(empty)}</b><span>steps that predicted nothing</span>" in page
     assert mikoshi("status", folder)[0] == 0
-    one = Round(1, predicting(steps), [1], [])
+    one = Round(1, predicting_steps(steps), [1], [])
     assert figures([one], [one]).left == 0
 
 

@@ -19,7 +19,7 @@ class AskedLate:
         self.left = questions if dist.get_rank() == rank else 10**9
 
     @property
-    def asked(self):
+    def received(self):
         self.left -= 1
         return "SIGTERM" if self.left < 0 else ""
 
@@ -28,11 +28,11 @@ def evaluated(config, questions):
     """Whether it came to its end, what was reported, how often a save under way went on, and the step that follows."""
     engine, loader = engine_and_rows(config)
     rank, feed, told, went_on = dist.get_rank(), open_feed(config), [], []
-    saves = SimpleNamespace(saver=SimpleNamespace(flags=lambda: (False, True)), go_on=lambda agreed: went_on.append(agreed))
+    saves = SimpleNamespace(saver=SimpleNamespace(flags=lambda: (False, True)), advance=lambda agreed: went_on.append(agreed))
     log = SimpleNamespace(evaluation=lambda _, losses, *__: told.append(losses))
     run = SimpleNamespace(config=config, layout=engine.layout, rank=rank, engine=engine, saves=saves, log=log)
-    going = SimpleNamespace(feed=feed, continued=feed.continued(None))
-    ended = _evaluate(run, going, 0, AskedLate(dist.get_world_size() - 1, questions))
+    point = SimpleNamespace(feed=feed, continued=feed.continued(None))
+    ended = _evaluate(run, point, 0, AskedLate(dist.get_world_size() - 1, questions))
     assert all(agreed.pending for agreed in went_on)
     whole = engine.evaluate(held_out_of(config, engine.layout, rank), feed.tokenizer.vocab)
     return ended, told, len(went_on), whole, engine.step(loader.batch(0), 1e-3).loss

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from mikoshi.trainer.checkpoint.of_run import keep_of
+from mikoshi.trainer.checkpoint.of_run import retention_of
 from mikoshi.trainer.checkpoint.retention import Keep
 from mikoshi.trainer.checkpoint.saver import Saver
 from mikoshi.trainer.checkpoint.storage.local import LocalStore
@@ -29,12 +29,12 @@ def schedule(tmp_path, ranks=8, mtbf=None, steps=10**6, **checkpoint):
 
 def saved_steps(made, step_seconds, stall, steps, start=0):
     """The steps that a run of this pace saves, on a clock of its own."""
-    made.begin_at(start, 0.0)
+    made.start_at(start, 0.0)
     now, saved = 0.0, []
     for done in range(start + 1, steps + 1):
         now += step_seconds
         if made.due(done, now):
-            made.begun(now)
+            made.save_started(now)
             now += stall
             made.measured(stall, 2 * stall)
             saved.append(done)
@@ -106,7 +106,7 @@ def test_of_the_config(tmp_path):
         (tmp_path / "run.toml").write_text(to_toml(config))
         again = load_config(tmp_path / "run.toml")
         assert (again.checkpoint.every, again.checkpoint.regular) == (every, regular)
-        assert keep_of(again) == Keep(2)
+        assert retention_of(again) == Keep(2)
     for every in (None, 0):  # going back is decided by steps, the same whatever time they take
         (tmp_path / "run.toml").write_text(to_toml(run_config(tmp_path, tmp_path, checkpoint={"every": every})))
         with pytest.raises(ConfigError, match=r"set checkpoint\.every"):
@@ -115,31 +115,31 @@ def test_of_the_config(tmp_path):
 
 def test_a_run_says_what_a_fault_would_lose(tmp_path):
     made = schedule(tmp_path, every=500, steps=1200)
-    made.begin_at(0, 0.0)
+    made.start_at(0, 0.0)
     told, figures = made.at_start()
     assert told == "saves every 500 steps: a fault would lose at most 500 steps"
     assert figures == {"every": 500, "at_most_lost_steps": 500}
-    assert made.news(19, 19 * 3.0) is None
-    told, figures = made.news(20, 20 * 3.0)
+    assert made.interval_change(19, 19 * 3.0) is None
+    told, figures = made.interval_change(20, 20 * 3.0)
     assert told == "saves every 500 steps, about 25 minutes; a fault would lose at most 26 minutes"
     assert (figures["every"], figures["seconds"]) == (500, 1500)
-    assert made.news(21, 21 * 3.0) is None, "once"
-    made.begin_at(1000, 0.0)
+    assert made.interval_change(21, 21 * 3.0) is None, "once"
+    made.start_at(1000, 0.0)
     assert made.at_start()[1]["at_most_lost_steps"] == 200
 
     made = schedule(tmp_path, every=0)
-    made.begin_at(40, 0.0)
+    made.start_at(40, 0.0)
     assert made.at_start()[0] == "saves only at the end (checkpoint.every = 0): a fault would lose all since step 40"
 
     made = schedule(tmp_path)
-    made.begin_at(0, 0.0)
+    made.start_at(0, 0.0)
     assert made.at_start()[0] == (
         "saves by time, the first one after 5 minutes, then as often as costs least with a fault every 24 h (recovery.mtbf); "
         "a fault before the first would lose all since step 0"
     )
-    assert made.news(100, 1000.0) is None, "nothing is measured yet"
+    assert made.interval_change(100, 1000.0) is None, "nothing is measured yet"
     made.measured(10.0, 90.0)
-    told, figures = made.news(100, 1000.0)
+    told, figures = made.interval_change(100, 1000.0)
     assert told == "saves every about 131 steps, about 22 minutes; a fault would lose at most 24 minutes"
     assert figures["at_most_lost_seconds"] == pytest.approx(1314.5 + 90 + 10, abs=0.1)
 
@@ -149,18 +149,18 @@ def by_time(folder, steps):
     config = run_config(folder, folder, train={"steps": steps})
     rank = dist.get_rank()
     log = SimpleNamespace(
-        silent=rank > 0, layout=SimpleNamespace(world=dist.get_world_size()), saved=lambda *_: None, rested=lambda: None,
-        plan_of_saves=lambda *_: None,
+        silent=rank > 0, layout=SimpleNamespace(world=dist.get_world_size()), saved=lambda *_: None, restart_clock=lambda: None,
+        save_plan=lambda *_: None,
     )  # fmt: skip
     saves = Saves(config, Saver(LocalStore(folder), Keep(99)), log, lambda: {"w": torch.ones(3)}, lambda _: None)
-    saves.begin_at(0)
+    saves.start_at(0)
     saved = []
     for done in range(1, steps + 1):
         saves.schedule._last -= 100.0 if rank == 0 else 1e6 * rank  # so long does a step take here
         agreed = agree(False, *saves.flags(done))
-        saves.after(done, agreed, lambda _: {"config": "", "data": {}})
+        saves.after_step(done, agreed, lambda _: {"config": "", "data": {}})
         saved += [done] if agreed.save else []
-    saves.abandon()
+    saves.wait_for_save()
     return saved
 
 

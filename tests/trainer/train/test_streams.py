@@ -172,8 +172,8 @@ def test_ranks_of_torchrun_save_when_nobody_reads_them(dataset, tmp_path):
 def test_ctrl_c_before_the_first_step_with_no_reader_is_a_stop():
     reading, writing = os.pipe()
     os.close(reading)
-    program = "import os, signal\nfrom mikoshi.trainer.signals import stopping_is_no_crash\n" \
-              "with stopping_is_no_crash(): os.kill(os.getpid(), signal.SIGINT)"  # fmt: skip
+    program = "import os, signal\nfrom mikoshi.trainer.signals import exit_on_stop_signal\n" \
+              "with exit_on_stop_signal(): os.kill(os.getpid(), signal.SIGINT)"  # fmt: skip
     child = subprocess.Popen([sys.executable, "-c", program], stdout=writing, stderr=writing)
     os.close(writing)
     assert child.wait(60) == PREEMPTED

@@ -1,4 +1,4 @@
-"""Files of a checkpoint, opened and read with care: what is not a regular file is refused, and nothing waits for a FIFO."""
+"""Opens and reads files of a checkpoint safely: only regular files are opened, and a FIFO never blocks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ _READ = 512 << 10  # bytes read, then digested while they are in a core's own ca
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A handle of a regular file. Raises CheckpointError for anything else, and does not wait for what a FIFO has to say;
-    OSError where it cannot be opened, which says nothing against it."""
+    """Yields the handle of a regular file.
+
+    Raises CheckpointError for anything else and for a missing file, and OSError if it cannot be opened, which says nothing
+    about the file.
+    """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -35,10 +38,10 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def read_through(path: Path, update: Callable[[memoryview], object]) -> None:
-    """Show `update` every byte of a regular file, a block at a time. Raises CheckpointError if it is none; OSError where it
-    cannot be read, which says nothing against it.
+    """Call `update` with every byte of a regular file, a block at a time.
 
-    Not through a mapping, though that is somewhat faster: a disk that fails under one kills the process.
+    It reads instead of mapping, though that is somewhat slower: a disk that fails under a mapping kills the process. Raises
+    CheckpointError if it is not a regular file, and OSError if it cannot be read, which says nothing about the file.
     """
     buffer = memoryview(bytearray(_READ))
     with opened(path) as handle:

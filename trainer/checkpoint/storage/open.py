@@ -1,4 +1,4 @@
-"""The store that an address names: a folder of this machine or a bucket."""
+"""Opens the store that an address names: a local folder or a bucket."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from mikoshi.trainer.errors import CheckpointError
 
 
 def open_store(place: str | Path, scratch: Path, options: Mapping[str, str] | None = None) -> Store:
-    """The store at a folder, file:///... or a URL (s3:// gs:// az://). Nothing is made or requested yet.
+    """Returns the store at a folder, a file:// URL or a remote URL (s3:// gs:// az://). Creates and requests nothing yet.
 
-    `scratch`: a folder of this machine, shared by a run's ranks and by nobody else, for files that must be fetched.
-    `options` go to a remote store as they are (endpoint, region, ...); what they leave out comes from the environment or
-    the machine's role, as for data. Raises CheckpointError for an address that cannot be used.
+    Raises CheckpointError for an address that cannot be used.
+
+    scratch: local folder for fetched files, shared by the ranks of one run and by nobody else.
+    options: settings of a remote store (endpoint, region, ...); the rest comes from the environment or the machine's role.
     """
     if isinstance(place, Path) or "://" not in place:
         return LocalStore(Path(place))

@@ -1,4 +1,4 @@
-"""What DeepSpeed cannot do, or not as this run would have it."""
+"""What DeepSpeed cannot do, or would not do as this run needs it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOT_QUANTIZED = "engine.deepspeed.quantized_weights=false engine.deepspeed.quan
 
 
 def _too_old(case: Case) -> bool:
-    if not case.here:
+    if not case.on_this_machine:
         return False
     try:
         found = re.findall(r"\d+", importlib.metadata.version("deepspeed"))
@@ -27,9 +27,9 @@ def _too_old(case: Case) -> bool:
 
 
 def _offload(case: Case) -> set[str]:
-    own = case.config.engine.deepspeed
+    section = case.config.engine.deepspeed
     of_run = "cpu" if case.config.parallel.offload == "optimizer" else "none"
-    return {own.offload_optimizer, own.offload_parameters, of_run} - {"none"}
+    return {section.offload_optimizer, section.offload_parameters, of_run} - {"none"}
 
 
 def _no_libaio() -> bool:
@@ -40,26 +40,32 @@ def _nvme(case: Case) -> bool:
     return "nvme" in _offload(case)
 
 
-def _no_disk(case: Case) -> bool:
+def _no_folder(case: Case) -> bool:
     folder = case.config.engine.deepspeed.nvme
-    if not case.here or not _nvme(case) or folder is None:
+    if not case.on_this_machine or not _nvme(case) or folder is None:
         return False
     return not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK)  # noqa: PTH112 (never raises)
 
 
-def _parameters_elsewhere(case: Case) -> bool:
+def _offloads_parameters(case: Case) -> bool:
     return case.config.engine.deepspeed.offload_parameters != "none"
 
 
 def _quantized(case: Case) -> bool:
-    own = case.config.engine.deepspeed
-    return own.quantized_weights or own.quantized_gradients
+    section = case.config.engine.deepspeed
+    return section.quantized_weights or section.quantized_gradients
+
+
+def _no_nvcc(case: Case) -> bool:
+    if not (case.on_this_machine and _quantized(case) and case.cuda):
+        return False
+    return not (shutil.which("nvcc") and shutil.which("g++"))
 
 
 DEEPSPEED: tuple[Limit, ...] = (
     Limit(
         "deepspeed", "the package is not installed", "DeepSpeed is an extra", 'pip install "mikoshi[deepspeed]"',
-        lambda case: case.here and not installed("deepspeed"),
+        lambda case: case.on_this_machine and not installed("deepspeed"),
     ),
     Limit(
         "deepspeed", "a version before 0.19", "its parameters and moments cannot be read and written as this engine does",
@@ -135,7 +141,7 @@ DEEPSPEED: tuple[Limit, ...] = (
     ),
     Limit(
         "deepspeed", "engine.deepspeed.offload_parameters with parallel.zero < 3", "below ZeRO 3 parameters stay whole",
-        "parallel.zero=3", lambda case: _parameters_elsewhere(case) and 0 < case.layout.zero < 3,
+        "parallel.zero=3", lambda case: _offloads_parameters(case) and 0 < case.layout.zero < 3,
     ),
     Limit(
         "deepspeed", "offload to nvme with parallel.zero < 3", "only ZeRO 3 swaps to a disk", "parallel.zero=3",
@@ -148,15 +154,17 @@ DEEPSPEED: tuple[Limit, ...] = (
     ),
     Limit(
         "deepspeed", "offload to nvme with an engine.deepspeed.nvme that is no folder, or none to write in",
-        "a misspelt one would fill another disk", "a folder that is there: mkdir -p it on the local NVMe disk first", _no_disk,
+        "a misspelt one would fill another disk", "a folder that is there: mkdir -p it on the local NVMe disk first",
+        _no_folder,
     ),
     Limit(
         "deepspeed", "offload to nvme without g++", "its reading and writing of the disk is compiled at the start",
-        'apt-get install g++, or offload to "cpu"', lambda case: case.here and _nvme(case) and shutil.which("g++") is None,
+        'apt-get install g++, or offload to "cpu"',
+        lambda case: case.on_this_machine and _nvme(case) and shutil.which("g++") is None,
     ),
     Limit(
         "deepspeed", "offload to nvme without libaio", "its reading and writing of the disk needs the library and its header",
-        'apt-get install libaio-dev, or offload to "cpu"', lambda case: case.here and _nvme(case) and _no_libaio(),
+        'apt-get install libaio-dev, or offload to "cpu"', lambda case: case.on_this_machine and _nvme(case) and _no_libaio(),
     ),
     Limit(
         "deepspeed", "ZeRO++ (engine.deepspeed.hpz, quantized_weights, quantized_gradients) with parallel.zero < 3",
@@ -181,6 +189,6 @@ DEEPSPEED: tuple[Limit, ...] = (
     Limit(
         "deepspeed", "engine.deepspeed.quantized_weights or quantized_gradients without nvcc and g++",
         "its kernels are compiled at the start", f"install the CUDA toolkit and g++, or {_NOT_QUANTIZED}",
-        lambda case: case.here and _quantized(case) and bool(case.cuda) and not (shutil.which("nvcc") and shutil.which("g++")),
+        _no_nvcc,
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""AdamW behind a gate: DeepSpeed takes a step with it at every step of a run, and it is one only if the run says so."""
+"""AdamW that DeepSpeed calls at every step of a run, and that updates weights only if the run applies the step."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from mikoshi.trainer.config.run import OptimSection
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _closed() -> None:
+def _no_step() -> None:
     return None
 
 
 class GatedAdamW(AdamW):
-    """torch's AdamW, decay on matrices only. Its step asks `factor`: None leaves weights and moments as they are, to the
-    bit, and only makes moments that are missing; a number is what gradients are multiplied by first.
+    """torch's AdamW with weight decay on matrices only, whose step first calls `factor`.
 
-    DeepSpeed gives it flat pieces of parameters in place of them, and may call its step several times in one of the run, for
-    other pieces each. `taken`: steps of the run that were taken before, the same for all pieces.
+    If `factor` returns None, weights and moments stay as they are, to the bit, and only missing moments are made. If it
+    returns a number, gradients are multiplied by it first. DeepSpeed passes flat pieces in place of parameters, and may call
+    `step` several times in one step of the run, with different pieces.
+
+    steps_taken: steps that the run has applied before this one.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]], config: OptimSection) -> None:
@@ -34,24 +36,25 @@ class GatedAdamW(AdamW):
         ]
         options: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "fused": True}
         super().__init__([group for group in groups if group["params"]], **options)
-        self.factor: Callable[[], float | None] = _closed
-        self.taken = 0
+        self.factor: Callable[[], float | None] = _no_step
+        self.steps_taken = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the pieces that DeepSpeed has put into the parameter groups, unless `factor` returns None."""
         pieces = self.make_moments()
         factor = self.factor()
         if factor is None:
             return
         for p in pieces:
-            self.state[p]["step"].fill_(self.taken)
+            self.state[p]["step"].fill_(self.steps_taken)
         gradients = [p.grad for p in pieces if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, factor)
         super().step(closure)
 
     def make_moments(self) -> list[Tensor]:
-        """The pieces that it is given now, each with its moments."""
+        """Make the missing moments; returns the pieces in the parameter groups."""
         pieces = [p for group in self.param_groups for p in group["params"]]
         for p in pieces:
             if not self.state[p]:
@@ -61,5 +64,5 @@ class GatedAdamW(AdamW):
 
 
 def _dimensions(p: nn.Parameter) -> int:
-    """Of the whole parameter: under ZeRO 3 a rank's own is flat and empty."""
+    """Returns the number of dimensions of the whole parameter; with ZeRO 3 a rank's own tensor is flat and empty."""
     return len(getattr(p, "ds_shape", p.shape))

@@ -1,4 +1,4 @@
-"""A user's own DeepSpeed settings: what tunes DeepSpeed is taken over, what contradicts the run is refused by name."""
+"""A user's own DeepSpeed settings: what tunes DeepSpeed is passed on, and what contradicts the run is refused by name."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ _COUNTS = tuple(
         "offload_optimizer.buffer_count", "offload_param.buffer_count", "offload_param.buffer_size", "offload_param.max_in_cpu",
     )
 )  # fmt: skip
-_SOME = ("steps_per_print", "aio.block_size", "aio.queue_depth", "aio.intra_op_parallelism")
-_WORDS = ("log_level",)
+_POSITIVE = ("steps_per_print", "aio.block_size", "aio.queue_depth", "aio.intra_op_parallelism")
+_STRINGS = ("log_level",)
 _TABLES = ("flops_profiler", "comms_logger", "timers", "aio", "tensorboard", "csv_monitor", "comet")
-"""What changes neither what is computed nor what is written: speed, memory, figures. Switches and counts (0 and
-more; of some 1 and more) are checked here, words and what stands in these tables by DeepSpeed."""
+"""Keys and tables that tune speed, memory and logging, and change neither what is computed nor what is written. Switches and
+counts are checked here, strings and these tables by DeepSpeed."""
 
-_FREE = frozenset((*_SWITCHES, *_COUNTS, *_SOME, *_WORDS))
+_FREE = frozenset((*_SWITCHES, *_COUNTS, *_POSITIVE, *_STRINGS))
 _KINDS = {name: (TypeAdapter[Any](bool), "true or false is expected") for name in _SWITCHES} | {
     name: (TypeAdapter[Any](NonNegativeInt), "a whole number of at least 0 is expected") for name in _COUNTS
 }
-_KINDS |= {name: (TypeAdapter[Any](PositiveInt), "a whole number of at least 1 is expected") for name in _SOME}
+_KINDS |= {name: (TypeAdapter[Any](PositiveInt), "a whole number of at least 1 is expected") for name in _POSITIVE}
 
-_ELSEWHERE = {
+_OTHER_PLACES = {
     "scheduler": "the learning rate is optim.lr and optim.schedule's",
     "checkpoint": "checkpoints are the run's own ([checkpoint]); DeepSpeed's, which are pickles, are neither written nor read",
     "load_universal_checkpoint": "checkpoints are the run's own; DeepSpeed's, which are pickles, are not read",
@@ -99,78 +99,91 @@ _ELSEWHERE = {
     "zero_optimization.offload_optimizer": "set engine.deepspeed.offload_optimizer; the whole of the step is taken there",
     "zero_optimization.offload_param": "set engine.deepspeed.offload_parameters",
 }  # fmt: skip
-"""Keys, with all below them, that a run has another place for, or that have no place in it."""
+"""Keys, with all below them, that a run sets elsewhere or does not have, and the reason."""
 
 
 @dataclass(frozen=True)
-class _Own:
-    """What the run says of a DeepSpeed key. value: as the JSON has it. told: where the run says what. way: the way out."""
+class _RunValue:
+    """What the run says about a DeepSpeed key.
+
+    value: as the JSON has it.
+    reason: which setting of the run decides it.
+    instead: what to do.
+    """
 
     value: Any
-    told: str
-    way: str
+    reason: str
+    instead: str
 
 
 def user_settings(config: RunConfig, layout: Layout) -> dict[str, Any]:
-    """What the user's settings have besides the run's own sections, for DeepSpeed. Raises ConfigError, a line a mistake."""
-    own, out, wrong = config.engine.deepspeed, dict[str, Any](), list[str]()
-    if own.config is not None:
-        place = f"engine.deepspeed.config = {str(own.config)!r}"
-        wrong += [f"{place}: {line}" for line in _take(_read(own.config), config, layout, out)]
-    wrong += [f"engine.deepspeed.settings: {line}" for line in _take(own.settings, config, layout, out)]
+    """Returns the user's DeepSpeed settings beyond the run's own sections.
+
+    Raises ConfigError with one line a mistake.
+    """
+    section, out, wrong = config.engine.deepspeed, dict[str, Any](), list[str]()
+    if section.config is not None:
+        where = f"engine.deepspeed.config = {str(section.config)!r}"
+        wrong += [f"{where}: {line}" for line in _collect(_read(section.config), config, layout, out)]
+    wrong += [f"engine.deepspeed.settings: {line}" for line in _collect(section.settings, config, layout, out)]
     if wrong:
         raise ConfigError("\n".join(dict.fromkeys(wrong)))
     return out
 
 
-def _take(read: Mapping[str, Any], config: RunConfig, layout: Layout, out: dict[str, Any]) -> list[str]:
-    """Put what tunes DeepSpeed into `out`; what is wrong with the rest."""
-    ours, off, wrong = _ours(config, layout), _off(read), list[str]()
+def _collect(read: Mapping[str, Any], config: RunConfig, layout: Layout, out: dict[str, Any]) -> list[str]:
+    """Put what tunes DeepSpeed into `out`; returns what is wrong with the rest."""
+    run_values, disabled, wrong = _run_values(config, layout), _disabled_sections(read), list[str]()
     for key, value in leaves(read):
-        if value == "auto" and (key in ours or _tunes(key) or _elsewhere(key)):
+        if value == "auto" and (key in run_values or _tunes(key) or _other_place(key)):
             continue
-        if key == "bf16.enabled" and config.engine.precision == "auto":  # decided on the ranks, which look again
+        if key == "bf16.enabled" and config.engine.precision == "auto":  # decided later on the ranks, which check again
             continue
-        if key in ours:
-            if not _same(value, ours[key].value):
-                own = _of_batch(key, value, config, layout) or ours[key]
-                wrong.append(f"{key} = {json.dumps(value)}: {own.told}: {own.way}")
+        if key in run_values:
+            if not _same(value, run_values[key].value):
+                expected = _of_batch(key, value, config, layout) or run_values[key]
+                wrong.append(f"{key} = {json.dumps(value)}: {expected.reason}: {expected.instead}")
         elif _tunes(key):
-            if why := _odd(key, value):
+            if why := _invalid(key, value):
                 wrong.append(why)
-            _put(out, key, value)
-        elif key.partition(".")[0] not in off:
-            wrong.append(_no_place(key, value, ours))
+            _set_dotted(out, key, value)
+        elif key.partition(".")[0] not in disabled:
+            wrong.append(_refusal(key, value, run_values))
     return wrong
 
 
-def apart(read: Mapping[str, Any], taken: Container[str]) -> tuple[dict[str, Any], list[tuple[str, Any, str]]]:
-    """A JSON without a run, beside the keys that were made a run's settings: what `engine.deepspeed.settings` takes, and keys,
-    values and reasons of what it does not. Raises ConfigError for a name or a value that is a mistake."""
-    out, left, off = dict[str, Any](), list[tuple[str, Any, str]](), _off(read)
-    known = {*_PLACES, *_FIXED, *_OTHERWISE}
+def split_settings(read: Mapping[str, Any], converted: Container[str]) -> tuple[dict[str, Any], list[tuple[str, Any, str]]]:
+    """Returns the part of a DeepSpeed JSON that engine.deepspeed.settings takes, and the rest as (key, value, reason).
+
+    Raises ConfigError for a misspelt name or an impossible value.
+
+    read: the JSON.
+    converted: dotted keys that have become settings of the run already.
+    """
+    out, refused, disabled = dict[str, Any](), list[tuple[str, Any, str]](), _disabled_sections(read)
+    known = {*_SAME_VALUE, *_FIXED, *_REWORDED}
     for key, value in leaves(read):
         if (
-            key in taken
-            or (value in ("auto", None) and (key in known or _tunes(key) or _elsewhere(key)))
+            key in converted
+            or (value in ("auto", None) and (key in known or _tunes(key) or _other_place(key)))
             or (key in _FIXED and _same(value, _FIXED[key]))
         ):
             continue
         if _tunes(key):
-            if why := _odd(key, value):
+            if why := _invalid(key, value):
                 raise ConfigError(why)
             if _of_toml(value):
-                _put(out, key, value)
+                _set_dotted(out, key, value)
             else:
-                left.append((key, value, "TOML has no such value"))
+                refused.append((key, value, "TOML has no such value"))
         elif key in _FIXED:
-            left.append((key, value, f"it is always {json.dumps(_FIXED[key])}"))
-        elif key.partition(".")[0] not in off:
-            why = "" if key in known else _no_place(key, value, known)
+            refused.append((key, value, f"it is always {json.dumps(_FIXED[key])}"))
+        elif key.partition(".")[0] not in disabled:
+            why = "" if key in known else _refusal(key, value, known)
             if "did you mean" in why or "expected" in why:
                 raise ConfigError(why)
-            left.append((key, value, _elsewhere(key) or "it has no place in a run"))
-    return out, left
+            refused.append((key, value, _other_place(key) or "it has no place in a run"))
+    return out, refused
 
 
 def _tunes(key: str) -> bool:
@@ -183,35 +196,41 @@ def _of_toml(value: Any) -> bool:
     return value is not None and value == value and value not in (float("inf"), float("-inf"))
 
 
-def _off(read: Mapping[str, Any]) -> set[str]:
-    """Sections that are there and say that they are off, or that the run is to say it."""
-    switched = {name.partition(".")[0] for name in (*_OTHERWISE, *_TABLES, *_ELSEWHERE)} - {"zero_optimization", "optimizer"}
+def _disabled_sections(read: Mapping[str, Any]) -> set[str]:
+    """Returns the sections that are switched off, or left to the run ("auto")."""
+    switched = {name.partition(".")[0] for name in (*_REWORDED, *_TABLES, *_OTHER_PLACES)} - {"zero_optimization", "optimizer"}
     return {
         name for name, table in read.items()
         if name in switched and isinstance(table, dict) and table.get("enabled") in (False, "auto")
     }  # fmt: skip
 
 
-def _ours(config: RunConfig, layout: Layout) -> dict[str, _Own]:
-    """DeepSpeed's key -> what it is in this run."""
-    own = config.engine.deepspeed
-    home = "cpu" if own.offload_optimizer == "none" and config.parallel.offload == "optimizer" else own.offload_optimizer
+def _run_values(config: RunConfig, layout: Layout) -> dict[str, _RunValue]:
+    """Returns the run's value for each DeepSpeed key."""
+    section = config.engine.deepspeed
+    home = (
+        "cpu" if section.offload_optimizer == "none" and config.parallel.offload == "optimizer" else section.offload_optimizer
+    )
     values = {
         "train.micro_batch": layout.micro_rows, "parallel.zero": layout.zero, "engine.deepspeed.offload_optimizer": home,
-        "optim.betas": list(config.optim.betas), "engine.deepspeed.nvme": None if own.nvme is None else str(own.nvme),
+        "optim.betas": list(config.optim.betas), "engine.deepspeed.nvme": None if section.nvme is None else str(section.nvme),
     }  # fmt: skip
-    said = {}
-    for key, place in _PLACES.items():
-        value = values[place] if place in values else attrgetter(place)(config)
-        said[key] = _Own(value, _is(place, value), f"set {place}, or leave it out")
+    run_values = {}
+    for ds_key, key in _SAME_VALUE.items():
+        value = values[key] if key in values else attrgetter(key)(config)
+        run_values[ds_key] = _RunValue(value, _is(key, value), f"set {key}, or leave it out")
     accumulated = layout.micro_batches
-    said["gradient_accumulation_steps"] = _Own(accumulated, _is("it", accumulated), "set train.micro_batch, or leave it out")
-    fixed = {key: _Own(value, _is("it", value), "leave it out: it cannot be another") for key, value in _FIXED.items()}
-    kind = _Own("AdamW", 'optim.kind is "adamw"', "leave it out: no other goes with this engine")
-    return said | fixed | {"optimizer.type": kind} | _precisions(config.engine.precision)
+    run_values["gradient_accumulation_steps"] = _RunValue(
+        accumulated, _is("it", accumulated), "set train.micro_batch, or leave it out"
+    )
+    fixed = {
+        ds_key: _RunValue(value, _is("it", value), "leave it out: it cannot be another") for ds_key, value in _FIXED.items()
+    }
+    kind = _RunValue("AdamW", 'optim.kind is "adamw"', "leave it out: no other goes with this engine")
+    return run_values | fixed | {"optimizer.type": kind} | _precisions(config.engine.precision)
 
 
-_PLACES = {
+_SAME_VALUE = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
     "gradient_clipping": "optim.clip",
@@ -228,12 +247,12 @@ _PLACES = {
     "zero_optimization.offload_param.device": "engine.deepspeed.offload_parameters",
     "zero_optimization.offload_param.nvme_path": "engine.deepspeed.nvme",
 }
-"""DeepSpeed's key -> the run's own that has the same value."""
+"""DeepSpeed's key -> the run's key with the same value."""
 
-_OTHERWISE = (
+_REWORDED = (
     "gradient_accumulation_steps", "optimizer.type", "bf16.enabled", "fp16.enabled", "amp.enabled", "torch_autocast.enabled",
 )  # fmt: skip
-"""What a run says in other words."""
+"""DeepSpeed's keys that a run sets under keys with other values."""
 
 _FIXED = {
     "data_types.grad_accum_dtype": "fp32",
@@ -249,30 +268,32 @@ _FIXED = {
     "zero_optimization.zero_quantized_nontrainable_weights": False,
     "zero_optimization.memory_efficient_linear": True,
 }
-"""What no setting of a run changes."""
+"""Values that no setting of a run changes."""
 
 
-def _precisions(precision: str) -> dict[str, _Own]:
-    """fp16 is no precision of a run: nothing here scales a loss."""
-    told, other = _is("engine.precision", precision), "fp32" if precision == "bf16" else "bf16"
+def _precisions(precision: str) -> dict[str, _RunValue]:
+    """Returns the run's values of the precision keys. fp16 is never on: no run scales its loss."""
+    reason, other = _is("engine.precision", precision), "fp32" if precision == "bf16" else "bf16"
     instead = "leave it out" if precision == "bf16" else 'leave it out, or use engine.precision="bf16" in its place'
-    found = {"bf16.enabled": _Own(precision == "bf16", told, f'set engine.precision="{other}", or leave it out')}
+    run_values = {"bf16.enabled": _RunValue(precision == "bf16", reason, f'set engine.precision="{other}", or leave it out')}
     for name in ("fp16", "amp", "torch_autocast"):
-        found[f"{name}.enabled"] = _Own(False, f'{told}, which can be "fp32" or "bf16"', instead)
-    return found
+        run_values[f"{name}.enabled"] = _RunValue(False, f'{reason}, which can be "fp32" or "bf16"', instead)
+    return run_values
 
 
 def _is(place: str, value: Any) -> str:
     return f"{place} is {json.dumps(value)}"
 
 
-def _of_batch(key: str, value: Any, config: RunConfig, layout: Layout) -> _Own | None:
-    """Of the two that train.micro_batch decides: the one of its values that gives what was asked for, or that none does."""
+def _of_batch(key: str, value: Any, config: RunConfig, layout: Layout) -> _RunValue | None:
+    """Returns the run's value of a key that train.micro_batch decides, with the train.micro_batch that gives `value`, if
+    any.
+    """
     names = {"train_micro_batch_size_per_gpu": "micro_rows", "gradient_accumulation_steps": "micro_batches"}
     if key not in names:
         return None
     rows = layout.micro_rows * layout.micro_batches
-    told = f"a rank's {rows} row(s) of a step go in {layout.micro_batches} micro-batch(es) of {layout.micro_rows}"
+    reason = f"a rank's {rows} row(s) of a step go in {layout.micro_batches} micro-batch(es) of {layout.micro_rows}"
     for size in [n for n in range(1, rows + 1) if rows % n == 0]:
         train = config.train.model_copy(update={"micro_batch": size})
         try:
@@ -280,15 +301,15 @@ def _of_batch(key: str, value: Any, config: RunConfig, layout: Layout) -> _Own |
         except LayoutError:
             continue
         if _same(value, getattr(other, names[key])):
-            return _Own(None, told, f"set train.micro_batch={size}, or leave it out")
-    return _Own(None, told, "leave it out: no train.micro_batch gives that")
+            return _RunValue(None, reason, f"set train.micro_batch={size}, or leave it out")
+    return _RunValue(None, reason, "leave it out: no train.micro_batch gives that")
 
 
 def _read(path: Path) -> dict[str, Any]:
     where = f"engine.deepspeed.config = {str(path)!r}"
     try:
         text = path.read_text(encoding="utf-8")
-        read = json.loads(text, object_pairs_hook=_once)
+        read = json.loads(text, object_pairs_hook=_unique_keys)
     except OSError as error:
         start = "" if path.is_absolute() else f" (from the current folder, {Path.cwd()})"
         raise ConfigError(f"{where}: cannot be read: {error.strerror}{start}: give its full path") from None
@@ -299,7 +320,7 @@ def _read(path: Path) -> dict[str, Any]:
     return read
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ValueError(f"{twice[0]!r} is there twice")
@@ -307,7 +328,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values. An empty section says nothing."""
+    """Yields dotted keys and values of nested tables. An empty table yields nothing."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
@@ -315,10 +336,10 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+def _set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     *path, leaf = key.split(".")
     for part in path:
-        if not isinstance(tree.get(part), dict):  # what is put later counts
+        if not isinstance(tree.get(part), dict):  # the last value wins
             tree[part] = {}
         tree = tree[part]
     tree[leaf] = value
@@ -332,8 +353,8 @@ def _same(value: Any, expected: Any) -> bool:
     return bool(value == expected)
 
 
-def _odd(key: str, value: Any) -> str | None:
-    """Why a value is none of its key's, which DeepSpeed would find only once ranks have started."""
+def _invalid(key: str, value: Any) -> str | None:
+    """Returns why a value is not valid for its key. DeepSpeed would find that only after ranks have started."""
     if key not in _KINDS or (value is None and key == "zero_optimization.overlap_comm"):
         return None
     kind, expected = _KINDS[key]
@@ -344,26 +365,26 @@ def _odd(key: str, value: Any) -> str | None:
     return None
 
 
-def _elsewhere(key: str) -> str | None:
-    """Why a key, or the innermost table of it that there is a reason for, has no place in DeepSpeed's settings."""
+def _other_place(key: str) -> str | None:
+    """Returns why a key, or the innermost table around it with a reason, does not belong in DeepSpeed's settings."""
     parts = key.split(".")
     sections = (".".join(parts[:depth]) for depth in range(len(parts), 0, -1))
-    return next((_ELSEWHERE[section] for section in sections if section in _ELSEWHERE), None)
+    return next((_OTHER_PLACES[section] for section in sections if section in _OTHER_PLACES), None)
 
 
-def _no_place(key: str, value: Any, ours: Iterable[str]) -> str:
-    """Why a key is not taken: it has its place elsewhere, is a table, has no table, or has another name."""
+def _refusal(key: str, value: Any, run_keys: Iterable[str]) -> str:
+    """Returns why a key is not taken: it belongs elsewhere, should be a table or a value, or is misspelt."""
     parts = key.split(".")
     sections = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
-    values = {*ours, *_FREE}
+    values = {*run_keys, *_FREE}
     tables = {name.rpartition(".")[0] for name in values} | {*_TABLES, "zero_optimization"}
     if key in tables:
         return f"{key} = {json.dumps(value)}: a table is expected"
-    if place := _elsewhere(key):
-        return f"{key}: leave it out: {place}"
-    if found := next((name for name in sections if name in values), None):
-        return f"{found}: a value is expected, not a table"
-    known = {*values, *tables, *_ELSEWHERE}
+    if reason := _other_place(key):
+        return f"{key}: leave it out: {reason}"
+    if value_key := next((name for name in sections if name in values), None):
+        return f"{value_key}: a value is expected, not a table"
+    known = {*values, *tables, *_OTHER_PLACES}
     section = next(name for name in sections if name not in known)
     table, _, leaf = section.rpartition(".")
     beside = sorted(name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == table)

@@ -1,4 +1,4 @@
-"""DeepSpeed is brought in quietly, builds nothing it can do without, and is told what the run's own sections say."""
+"""Imports DeepSpeed quietly, keeps it from building what it can do without, and gives it the run's configuration."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ from mikoshi.trainer.engines.deepspeed.settings import leaves, user_settings
 from mikoshi.trainer.errors import ConfigError
 
 
-def bring_in(device: torch.device) -> Any:
-    """The `deepspeed` package, for this process's device. Its log goes to stderr, warnings and up."""
-    # It takes a GPU where it sees one; only the environment, read at import, says otherwise.
+def import_deepspeed(device: torch.device) -> Any:
+    """Returns the `deepspeed` package, set up for this process's device. Its warnings go to stderr.
+
+    Raises RuntimeError if this process uses it for another device already.
+    """
+    # DeepSpeed uses a GPU if it sees one, unless this variable, read at import, says otherwise.
     os.environ["DS_ACCELERATOR"] = device.type
-    # It asks the environment alone which of the GPUs seen here is this rank's; not every launcher says, and where each task
-    # sees its own alone, that is number 0 whatever the launcher says.
+    # It takes this rank's GPU from the environment. Not every launcher sets it, and if each task sees only its own GPU,
+    # the number is 0 whatever the launcher says.
     if device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(device.index or 0)
     else:
         os.environ.setdefault("LOCAL_RANK", "0")
-        # Not told how many of a node's ranks there are, it starts a program that counts the node's memories, at every
-        # reduction of ZeRO 3.
+        # Without the number of ranks on the node it starts a program that counts NUMA nodes, at every reduction of ZeRO 3.
         os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # What torch says of its calls is not ours to mend.
+    # DeepSpeed's calls of deprecated functions are not ours to fix.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning, r"torch\.distributed\..*")
     import deepspeed
 
@@ -48,36 +50,40 @@ def bring_in(device: torch.device) -> Any:
 
 
 def build_no_collectives() -> None:
-    """Leave collectives on a CPU to gloo: by default the first engine compiles DeepSpeed's own, which takes a C++ compiler
-    and a minute. There is no public switch; what is set here is its table of what may be built."""
+    """Leave collectives on a CPU to gloo.
+
+    By default the first engine compiles DeepSpeed's own, which takes a C++ compiler and a minute. There is no public switch,
+    so this changes DeepSpeed's table of what can be built.
+    """
     from deepspeed import ops
 
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def settings(config: RunConfig, layout: Layout, device: torch.device, swap: Path | None = None) -> dict[str, Any]:
-    """DeepSpeed's configuration of a run: what the run says, and beneath it what the user's JSON has besides. `swap`: this
-    rank's folder on a disk, see deepspeed_swap.
+    """Returns DeepSpeed's configuration: what the run says, over what the user's JSON has besides.
 
-    Gradients are not scaled and not clipped by DeepSpeed: they are of the summed loss, and the optimizer does both (see
-    GatedAdamW). They add up in fp32 and are reduced in fp32. Raises ConfigError.
+    DeepSpeed neither scales nor clips gradients. They belong to the summed loss, and the optimizer does both (see
+    GatedAdamW). They are accumulated and reduced in fp32. Raises ConfigError.
+
+    swap: this rank's folder on a disk; see `swap_folder`.
     """
-    own = config.engine.deepspeed
+    section = config.engine.deepspeed
     zero: dict[str, Any] = {
         "stage": layout.zero,
-        # It would replace torch.nn.functional.linear for the whole process; see deepspeed_model, which does the same for
-        # the layers of this model alone.
+        # It would replace torch.nn.functional.linear for the whole process; deepspeed.model does the same for the layers of
+        # this model alone.
         "memory_efficient_linear": False,
-        "zero_hpz_partition_size": own.hpz,
-        "zero_quantized_weights": own.quantized_weights,
-        "zero_quantized_gradients": own.quantized_gradients,
+        "zero_hpz_partition_size": section.hpz,
+        "zero_quantized_weights": section.quantized_weights,
+        "zero_quantized_gradients": section.quantized_gradients,
     }
-    for key, where in (("offload_optimizer", optimizer_home(config)), ("offload_param", own.offload_parameters)):
+    for key, where in (("offload_optimizer", optimizer_home(config)), ("offload_param", section.offload_parameters)):
         if where != "none":
             zero[key] = {"device": where}
         if where == "nvme":
             zero[key]["nvme_path"] = str(swap)
-    ours = {
+    of_run = {
         "train_micro_batch_size_per_gpu": layout.micro_rows,
         "gradient_accumulation_steps": layout.micro_batches,
         "gradient_clipping": 0.0,
@@ -86,49 +92,57 @@ def settings(config: RunConfig, layout: Layout, device: torch.device, swap: Path
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # it knows optimizers by their exact type; ours is AdamW
-        "zero_force_ds_cpu_optimizer": False,  # its own for the host has to be compiled
+        "zero_force_ds_cpu_optimizer": False,  # its own CPU optimizer has to be compiled
     }
     pinned = {key: {"pin_memory": device.type == "cuda"} for key in zero if key.startswith("offload_")}
-    return _over(_over({"zero_optimization": pinned}, user_settings(config, layout)), ours)
+    return _merged(_merged({"zero_optimization": pinned}, user_settings(config, layout)), of_run)
 
 
 def optimizer_home(config: RunConfig) -> str:
-    """Where optimizer state is kept: "none" (with the parameters), "cpu" or "nvme"."""
-    own = config.engine.deepspeed.offload_optimizer
-    return "cpu" if own == "none" and config.parallel.offload == "optimizer" else own
+    """Returns where optimizer state is kept: "none" (with the parameters), "cpu" or "nvme"."""
+    home = config.engine.deepspeed.offload_optimizer
+    return "cpu" if home == "none" and config.parallel.offload == "optimizer" else home
 
 
-def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     out = dict(below)
     for key, value in above.items():
-        mine = out.get(key)
-        out[key] = _over(mine, value) if isinstance(value, dict) and isinstance(mine, dict) else value
+        lower = out.get(key)
+        out[key] = _merged(lower, value) if isinstance(value, dict) and isinstance(lower, dict) else value
     return out
 
 
-def not_taken(said: dict[str, Any], error: Mapping[str, Any]) -> str:
-    """DeepSpeed's error in words: it names a key within one of its sections, and not the section."""
+def rejection(ds_config: dict[str, Any], error: Mapping[str, Any]) -> str:
+    """Returns a message for a setting that DeepSpeed does not accept.
+
+    DeepSpeed's error names a key within a section but not the section.
+    """
     key = ".".join(str(part) for part in error["loc"])
-    given = (dotted for dotted, value in leaves(said) if f".{dotted}".endswith(f".{key}") and value == error["input"])
-    told = f"{error['msg'][0].lower()}{error['msg'][1:]}"
-    return f"{next(given, key)} = {json.dumps(error['input'], default=str)}: DeepSpeed does not take it: {told}"
+    given = (dotted for dotted, value in leaves(ds_config) if f".{dotted}".endswith(f".{key}") and value == error["input"])
+    message = f"{error['msg'][0].lower()}{error['msg'][1:]}"
+    return f"{next(given, key)} = {json.dumps(error['input'], default=str)}: DeepSpeed does not take it: {message}"
 
 
 def initialize(
-    deepspeed: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, said: dict[str, Any], path: Path | None
+    deepspeed: Any, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], path: Path | None
 ) -> Any:
-    """DeepSpeed's engine. Raises ConfigError for values of the user's JSON, at `path`, or settings that it does not take."""
+    """Returns DeepSpeed's engine.
+
+    Raises ConfigError for settings that DeepSpeed does not accept.
+
+    path: the user's JSON, for the message; None if settings stand in the run's config.
+    """
     from pydantic import ValidationError
 
     log = logging.getLogger("DeepSpeed")
     level = log.level
-    log.setLevel(logging.ERROR)  # that it does not know our optimizer's type is no news
+    log.setLevel(logging.ERROR)  # it warns that it does not know our optimizer's type
     try:
-        with redirect_stdout(io.StringIO()):  # in bf16 it prints how much memory there is
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=said, dist_init_required=False)
+        with redirect_stdout(io.StringIO()):  # in bf16 it prints the free memory
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, dist_init_required=False)
     except ValidationError as error:
         place = "engine.deepspeed.settings" if path is None else f"engine.deepspeed.config = {str(path)!r}"
-        raise ConfigError(f"{place}: {not_taken(said, error.errors()[0])}") from None
+        raise ConfigError(f"{place}: {rejection(ds_config, error.errors()[0])}") from None
     finally:
         log.setLevel(level)
     return engine

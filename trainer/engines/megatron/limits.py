@@ -1,4 +1,4 @@
-"""What Megatron-core cannot do, or not as this run would have it."""
+"""What Megatron-core cannot do, or would not do as this run needs it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ OLDEST, NEWEST = (0, 16, 1), (0, 20)
 _PIP = 'pip install "mikoshi[megatron]"'
 _NATIVE = 'engine.kind="native"'
 _TE_PIP = 'pip install "transformer-engine[pytorch]" on a machine with a GPU'
-_WITHOUT = 'engine.megatron.transformer_engine="auto" engine.megatron.fp8=false'
-"""What does without Transformer Engine; "off" would not go with FP8."""
+_WITHOUT_TE = 'engine.megatron.transformer_engine="auto" engine.megatron.fp8=false'
+"""Overrides that do without Transformer Engine; "off" contradicts FP8."""
 
 
 def version() -> tuple[int, ...]:
-    """Of the installed megatron-core; empty where there is none."""
+    """Returns the version of the installed megatron-core; empty if there is none."""
     try:
         text = importlib.metadata.version("megatron-core")
     except importlib.metadata.PackageNotFoundError:
@@ -27,26 +27,33 @@ def version() -> tuple[int, ...]:
 
 
 def _lacks_hooks(case: Case) -> bool:
-    """Whether what its layers are reached by is not where it was: importing is asking."""
-    if not case.here or not version() or any(not installed(package) for package in ("einops", "psutil")):
-        return False  # told by other rows
+    """Whether the hooks that our layers use have moved in the installed version, found out by importing them."""
+    if not case.on_this_machine or not version() or any(not installed(package) for package in ("einops", "psutil")):
+        return False  # other rows of the table report this
     try:
         import mikoshi.trainer.engines.megatron.model  # noqa: F401
-    except Exception:  # a Transformer Engine built against another torch ends in errors of any kind
+    except Exception:  # a Transformer Engine built against another torch raises errors of any kind
         return True
     return False
 
 
 def transformer_engine(config: RunConfig, layout: Layout, cuda: bool) -> bool:
-    """Whether the layers are Transformer Engine's: where they are asked for, or by themselves where they serve the run."""
-    asked = config.engine.megatron.transformer_engine
-    if asked == "off" or not cuda:
+    """Whether the layers are Transformer Engine's.
+
+    They are if the config asks for them, or if they are installed and support the run.
+    """
+    requested = config.engine.megatron.transformer_engine
+    if requested == "off" or not cuda:
         return False
-    return asked == "on" or config.engine.megatron.fp8 or (installed("transformer_engine") and not unserved(config, layout))
+    return (
+        requested == "on"
+        or config.engine.megatron.fp8
+        or (installed("transformer_engine") and not unsupported_by_transformer_engine(config, layout))
+    )
 
 
-def unserved(config: RunConfig, layout: Layout) -> bool:
-    """What of a run Transformer Engine's layers would compute otherwise, or not at all."""
+def unsupported_by_transformer_engine(config: RunConfig, layout: Layout) -> bool:
+    """Whether the run has something that Transformer Engine's layers compute differently or not at all."""
     model = config.model
     plain = model.moe is None and not config.data.document_mask and not any(model.windows) and model.position != "alibi"
     norm = model.norm == "rmsnorm" or (model.bias and not model.qk_norm)
@@ -54,20 +61,20 @@ def unserved(config: RunConfig, layout: Layout) -> bool:
     return not plain or not norm or ulysses or config.engine.precision == "fp32" or config.engine.recompute != "none"
 
 
-def _lacking(case: Case) -> bool:
-    """Whether there is no Transformer Engine for this run, whatever it asks of it: nothing else of it then counts."""
-    return case.cuda is False or (case.here and not installed("transformer_engine"))
+def _unavailable(case: Case) -> bool:
+    """Whether this run cannot have Transformer Engine at all; then the other limits do not matter."""
+    return case.cuda is False or (case.on_this_machine and not installed("transformer_engine"))
 
 
 def _fp8(case: Case) -> bool:
-    """Whether FP8 was asked for of a Transformer Engine that there may be."""
-    return case.config.engine.megatron.fp8 and not _lacking(case)
+    """Whether FP8 is requested and Transformer Engine may be available."""
+    return case.config.engine.megatron.fp8 and not _unavailable(case)
 
 
-def _asked(case: Case) -> bool:
-    """Whether Transformer Engine's layers were asked for by name, and may be there."""
+def _requested(case: Case) -> bool:
+    """Whether Transformer Engine's layers are requested by name and may be available."""
     own = case.config.engine.megatron
-    return (own.transformer_engine == "on" or own.fp8) and not _lacking(case)
+    return (own.transformer_engine == "on" or own.fp8) and not _unavailable(case)
 
 
 def _uneven(case: Case) -> bool:
@@ -81,7 +88,7 @@ def _uneven(case: Case) -> bool:
 
 
 def _too_old_for_fp8(case: Case) -> bool:
-    if not (case.cuda and case.here):
+    if not (case.cuda and case.on_this_machine):
         return False
     import torch
 
@@ -104,15 +111,15 @@ def _model(case: Case) -> ModelConfig:
 MEGATRON: tuple[Limit, ...] = (
     Limit(
         "megatron", "the package is not installed", "Megatron-core is an extra", _PIP,
-        lambda case: case.here and not version(),
+        lambda case: case.on_this_machine and not version(),
     ),
     Limit(
         "megatron", "megatron-core older than 0.16.1, or 0.20 and newer", "its layers are known of these versions alone", _PIP,
-        lambda case: case.here and bool(version()) and not OLDEST <= version() < NEWEST,
+        lambda case: case.on_this_machine and bool(version()) and not OLDEST <= version() < NEWEST,
     ),
     Limit(
         "megatron", "einops or psutil is not installed", "megatron-core needs them without saying so", _PIP,
-        lambda case: case.here and bool(version()) and not (installed("einops") and installed("psutil")),
+        lambda case: case.on_this_machine and bool(version()) and not (installed("einops") and installed("psutil")),
     ),
     Limit(
         "megatron", "this build of megatron-core", "it cannot be imported, or lacks the hooks of the versions that are known",
@@ -160,12 +167,12 @@ MEGATRON: tuple[Limit, ...] = (
     Limit(
         "megatron", "engine.megatron.fp8 = true without Transformer Engine on CUDA",
         "FP8 is Transformer Engine's, which runs on CUDA alone", f"{_TE_PIP}, or engine.megatron.fp8=false",
-        lambda case: case.config.engine.megatron.fp8 and _lacking(case),
+        lambda case: case.config.engine.megatron.fp8 and _unavailable(case),
     ),
     Limit(
         "megatron", 'engine.megatron.transformer_engine = "on" without Transformer Engine on CUDA',
         "its fused layers run on CUDA alone", f'{_TE_PIP}, or engine.megatron.transformer_engine="auto"',
-        lambda case: case.config.engine.megatron.transformer_engine == "on" and _lacking(case),
+        lambda case: case.config.engine.megatron.transformer_engine == "on" and _unavailable(case),
     ),
     Limit(
         "megatron", 'engine.megatron.fp8 = true with engine.megatron.transformer_engine = "off"',
@@ -185,35 +192,35 @@ MEGATRON: tuple[Limit, ...] = (
     ),
     Limit(
         "megatron", "Transformer Engine with data.document_mask = true", "its attention is plain causal here",
-        f"data.document_mask=false, or {_WITHOUT}", lambda case: _asked(case) and case.config.data.document_mask,
+        f"data.document_mask=false, or {_WITHOUT_TE}", lambda case: _requested(case) and case.config.data.document_mask,
     ),
     Limit(
         "megatron", "Transformer Engine with model.windows other than 0", "its attention is plain causal here",
-        f"model.windows=[0], or {_WITHOUT}", lambda case: _asked(case) and any(_model(case).windows),
+        f"model.windows=[0], or {_WITHOUT_TE}", lambda case: _requested(case) and any(_model(case).windows),
     ),
     Limit(
-        "megatron", 'Transformer Engine with model.position = "alibi"', "its attention is plain causal here", _WITHOUT,
-        lambda case: _asked(case) and _model(case).position == "alibi",
+        "megatron", 'Transformer Engine with model.position = "alibi"', "its attention is plain causal here", _WITHOUT_TE,
+        lambda case: _requested(case) and _model(case).position == "alibi",
     ),
     Limit(
-        "megatron", "Transformer Engine with model.moe", "its layers have no room for the run's experts", _WITHOUT,
-        lambda case: _asked(case) and _model(case).moe is not None,
+        "megatron", "Transformer Engine with model.moe", "its layers have no room for the run's experts", _WITHOUT_TE,
+        lambda case: _requested(case) and _model(case).moe is not None,
     ),
     Limit(
         "megatron", 'Transformer Engine with engine.recompute other than "none"', "it makes nothing again in backward",
-        f'engine.recompute="none", or {_WITHOUT}', lambda case: _asked(case) and case.config.engine.recompute != "none",
+        f'engine.recompute="none", or {_WITHOUT_TE}', lambda case: _requested(case) and case.config.engine.recompute != "none",
     ),
     Limit(
         "megatron", 'Transformer Engine with engine.precision = "fp32"', "its fast kernels take bf16 alone",
-        f'engine.precision="bf16", or {_WITHOUT}', lambda case: _asked(case) and case.config.engine.precision == "fp32",
+        f'engine.precision="bf16", or {_WITHOUT_TE}', lambda case: _requested(case) and case.config.engine.precision == "fp32",
     ),
     Limit(
         "megatron", 'Transformer Engine with parallel.context_kind = "ulysses"', "it shares a row's tokens out otherwise",
-        'parallel.context_kind="ring"', lambda case: _asked(case) and _ulysses(case),
+        'parallel.context_kind="ring"', lambda case: _requested(case) and _ulysses(case),
     ),
     Limit(
         "megatron", "Transformer Engine with LayerNorm that has no biases or goes with model.qk_norm",
-        "its LayerNorm has biases, and heads are normed as layers are", _WITHOUT,
-        lambda case: _asked(case) and _odd_norm(case),
+        "its LayerNorm has biases, and heads are normed as layers are", _WITHOUT_TE,
+        lambda case: _requested(case) and _odd_norm(case),
     ),
 )  # fmt: skip

@@ -1,7 +1,8 @@
-"""A stage of the GPT in Megatron-core's own layers, called as ours is: its GPTModel through public hooks only.
+"""A stage of the GPT in Megatron-core's layers, with the interface of our own: Megatron's GPTModel through public hooks
+only.
 
 The hooks are a layer spec whose attention core and norms are our modules, and a rotary module that knows where documents
-begin. So it runs without Transformer Engine or Apex, on a CPU too, and documents packed in one row stay apart.
+begin. So it runs without Transformer Engine or Apex, on a CPU too, and documents packed in one row stay separate.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-with warnings.catch_warnings():  # that Transformer Engine and Apex are not there is what is meant
+with warnings.catch_warnings():  # Transformer Engine and Apex are missing on purpose
     warnings.simplefilter("ignore")
     from megatron.core import parallel_state as parallel_state
     from megatron.core import tensor_parallel as tensor_parallel
@@ -42,8 +43,11 @@ from mikoshi.trainer.model.moe import MoE
 from mikoshi.trainer.model.rotary import frequencies
 
 
-class Core(nn.Module):
-    """The attention core of our GPT in the place of Megatron's. `window`: of its layer, whose mask it takes."""
+class AttentionCore(nn.Module):
+    """Our GPT's attention in the place of Megatron's.
+
+    window: attention window of its layer, which selects the mask.
+    """
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
@@ -51,14 +55,20 @@ class Core(nn.Module):
         self.attend: Callable[..., Tensor] = attend
 
     def forward(self, q_TBHD: Tensor, k_TBKD: Tensor, v_TBKD: Tensor, masks: Any, **_: Any) -> Tensor:
-        """[T, B, H x D]. masks: of every window, as GPT.masks makes them."""
+        """Returns the attention output [T, B, H x D].
+
+        masks: one a window, as GPT.masks makes them.
+        """
         q, k, v = (part.permute(1, 2, 0, 3) for part in (q_TBHD, k_TBKD, v_TBKD))
         y_BHTD = self.attend(q, k, v, masks[self.window])
         return y_BHTD.permute(2, 0, 1, 3).flatten(2)
 
 
 class Rotary(nn.Module):
-    """The angles of every position of every row, for Megatron's own rotation; `positions_BT` is set before each pass."""
+    """The rotary angles of every position of every row, for Megatron's own rotation.
+
+    positions_BT: set before each pass.
+    """
 
     def __init__(self, model: ModelConfig, length: int) -> None:
         super().__init__()
@@ -66,17 +76,18 @@ class Rotary(nn.Module):
         self.positions_BT = torch.arange(length)[None]
 
     def get_rotary_seq_len(self, *_: Any, **__: Any) -> int:
+        """Returns the number of positions, which Megatron asks for before it calls the module."""
         return self.length
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
-        """fp32 [T, B or 1, 1, 2R]."""
+        """Returns the angles, fp32 [T, B or 1, 1, 2R]."""
         radians_R, _magnitude = frequencies(self.model.rope, self.model.d_rotary, self.length, self.positions_BT.device)
         angles_TBR = self.positions_BT.T[..., None].float() * radians_R
         return torch.cat((angles_TBR, angles_TBR), dim=-1)[:, :, None]
 
 
-class Norm:
-    """What builds a norm of ours where Megatron's specs name a class."""
+class NormBuilder:
+    """Builds our norm where Megatron's specs name a class."""
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float) -> Any:
         if config.normalization == "LayerNorm":
@@ -84,30 +95,36 @@ class Norm:
         return nn.RMSNorm(hidden_size, eps=eps)
 
 
-class HeadNorm:
-    """The norm of a head's queries or keys: RMSNorm, whatever the layers have."""
+class HeadNormBuilder:
+    """Builds the norm of a head's queries or keys: RMSNorm, whatever norm the layers have."""
 
     def __new__(cls, hidden_size: int, eps: float, **_: Any) -> Any:
         return nn.RMSNorm(hidden_size, eps=eps)
 
 
-class Routed(nn.Module):
-    """Our mixture of experts in the place of Megatron's MLP. `alike`: tensor-parallel ranks that all hold the whole sequence
-    here, of which the mixture routes a part on each; None: what comes is a rank's part already."""
+class RoutedExperts(nn.Module):
+    """Our mixture of experts in the place of Megatron's MLP.
 
-    def __init__(self, config: TransformerConfig, moe: MoE, alike: ProcessGroup | None, **_: Any) -> None:
+    whole_sequence_group: tensor-parallel ranks that all hold the whole sequence here, so that each routes a part of it; None
+      if the input is already this rank's part.
+    """
+
+    def __init__(self, config: TransformerConfig, moe: MoE, whole_sequence_group: ProcessGroup | None, **_: Any) -> None:
         super().__init__()
-        self.moe, self.alike = moe, alike
+        self.moe, self.whole_sequence_group = moe, whole_sequence_group
 
     def forward(self, x_TBC: Tensor, *_: Any, padding_mask: Tensor | None = None, **__: Any) -> tuple[Tensor, None]:
-        """[T, B, C] and, as Megatron's layers have it, a bias that is still to be added: none."""
-        mine = x_TBC if self.alike is None else own_part(x_TBC, 0, self.alike)
+        """Returns the output [T, B, C] and None, as Megatron's layers expect a bias that is still to be added."""
+        mine = x_TBC if self.whole_sequence_group is None else own_part(x_TBC, 0, self.whole_sequence_group)
         y = self.moe(mine.transpose(0, 1), padding_mask).transpose(0, 1)
-        return y if self.alike is None else join(y, 0, self.alike), None
+        return y if self.whole_sequence_group is None else join(y, 0, self.whole_sequence_group), None
 
 
 def transformer_config(model: ModelConfig, layers: int, tp: int, **more: Any) -> Any:
-    """Megatron's config of `layers` layers of ours, with no dropout and nothing fused."""
+    """Returns Megatron's config of `layers` layers of our model, without dropout and without fused kernels.
+
+    more: further settings, which take precedence.
+    """
     activations = {"gelu": F.gelu, "gelu_tanh": _GELU_TANH, "relu": F.relu, "swiglu": F.silu, "geglu": F.gelu}
     settings: dict[str, Any] = dict(
         num_layers=layers, hidden_size=model.width, num_attention_heads=model.heads, num_query_groups=model.n_kv,
@@ -124,57 +141,62 @@ def transformer_config(model: ModelConfig, layers: int, tp: int, **more: Any) ->
 _GELU_TANH = partial(F.gelu, approximate="tanh")
 
 
-def _layer(model: ModelConfig, moe: MoE | None, alike: ProcessGroup | None) -> Any:
-    """Megatron's layer, its linear layers and its order of things, around our core, norms and mixture of experts."""
+def _layer(model: ModelConfig, moe: MoE | None, whole_sequence_group: ProcessGroup | None) -> Any:
+    """Returns the spec of Megatron's layer with our attention core, norms and mixture of experts."""
     dense = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear))
-    routed = ModuleSpec(module=Routed, params={"moe": moe, "alike": alike})
-    head_norm = HeadNorm if model.qk_norm else IdentityOp
+    routed = ModuleSpec(module=RoutedExperts, params={"moe": moe, "whole_sequence_group": whole_sequence_group})
+    head_norm = HeadNormBuilder if model.qk_norm else IdentityOp
     attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear, core_attention=Core, linear_proj=RowParallelLinear,
+        linear_qkv=ColumnParallelLinear, core_attention=AttentionCore, linear_proj=RowParallelLinear,
         q_layernorm=head_norm, k_layernorm=head_norm,
     )  # fmt: skip
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=NormBuilder,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
+            pre_mlp_layernorm=NormBuilder,
             mlp=dense if moe is None else routed,
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-class Stage(nn.Module):
-    """Some of the GPT's layers in Megatron's, with the embedding and the head where they belong. Called as GPT is, and has
-    the attributes of it that an engine reads.
+class MegatronStage(nn.Module):
+    """Some of the GPT's layers in Megatron's form, with the embedding and the head if they belong to the stage.
 
-    shadow: our own GPT's same part, on the meta device, which knows the masks; it is no child of this module. length: of a
-    row. dtype: of what passes through the layers. fused: layers of Transformer Engine, with its attention and norms, which
-    see a row as one document. experts: by layer, ours. alike: as of Routed. settings: further ones of Megatron's config.
+    It is called as GPT is and has the attributes of GPT that an engine reads.
+
+    reference: our own GPT's same part, on the meta device, which makes the masks; it is not a submodule.
+    length: tokens in a row.
+    dtype: of the hidden states.
+    fused: whether the layers are Transformer Engine's, with its attention and norms; these see a row as one document.
+    experts: our mixture-of-experts layers by layer number.
+    whole_sequence_group: see `RoutedExperts`.
+    settings: further settings of Megatron's config.
     """
 
     def __init__(
         self,
-        shadow: GPT,
+        reference: GPT,
         tp: int,
         length: int,
         dtype: torch.dtype,
         fused: bool,
         experts: Mapping[int, MoE],
-        alike: ProcessGroup | None,
+        whole_sequence_group: ProcessGroup | None,
         **settings: Any,
     ) -> None:
         super().__init__()
-        model, self.part = shadow.config, shadow.part
+        model, self.part = reference.config, reference.part
         self.length, self.dtype, self.fused = length, dtype, fused
         self.known: int | None = None
-        self.shadow = (shadow,)  # in a tuple, so that it is no submodule
-        layers = [_layer(model, experts.get(number), alike) for number in self.part.layers]
-        ours = TransformerBlockSubmodules(layer_specs=layers, layer_norm=Norm)
+        self.reference = (reference,)  # in a tuple, so that it is no submodule
+        layers = [_layer(model, experts.get(number), whole_sequence_group) for number in self.part.layers]
+        ours = TransformerBlockSubmodules(layer_specs=layers, layer_norm=NormBuilder)
         spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=model.qk_norm) if fused else ours
         position = {"rotary": "rope", "learned": "learned_absolute"}.get(model.position, "none")
         self.inner = GPTModel(
@@ -192,20 +214,21 @@ class Stage(nn.Module):
 
     @property
     def layers(self) -> list[Any]:
+        """Megatron's layers of this stage."""
         return list(self.inner.decoder.layers)
 
     @property
-    def cores(self) -> list[Core]:
-        """The attention cores that are ours: all of them, or none."""
+    def cores(self) -> list[AttentionCore]:
+        """The attention cores that are ours: one a layer, or none with Transformer Engine."""
         cores = [layer.self_attention.core_attention for layer in self.layers]
-        return [core for core in cores if isinstance(core, Core)]
+        return [core for core in cores if isinstance(core, AttentionCore)]
 
     @property
     def embed(self) -> Any:
-        """What holds a tied embedding here, or None."""
+        """The module that holds a tied embedding in this stage, or None."""
         if self.part.first:
             return self.inner.embedding.word_embeddings
-        return self.inner.output_layer if self.part.last and self.shadow[0].config.tied else None
+        return self.inner.output_layer if self.part.last and self.reference[0].config.tied else None
 
     def forward(
         self,
@@ -217,14 +240,14 @@ class Stage(nn.Module):
         queries_T: Tensor | None = None,
         length: int | None = None,
     ) -> Tensor:
-        """As GPT.forward."""
+        """See `GPT.forward`."""
         length = length or self.length
         if positions_BT is None:
             positions_BT = (torch.arange(length, device=x.device) if queries_T is None else queries_T)[None]
         if isinstance(rotary := getattr(self.inner, "rotary_pos_emb", None), Rotary):
             rotary.positions_BT = positions_BT
         like = x if x.is_floating_point() else torch.empty((), device=x.device, dtype=self.dtype)
-        masks = None if self.fused else self.shadow[0].masks(0, length, docs_BS, queries_T, like)
+        masks = None if self.fused else self.reference[0].masks(0, length, docs_BS, queries_T, like)
         tokens = x if self.part.first else None
         if not self.part.first:
             self.inner.set_input_tensor(x.transpose(0, 1))
@@ -236,16 +259,18 @@ class Stage(nn.Module):
             padding_mask=padding_BT if self.blocks else None,
         )  # fmt: skip
         if not self.part.last:
-            # A pipeline lets go of it in place, which a view cannot be.
+            # The pipeline frees the tensor in place, which does not work for a view.
             return out.transpose(0, 1).clone(memory_format=torch.contiguous_format)
         known = None if torch.is_grad_enabled() else self.known
         return out if labels_BT is None else next_token_loss(out, labels_BT, known)
 
 
 def next_token_loss(logits_BTV: Tensor, labels_BT: Tensor, known: int | None = None) -> Tensor:
-    """Megatron's vocabulary-parallel cross-entropy, summed over the positions that are predicted: a scalar in nats.
+    """Returns the cross-entropy summed over the predicted positions, a scalar in nats, by Megatron's vocabulary-parallel
+    loss.
 
-    logits_BTV: this rank's share of the vocabulary. Written into: they are not to be used after. known: as of our own.
+    logits_BTV: this rank's share of the vocabulary. It is overwritten.
+    known: as for our own loss.
     """
     if known is not None:
         first = parallel_state.get_tensor_model_parallel_rank() * logits_BTV.shape[-1]

@@ -1,8 +1,9 @@
-"""Megatron-core's parameters and ours, in one table read both ways: each of its parameters is rows of ours, run after run.
+"""Megatron-core's parameters and ours in one table that is read both ways: each of its parameters is a sequence of row
+ranges of ours.
 
-Its layers fuse q, k and v, group by group of query heads that read one key/value head, and the gate and the up projection
-of an MLP. Elements are the same, so weights, gradients and optimizer state go over by the same table, and a rank needs
-nothing but the rows that it holds.
+Its layers fuse q, k and v, group by group of the query heads that read one key/value head, and the gate and up projections of
+an MLP. The elements are the same, so weights, gradients and optimizer state use the same table, and a rank needs only the
+rows that it holds.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from mikoshi.trainer.model.config import GATED, ModelConfig
 
 
 @dataclass(frozen=True)
-class Rows:
-    """`count` rows, from row `first` on, of our parameter `name`."""
+class RowRun:
+    """`count` consecutive rows of our parameter `name`, beginning at row `first`."""
 
     name: str
     first: int
     count: int
 
 
-# Of a whole model: its name outside of layers -> ours.
+# Outside of the layers: Megatron's name -> ours.
 _OUTSIDE = {
     "embedding.word_embeddings.weight": "embed.weight",
     "embedding.position_embeddings.weight": "position.weight",
@@ -55,7 +56,7 @@ _PRODUCTS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.lin
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 _QKV, _FC1 = re.compile(r"self_attention\.linear_qkv\.(weight|bias)"), re.compile(r"mlp\.linear_fc1\.(weight|bias)")
 
-# What tensor parallelism cuts, and along which dimension; all else every rank holds whole.
+# What tensor parallelism splits, and along which dimension; every rank holds the rest whole.
 _CUT = {
     r"(embedding\.word_embeddings|output_layer)\.weight": 0,
     r".*\.linear_(qkv|fc1)\.(weight|bias)": 0,
@@ -63,16 +64,18 @@ _CUT = {
 }
 
 
-def rows_of(name: str, model: ModelConfig, tp: int = 1, rank: int = 0) -> tuple[Rows, ...]:
-    """Which rows of ours, in this order, Megatron's parameter `name` has on a tensor-parallel rank. `name` counts layers
-    from the first of the whole model. For a parameter that tp cuts by columns, all of its rows.
+def rows_of(name: str, model: ModelConfig, tp: int = 1, rank: int = 0) -> tuple[RowRun, ...]:
+    """Returns the rows of our parameters that Megatron's parameter `name` holds on a tensor-parallel rank, in order.
 
-    Raises KeyError for a name that is none of a dense GPT's.
+    For a parameter that tensor parallelism splits by columns these are all of its rows. Raises KeyError for a name that is
+    not one of a dense GPT's.
+
+    name: counts layers from the first of the whole model.
     """
     if name in _OUTSIDE:
         ours = "embed.weight" if name == "output_layer.weight" and model.tied else _OUTSIDE[name]
         here = (tp, rank) if cut_of(name) == 0 else (1, 0)
-        return (_share(ours, _outside_rows(ours, model), *here),)
+        return (_own_rows(ours, _outside_rows(ours, model), *here),)
     match = _LAYER.fullmatch(name)
     if match is None:
         raise KeyError(name)
@@ -81,15 +84,17 @@ def rows_of(name: str, model: ModelConfig, tp: int = 1, rank: int = 0) -> tuple[
         return tuple(_groups(block, fused[1], model, tp, rank))
     if fused := _FC1.fullmatch(inside):
         kinds = ("gate", "up") if model.mlp in GATED else ("up",)
-        return tuple(_share(f"{block}mlp.{kind}.{fused[1]}", model.d_mlp, tp, rank) for kind in kinds)
+        return tuple(_own_rows(f"{block}mlp.{kind}.{fused[1]}", model.d_mlp, tp, rank) for kind in kinds)
     ours = _INSIDE[inside]
     count = model.d_head if ours.endswith(("q_norm.weight", "k_norm.weight")) else model.width
-    return (Rows(block + ours, 0, count),)
+    return (RowRun(block + ours, 0, count),)
 
 
 def names_of(model: ModelConfig) -> tuple[str, ...]:
-    """Megatron's parameters of a dense GPT of ours as its checkpoints have them on disk, where a norm before a product is
-    called as Transformer Engine calls it, whatever computes it."""
+    """Returns the names of a dense GPT's parameters in Megatron's checkpoints.
+
+    A norm before a product has the name that Transformer Engine gives it, whichever module computes it.
+    """
     outside = [name for name, ours in _OUTSIDE.items() if ours != "head.weight" or not model.tied]
     if model.position != "learned":
         outside.remove("embedding.position_embeddings.weight")
@@ -106,7 +111,7 @@ def names_of(model: ModelConfig) -> tuple[str, ...]:
 
 
 def cut_of(name: str) -> int | None:
-    """The dimension along which tensor parallelism cuts Megatron's parameter `name`; None: it does not."""
+    """Returns the dimension along which tensor parallelism splits Megatron's parameter `name`, or None."""
     return next((dim for pattern, dim in _CUT.items() if re.fullmatch(pattern, name)), None)
 
 
@@ -118,15 +123,15 @@ def _outside_rows(ours: str, model: ModelConfig) -> int:
     return {"embed.weight": model.vocab, "head.weight": model.vocab, "position.weight": model.context}.get(ours, model.width)
 
 
-def _share(name: str, rows: int, tp: int, rank: int) -> Rows:
+def _own_rows(name: str, rows: int, tp: int, rank: int) -> RowRun:
     each = rows // tp
-    return Rows(name, rank * each, each)
+    return RowRun(name, rank * each, each)
 
 
-def _groups(block: str, leaf: str, model: ModelConfig, tp: int, rank: int) -> Iterator[Rows]:
-    """For each key/value head of the rank: the queries that read it, the key, the value."""
+def _groups(block: str, leaf: str, model: ModelConfig, tp: int, rank: int) -> Iterator[RowRun]:
+    """Yields for each key/value head of the rank the queries that read it, the key and the value."""
     d, queries, each = model.d_head, model.heads // model.n_kv, model.n_kv // tp
     for group in range(rank * each, (rank + 1) * each):
-        yield Rows(f"{block}attn.q.{leaf}", group * queries * d, queries * d)
-        yield Rows(f"{block}attn.k.{leaf}", group * d, d)
-        yield Rows(f"{block}attn.v.{leaf}", group * d, d)
+        yield RowRun(f"{block}attn.q.{leaf}", group * queries * d, queries * d)
+        yield RowRun(f"{block}attn.k.{leaf}", group * d, d)
+        yield RowRun(f"{block}attn.v.{leaf}", group * d, d)

@@ -17,13 +17,13 @@ OTHER_KINDS = (
 """Distributed types of devices that no engine here uses."""
 
 LAUNCHING = ("machine_rank", "rdzv_backend", "same_network", "main_training_function", "tpu_use_cluster", "tpu_use_sudo")
-"""What a launcher of ours finds out by itself, or has no use for."""
+"""Keys that our launcher finds out by itself or does not need."""
 
 PREFIXES = {
     "": "", "fsdp_config": "fsdp_", "deepspeed_config": "", "megatron_lm_config": "megatron_lm_",
     "parallelism_config": "parallelism_config_", "dynamo_config": "dynamo_",
 }  # fmt: skip
-"""Tables that are read, the whole file first, and what their keys may begin with."""
+"""Tables that are read, the whole file first, and the optional prefix of their keys."""
 
 KEYS = {
     "": """compute_environment distributed_type mixed_precision use_cpu debug num_processes machine_rank num_machines gpu_ids
@@ -48,7 +48,7 @@ KEYS = {
         sp_backend sp_seq_length sp_seq_length_is_variable sp_size tp_size""",
     "dynamo_config": "backend mode use_dynamic use_fullgraph use_regional_compilation",
 }
-"""The keys of each of them, without what they may begin with: all of accelerate 1.15's, and older ones."""
+"""The keys of each table without the prefix: all of accelerate 1.15's, and older ones."""
 
 _ALWAYS_SO = "always so"
 _BY_BLOCK = "every block is a unit of its own, always"

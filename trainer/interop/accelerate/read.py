@@ -1,5 +1,4 @@
-"""Reading another maker's YAML and JSON: plain values alone, each key asked for once, and those nobody asked for told at the
-end."""
+"""Reads another tool's YAML and JSON as plain values, and records which keys were used, so that the rest can be reported."""
 
 from __future__ import annotations
 
@@ -16,13 +15,13 @@ import yaml
 from mikoshi.trainer.errors import ConfigError
 
 _LARGEST, _DEEPEST = 1 << 17, 16
-"""Bytes of a file, and tables in tables; real ones have a few thousand, and three."""
+"""Limits: bytes of a file and depth of nested tables; real files have a few thousand bytes and three levels."""
 
 _SHOWN = 400
-"""Signs of a value that a message repeats: a path is told whole."""
+"""Characters of a value that a message repeats, enough for a whole path."""
 
 _OFF = (None, False, "", "no", "none", "NO", -1, 0)
-"""Values that ask for nothing."""
+"""Values that request nothing."""
 
 _PLAIN = re.compile(r"[\w.-]{1,80}")
 
@@ -30,40 +29,51 @@ _TRUE, _FALSE = ("true", "yes", "y", "on", "1"), ("false", "no", "n", "off", "0"
 
 
 @dataclass
-class Asked:
-    """A table of a file, and which of its keys were taken. place: its dotted name in the file; empty for the whole file."""
+class ConfigTable:
+    """A table of a file, and which of its keys were used.
+
+    name: its dotted name in the file; empty for the whole file.
+    parts: tables below it that were used.
+    """
 
     values: Mapping[str, Any]
-    place: str
+    name: str
     path: Path
-    taken: set[str] = field(default_factory=set)
-    parts: list[Asked] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    parts: list[ConfigTable] = field(default_factory=list)
 
     def error(self, key: str, why: str, value: Any = None) -> ConfigError:
-        """About a key; for the caller to raise."""
+        """Returns a ConfigError about a key, for the caller to raise."""
         shown = self.values.get(key) if value is None else value
-        where = ".".join(part for part in (self.place, key) if part)
-        told = "" if not key else f" = {json.dumps(shown, default=str)[:_SHOWN]}"
-        return ConfigError(f"{self.path}: {where}{told}: {why}")
+        where = ".".join(part for part in (self.name, key) if part)
+        assignment = "" if not key else f" = {json.dumps(shown, default=str)[:_SHOWN]}"
+        return ConfigError(f"{self.path}: {where}{assignment}: {why}")
 
-    def take(self, key: str) -> Any:
-        self.taken.add(key)
+    def get(self, key: str) -> Any:
+        """Returns the value of a key, or None, and marks the key as used."""
+        self.used.add(key)
         return self.values.get(key)
 
-    def below(self, key: str, prefix: str) -> Asked:
-        """The table at a key, its keys with the prefix that accelerate lets one leave out."""
-        value = self.take(key)
+    def section(self, key: str, prefix: str) -> ConfigTable:
+        """Returns the table at a key.
+
+        Raises ConfigError if it is not a table.
+
+        prefix: put before keys that lack it, as accelerate allows one to leave it out.
+        """
+        value = self.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.error(key, "a table is expected")
         if not all(isinstance(name, str) for name in value or {}):  # YAML 1.1 reads on and no as true and false
             raise self.error(key, "a table of names is expected: quote on, off, yes, no and numbers")
         named = {k if k.startswith(prefix) else prefix + k: v for k, v in (value or {}).items()}
-        part = Asked(named, ".".join(p for p in (self.place, key) if p), self.path)
+        part = ConfigTable(named, ".".join(p for p in (self.name, key) if p), self.path)
         self.parts.append(part)
         return part
 
     def text(self, key: str, default: str) -> str:
-        value = self.take(key)
+        """Returns a string. Raises ConfigError for a table or a list."""
+        value = self.get(key)
         if value is None:
             return default
         if isinstance(value, bool):  # YAML 1.1 reads no and off as false
@@ -73,9 +83,11 @@ class Asked:
         return str(value)
 
     def flag(self, key: str) -> bool:
-        return self.as_flag(key, self.take(key), False)
+        """Returns a boolean, False by default. Raises ConfigError for any other value."""
+        return self.as_flag(key, self.get(key), False)
 
     def as_flag(self, key: str, value: Any, default: bool) -> bool:
+        """Returns `value` as a boolean. Raises ConfigError, with the key, for any other value."""
         if value is None or value == "auto":
             return default
         if str(value).lower() in (*_TRUE, *_FALSE):
@@ -83,7 +95,8 @@ class Asked:
         raise self.error(key, "true or false is expected")
 
     def count(self, key: str, default: int | None, least: int = 1, most: int = 1 << 31) -> int | None:
-        value = self.take(key)
+        """Returns a whole number from `least` to `most`, or `default`. Raises ConfigError for any other value."""
+        value = self.get(key)
         if value is None or value == "auto":
             return default
         if isinstance(value, str) and value.strip().lstrip("-").isdigit():
@@ -93,52 +106,58 @@ class Asked:
         return value
 
     def peek_count(self, key: str, default: int) -> int:
-        """The same of a key that is taken elsewhere."""
+        """Returns a whole number without marking the key as used."""
         value = self.values.get(key)
         return value if type(value) is int else default
 
     def number(self, key: str, default: float | None) -> float | None:
-        value = self.take(key)
+        """Returns a number of at least 0, or `default`. Raises ConfigError for any other value."""
+        value = self.get(key)
         if value is None or value in ("auto", "none"):
             return default
         try:
-            found = float(value)
+            out = float(value)
         except (TypeError, ValueError):
             raise self.error(key, "a number is expected") from None
-        if isinstance(value, bool) or not 0 <= found < float("inf"):
+        if isinstance(value, bool) or not 0 <= out < float("inf"):
             raise self.error(key, "a number of at least 0 is expected")
-        return found
+        return out
 
     def _rest(self) -> Iterator[tuple[str, Any]]:
         for key, value in self.values.items():
-            if key not in self.taken and value not in _OFF and value not in ({}, []):
-                yield ".".join(part for part in (self.place, key) if part), value
+            if key not in self.used and value not in _OFF and value not in ({}, []):
+                yield ".".join(part for part in (self.name, key) if part), value
         for part in self.parts:
             yield from part._rest()
 
-    def left(self) -> list[tuple[str, Any]]:
-        """Keys that nobody took and that ask for something."""
+    def unused(self) -> list[tuple[str, Any]]:
+        """Returns keys and values that were not used and that request something."""
         return list(self._rest())
 
     def explained(self, why: Mapping[str, str]) -> list[tuple[str, Any, str]]:
-        """Of those the ones with a reason, which are then taken."""
-        found = [(key, value, why[key]) for key, value in self._rest() if key in why]
+        """Returns key, value and reason of the unused keys that `why` has a reason for, and marks them as used."""
+        out = [(key, value, why[key]) for key, value in self._rest() if key in why]
         for table in (self, *self.parts):
-            prefix = f"{table.place}." if table.place else ""
-            table.taken |= {key.removeprefix(prefix) for key, _, _ in found if key.startswith(prefix)}
-        return found
+            prefix = f"{table.name}." if table.name else ""
+            table.used |= {key.removeprefix(prefix) for key, _, _ in out if key.startswith(prefix)}
+        return out
 
 
 @dataclass
-class Found:
-    """What was made of a file so far. values: of the run's sections. notes: what the user has to set, in words.
-    left: keys that have no setting here, with their values and the reason."""
+class Conversion:
+    """The result of converting a file.
+
+    values: settings by section of a run's config.
+    notes: what the user has to set.
+    unsupported: keys without a setting here, with values and reasons.
+    """
 
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    left: list[str] = field(default_factory=list)
+    unsupported: list[str] = field(default_factory=list)
 
     def set(self, dotted: str, value: Any) -> None:
+        """Set the value of a dotted key."""
         *path, leaf = dotted.split(".")
         section: dict[str, Any] = self.values
         for part in path:
@@ -147,17 +166,21 @@ class Found:
 
 
 def safe(key: str) -> str:
+    """Returns a key in a form that is safe in a TOML comment."""
     return key if _PLAIN.fullmatch(key) else shown(key)
 
 
 def shown(value: Any) -> str:
-    """On one line, and with nothing that would end a comment of TOML."""
+    """Returns a value on one line, without anything that would end a TOML comment."""
     text = json.dumps(value, default=str).replace("\x7f", "\\u007f")
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def read_yaml(path: Path) -> Asked:
-    """A YAML file of plain values (JSON is YAML too). Raises ConfigError for all else: tags, aliases, what is too large."""
+def read_yaml(path: Path) -> ConfigTable:
+    """Returns a YAML file of plain values (JSON is YAML too).
+
+    Raises ConfigError for anything else: tags, aliases, or a file that is too large.
+    """
     text = _text(path)
     try:
         _look_through(path, text)
@@ -165,13 +188,13 @@ def read_yaml(path: Path) -> Asked:
     except ConfigError:
         raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        told = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{path}: not plain YAML: {told}") from None
-    return Asked(_table(path, values), "", path)
+        problem = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path}: not plain YAML: {problem}") from None
+    return ConfigTable(_table(path, values), "", path)
 
 
 def _look_through(path: Path, text: str) -> None:
-    """Raises ConfigError, at once, for what makes a small file a large value or a long wait."""
+    """Raises ConfigError, quickly, for what makes a small file a huge value or a long wait."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -181,20 +204,22 @@ def _look_through(path: Path, text: str) -> None:
             raise ConfigError(f"{path}: not plain YAML: more than {_DEEPEST} tables in tables")
 
 
-def read_json(asked: Asked, key: str, name: str) -> Asked:
-    """The JSON file that a key of a YAML names, from where the YAML lies or else, as accelerate does, from the current folder.
-    Raises ConfigError."""
-    tried = list(dict.fromkeys((asked.path.parent / name, Path(name))))
+def read_json(table: ConfigTable, key: str, name: str) -> ConfigTable:
+    """Returns the JSON file that a key names, found beside the YAML or else, as accelerate does, in the current folder.
+
+    Raises ConfigError.
+    """
+    tried = list(dict.fromkeys((table.path.parent / name, Path(name))))
     path = next((place for place in tried if os.path.exists(place)), None)  # noqa: PTH110 (never raises)
     if path is None:
         looked = " nor ".join(str(place) for place in tried)
-        raise asked.error(key, f"there is no {looked}: put the DeepSpeed JSON there, or give its full path")
+        raise table.error(key, f"there is no {looked}: put the DeepSpeed JSON there, or give its full path")
     try:
         values = json.loads(_text(path))
     except (ValueError, RecursionError) as error:
-        told = error if isinstance(error, ConfigError) else f"{path}: not JSON: {error}"
-        raise ConfigError(f"{asked.place}.{key}: {told}") from None
-    return Asked(_table(path, values), "", path)
+        problem = error if isinstance(error, ConfigError) else f"{path}: not JSON: {error}"
+        raise ConfigError(f"{table.name}.{key}: {problem}") from None
+    return ConfigTable(_table(path, values), "", path)
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""What `accelerate launch` tells the processes that it starts, and whether it started fewer than it was asked for."""
+"""What `accelerate launch` tells the processes that it starts, and whether it started fewer than requested."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def ranks_told(env: Mapping[str, str]) -> int | None:
-    """Processes in all, as the launcher says; None where it says nothing."""
+def launched_ranks(env: Mapping[str, str]) -> int | None:
+    """Returns the number of processes that the launcher reports, or None if it reports none."""
     return next((int(env[name]) for name in _SIZES if env.get(name, "").isdigit()), None)
 
 
-def lone_of_several(env: Mapping[str, str]) -> str | None:
-    """Why this process should not train alone: `accelerate launch` was asked for several and started one. It does so with
-    --cpu, and with a file of distributed_type NO or MULTI_CPU. None where that is not so.
+def lone_process_reason(env: Mapping[str, str]) -> str | None:
+    """Returns why this process should not train alone, or None.
 
-    By MASTER_ADDR, which it sets for several processes only, without the rank that torchrun or MPI give each of them.
+    `accelerate launch` may be asked for several processes and start one: with --cpu, and with a file of distributed_type NO
+    or MULTI_CPU. It then sets MASTER_ADDR, but not the rank that torchrun or MPI give each process.
     """
     if "ACCELERATE_MIXED_PRECISION" not in env or "MASTER_ADDR" not in env or "RANK" in env:
         return None

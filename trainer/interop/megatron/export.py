@@ -1,7 +1,7 @@
-"""A committed checkpoint's weights as a torch_dist checkpoint that Megatron-core loads, in any of its layouts.
+"""Exports a committed checkpoint's weights as a torch_dist checkpoint that Megatron-core loads in any of its layouts.
 
-Written as Megatron-core itself does by default: the layers of a kind stacked in one tensor, a chunk a layer, so that a layer
-and the embedding are all that is in memory. The folder of the iteration appears whole or not at all.
+It is written as Megatron-core does by default: the layers of a kind stacked in one tensor, one chunk a layer, so that only a
+layer and the embedding are in memory. The folder of the iteration appears whole or not at all.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mikoshi.data.io.atomic import built_alone, write_file
+from mikoshi.data.io.atomic import new_folder_committed, write_file
 from mikoshi.trainer.engines.megatron.names import names_of, rows_of
 from mikoshi.trainer.errors import CheckpointError
 from mikoshi.trainer.interop.committed import Committed
-from mikoshi.trainer.interop.megatron.torch_dist import CONFIG, LAYERS, TRACKER, VOCABULARY, check_alike, shapes_of
+from mikoshi.trainer.interop.megatron.torch_dist import CONFIG, LAYERS, TRACKER, VOCABULARY, check_supported, shapes_of
 from mikoshi.trainer.interop.model_file import write_model
 from mikoshi.trainer.model.config import ModelConfig
 
@@ -36,22 +36,24 @@ COMMON = "common.pt"
 
 
 def export_megatron(source: Committed, target: Path, vocabulary: int | None = None) -> Path:
-    """Write the weights, in fp32, into the folder `target`, as of the iteration of their step; returns the new folder there.
+    """Write the weights, in fp32, into the folder `target` as the iteration of their step; returns the new folder.
 
-    vocabulary: rows that embedding and head are to have, those that are added being zeros; Megatron-LM wants a multiple of
-    --make-vocab-size-divisible-by times its tensor-parallel ranks. Raises CheckpointError for a model that Megatron's dense
-    GPT cannot be, an iteration that is there already, or a vocabulary that is too small.
+    Raises CheckpointError for a model that Megatron's dense GPT cannot represent, an iteration that exists already, or a
+    vocabulary that is too small.
+
+    vocabulary: rows of embedding and head, padded with zeros; Megatron-LM needs a multiple of --make-vocab-size-divisible-by
+      times its tensor-parallel ranks.
     """
     model, step = source.config.model, source.manifest.step
-    check_alike(model)
+    check_supported(model)
     rows = vocabulary or model.vocab
     if rows < model.vocab:
         raise CheckpointError(f"--vocab {rows}: the model has {model.vocab} rows: give as many or more")
     folder = target / f"iter_{step:07d}"
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already: give another folder, or remove it")
-    with built_alone(folder) as built:
-        _write_tensors(built, stored(model, rows, source.read), extra_states(model))
+    with new_folder_committed(folder) as built:
+        _write_tensors(built, stacks_of(model, rows, source.read), extra_states(model))
         (built / CONFIG).write_text(json.dumps(_FORMAT))
         write_model(built, model)
         (built / COMMON).write_bytes(saved_plain({"checkpoint_version": 3.0, "iteration": step}))
@@ -69,8 +71,11 @@ _FORMAT = {
 
 @dataclass(frozen=True)
 class Stack:
-    """A tensor on disk: the parameter of that name, or that of all layers. shape: of all; read: of the layer of a number, or
-    of all where there are none."""
+    """A tensor on disk: one parameter, or that of all layers.
+
+    shape: of the whole tensor.
+    read: returns the part of a layer by its number, or the whole if there are no layers.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -78,7 +83,7 @@ class Stack:
     read: Callable[[int], Tensor]
 
     def items(self) -> list[WriteItem]:
-        """A chunk a layer, or one."""
+        """Returns DCP's write items: one chunk a layer, or one."""
         size = (1, *self.shape[1:]) if self.stacked else self.shape
         properties, whole = TensorProperties(dtype=torch.float32), torch.Size(self.shape)
         made = []
@@ -89,26 +94,29 @@ class Stack:
         return made
 
 
-def stored(model: ModelConfig, rows: int, read: Callable[[str], Tensor]) -> dict[str, Stack]:
-    """What is to be on disk, by name, read when it is asked for."""
+def stacks_of(model: ModelConfig, rows: int, read: Callable[[str], Tensor]) -> dict[str, Stack]:
+    """Returns the tensors to write by name. They are read when they are written.
+
+    rows: rows of embedding and head.
+    """
     shapes, found = shapes_of(model), dict[str, Stack]()
     for name in names_of(model):
         runs = rows_of(name, model)
         shape = (sum(run.count for run in runs), *shapes[runs[0].name][1:])
         if not name.startswith(LAYERS):
             padded = rows if name in VOCABULARY else shape[0]
-            found[name] = Stack(name, (padded, *shape[1:]), False, _whole(name, model, padded, read))
+            found[name] = Stack(name, (padded, *shape[1:]), False, _read_unstacked(name, model, padded, read))
         elif name.startswith(LAYERS + "0."):
             kind = name.removeprefix(LAYERS + "0.")
-            found[LAYERS + kind] = Stack(LAYERS + kind, (model.layers, *shape), True, _layer(kind, model, read))
+            found[LAYERS + kind] = Stack(LAYERS + kind, (model.layers, *shape), True, _read_layer(kind, model, read))
     return found
 
 
-def _layer(kind: str, model: ModelConfig, read: Callable[[str], Tensor]) -> Callable[[int], Tensor]:
+def _read_layer(kind: str, model: ModelConfig, read: Callable[[str], Tensor]) -> Callable[[int], Tensor]:
     return lambda layer: _joined(f"{LAYERS}{layer}.{kind}", model, read)[None]
 
 
-def _whole(name: str, model: ModelConfig, rows: int, read: Callable[[str], Tensor]) -> Callable[[int], Tensor]:
+def _read_unstacked(name: str, model: ModelConfig, rows: int, read: Callable[[str], Tensor]) -> Callable[[int], Tensor]:
     def padded(_: int) -> Tensor:
         tensor = _joined(name, model, read)
         more = rows - len(tensor)
@@ -118,22 +126,26 @@ def _whole(name: str, model: ModelConfig, rows: int, read: Callable[[str], Tenso
 
 
 def _joined(name: str, model: ModelConfig, read: Callable[[str], Tensor]) -> Tensor:
-    """Megatron's parameter `name`, from the rows of ours that it is."""
+    """Returns Megatron's parameter `name`, made of rows of ours."""
     runs = rows_of(name, model)
-    ours = {run.name: read(run.name) for run in runs}
-    return torch.cat([ours[run.name][run.first : run.first + run.count] for run in runs]).float()
+    tensors = {run.name: read(run.name) for run in runs}
+    return torch.cat([tensors[run.name][run.first : run.first + run.count] for run in runs]).float()
 
 
-_STATED = (
+_STATEFUL_MODULES = (
     "input_layernorm", "self_attention.linear_qkv", "self_attention.q_layernorm", "self_attention.k_layernorm",
     "self_attention.core_attention", "self_attention.linear_proj", "pre_mlp_layernorm", "mlp.linear_fc1", "mlp.linear_fc2",
 )  # fmt: skip
 
 
 def extra_states(model: ModelConfig) -> list[str]:
-    """Objects that Megatron's modules look for beside their parameters, with or without Transformer Engine: of FP8 scales,
-    none here. It reads what its modules ask for and no more."""
-    inside = [f"{LAYERS}{module}._extra_state/shard_{n}_{model.layers}" for module in _STATED for n in range(model.layers)]
+    """Returns the names of empty objects that Megatron's modules look for beside their parameters.
+
+    They would hold FP8 scales. Megatron reads only those that its modules ask for.
+    """
+    inside = [
+        f"{LAYERS}{module}._extra_state/shard_{n}_{model.layers}" for module in _STATEFUL_MODULES for n in range(model.layers)
+    ]
     return [*inside, "decoder.final_layernorm._extra_state/shard_0_1"]
 
 
@@ -163,7 +175,7 @@ def _write_tensors(folder: Path, stacks: dict[str, Stack], empty: list[str]) -> 
 
 
 def saved_plain(values: dict[str, int | float]) -> bytes:
-    """What torch.save makes of a dict of numbers: a ZIP file with a pickle, which for these is a dozen instructions."""
+    """Returns what torch.save writes for a dict of numbers: a ZIP file with a small pickle."""
     body = b""
     for key, value in values.items():
         text = key.encode()
@@ -171,8 +183,8 @@ def saved_plain(values: dict[str, int | float]) -> bytes:
         if isinstance(value, float):
             body += b"G" + struct.pack(">d", value)
         else:
-            whole = value.to_bytes(9, "little", signed=True)
-            body += b"\x8a" + bytes((len(whole),)) + whole
+            encoded = value.to_bytes(9, "little", signed=True)
+            body += b"\x8a" + bytes((len(encoded),)) + encoded
     entries = {"data.pkl": b"\x80\x02}(" + body + b"u.", "byteorder": b"little", "version": b"3\n"}
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:

@@ -1,10 +1,10 @@
-"""Megatron-core's torch_dist checkpoints, in and out: weights that a run begins with, and a run's weights for Megatron.
+"""Megatron-core's torch_dist checkpoints, in and out: weights to begin a run with, and a run's weights for Megatron.
 
     FOLDER/latest_checkpointed_iteration.txt
-    FOLDER/iter_0000100/    metadata.json, common.pt, .metadata and *.distcp (interop.dcp); of ours also config.json
+    FOLDER/iter_0000100/    metadata.json, common.pt, .metadata and *.distcp (interop.dcp); ours also have config.json
 
-Neither way needs Megatron-core, a GPU or more memory than a layer and the embedding take. Of what is read nothing is run:
-common.pt, the optimizer's and random generators' state are not opened at all.
+Neither way needs Megatron-core, a GPU or more memory than a layer and the embedding take. Nothing that is read is executed:
+common.pt and the state of the optimizer and the random generators are not opened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mikoshi.trainer.engines.megatron.names import rows_of
 from mikoshi.trainer.errors import CheckpointError
-from mikoshi.trainer.interop.dcp import METADATA, Folder, open_folder
+from mikoshi.trainer.interop.dcp import METADATA, DCPFolder, open_folder
 from mikoshi.trainer.interop.model_file import check_model
 from mikoshi.trainer.model.config import ModelConfig
 from mikoshi.trainer.model.gpt import GPT
@@ -29,14 +29,14 @@ TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG = "metadata.json"
 EMBEDDING = "embedding.word_embeddings.weight"
 VOCABULARY = (EMBEDDING, "output_layer.weight")
-"""What has a row a token; Megatron-LM adds rows until their number divides, which no text ever uses."""
+"""Parameters with one row a token. Megatron-LM pads them with unused rows until their number divides evenly."""
 
 LAYERS = "decoder.layers."
 _GATED = re.compile(r"(.*\.mlp\.linear_fc1\.(?:weight|bias))_([wv])")
 
 
-def unlike(model: ModelConfig) -> list[str]:
-    """What of a model Megatron's dense GPT cannot be, by key."""
+def unsupported_settings(model: ModelConfig) -> list[str]:
+    """Returns the settings of a model that Megatron's dense GPT cannot represent, by key."""
     found = [
         ("model.moe", model.moe is not None),
         (f'model.position = "{model.position}"', model.position == "alibi"),
@@ -52,16 +52,16 @@ def unlike(model: ModelConfig) -> list[str]:
     return [key for key, is_so in found if is_so]
 
 
-def check_alike(model: ModelConfig) -> None:
-    """Raises CheckpointError for a model that Megatron's dense GPT cannot be."""
-    if keys := unlike(model):
+def check_supported(model: ModelConfig) -> None:
+    """Raises CheckpointError for a model that Megatron's dense GPT cannot represent."""
+    if keys := unsupported_settings(model):
         raise CheckpointError(
             f"{', '.join(keys)}: Megatron-core's dense GPT has nothing like it: exchange the weights as safetensors"
         )
 
 
 def shapes_of(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Our parameters and their shapes."""
+    """Returns our parameters and their shapes."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in GPT(model).named_parameters()}
 
@@ -78,17 +78,20 @@ class _Run:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The weights in a torch_dist folder under our names. padding: rows that the vocabulary has beyond the model's."""
+class TorchDistWeights:
+    """The weights in a torch_dist folder under our names.
+
+    padding: rows that its vocabulary has beyond the model's.
+    """
 
     source: Path
     padding: int
-    _folder: Folder
+    _folder: DCPFolder
     _shapes: dict[str, tuple[int, ...]]
     _runs: dict[str, list[_Run]]
 
     def __call__(self, name: str) -> Tensor:
-        """A parameter, whole. Raises KeyError for a name that is none, CheckpointError for a file that is damaged."""
+        """Returns a parameter, whole. Raises KeyError for an unknown name, CheckpointError for a damaged file."""
         shape = self._shapes[name]
         return torch.cat([self._rows(run, shape[1:]) for run in self._runs[name]])
 
@@ -99,14 +102,16 @@ class Weights:
         return rows[0] if stacked else rows
 
 
-def find_weights(place: Path, model: ModelConfig) -> Weights:
-    """The weights of a torch_dist checkpoint, of every shape that Megatron-core has written them in: layers stacked in one
-    tensor or each by its name, gate and up projection in one or each in its own, behind a prefix or none.
+def find_weights(place: Path, model: ModelConfig) -> TorchDistWeights:
+    """Returns the weights of a torch_dist checkpoint, in every form that Megatron-core has written.
 
-    place: the folder of an iteration, or of several, of which the latest counts. Raises CheckpointError, with the name of the
-    file or of the parameter, for what is no such folder, is damaged or unsafe, or is not of the model's shape.
+    Layers may be stacked in one tensor or separate, gate and up projection in one tensor or two, names with a prefix or
+    without. Raises CheckpointError, with the file or the parameter, for a folder that is not one, is damaged or unsafe, or
+    has another model's shape.
+
+    place: the folder of an iteration, or of several, of which the latest is taken.
     """
-    check_alike(model)
+    check_supported(model)
     path = _iteration(place)
     check_model(path, model)
     folder = open_folder(path)
@@ -120,18 +125,18 @@ def find_weights(place: Path, model: ModelConfig) -> Weights:
         for name, layer in _parameters(stored.removeprefix(prefix), folder.tensors[stored].shape, model, path):
             more = _add(runs, shapes, folder.tensors[stored].shape, stored, name, layer, model, path)
             padding = max(padding, more)
-    _check_whole(runs, shapes, path)
-    return Weights(path, padding, folder, shapes, runs)
+    _check_complete(runs, shapes, path)
+    return TorchDistWeights(path, padding, folder, shapes, runs)
 
 
 def _iteration(place: Path) -> Path:
-    """The folder of the iteration that counts, a checkpoint of the kind that we read."""
+    """Returns the folder of the iteration to read, checked to be in the torch_dist format."""
     path, tracker = place, place / TRACKER
     if tracker.is_file() and not (place / METADATA).exists():
-        told = tracker.read_bytes()[:40].decode("ascii", "replace").strip()
-        if told != "release" and not re.fullmatch(r"\d{1,12}", told):
-            raise CheckpointError(f"{tracker}: {told!r} is no iteration: give the folder of one")
-        path = place / ("release" if told == "release" else f"iter_{int(told):07d}")
+        name = tracker.read_bytes()[:40].decode("ascii", "replace").strip()
+        if name != "release" and not re.fullmatch(r"\d{1,12}", name):
+            raise CheckpointError(f"{tracker}: {name!r} is no iteration: give the folder of one")
+        path = place / ("release" if name == "release" else f"iter_{int(name):07d}")
     try:
         config = json.loads((path / CONFIG).read_bytes()[: 1 << 16])
     except (OSError, ValueError, RecursionError):
@@ -148,13 +153,13 @@ def _iteration(place: Path) -> Path:
     return path
 
 
-def _prefix(path: Path, folder: Folder) -> str:
-    """What stands before every weight's name: nothing, or what a wrapper has put there ("module.")."""
+def _prefix(path: Path, folder: DCPFolder) -> str:
+    """Returns what stands before every weight's name: nothing, or what a wrapper adds ("module.")."""
     found = {name.removesuffix(EMBEDDING) for name in folder.tensors if name.endswith(EMBEDDING)}
     plain = sorted(prefix for prefix in found if not prefix.startswith(("optimizer.", "chained_")))
     if len(plain) != 1:
-        told = f"several models: {', '.join(plain)[:200]}" if plain else f"no {EMBEDDING}"
-        raise CheckpointError(f"{path / METADATA}: {told}: only the checkpoint of one GPT is read")
+        problem = f"several models: {', '.join(plain)[:200]}" if plain else f"no {EMBEDDING}"
+        raise CheckpointError(f"{path / METADATA}: {problem}: only the checkpoint of one GPT is read")
     return plain[0]
 
 
@@ -204,13 +209,13 @@ def _add(
     return padding
 
 
-def _check_whole(runs: dict[str, list[_Run]], shapes: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Every row of every parameter of ours is there once, and the runs of each are in order."""
+def _check_complete(runs: dict[str, list[_Run]], shapes: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Raises CheckpointError unless every row of every parameter of ours is there once; sorts the runs of each."""
     for name, found in runs.items():
         found.sort(key=lambda run: run.first)
         ends = [0, *(run.first + run.count for run in found)]
         if [run.first for run in found] == ends[:-1] and ends[-1] == shapes[name][0]:
             continue
         hint = {"head.weight": ": is it model.tied?", "embed.weight": ": is model.tied false in truth?"}.get(name, "")
-        told = f"has no {name}" if not found else f"does not make up {name}, or has it twice"
-        raise CheckpointError(f"{path / METADATA}: {told}, which the config's model has{hint}")
+        problem = f"has no {name}" if not found else f"does not make up {name}, or has it twice"
+        raise CheckpointError(f"{path / METADATA}: {problem}, which the config's model has{hint}")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mikoshi.parallel.process import heartbeat as pulse
+from mikoshi.parallel.process import heartbeat
 
 SILENCE, PATIENCE = 60.0, 900.0
 
@@ -15,13 +15,13 @@ class Rank:
 
     def does(self, phase, seconds, step=None):
         """Begin a phase and stay in it for so long: what of that would count as a hang, in seconds past the limit."""
-        pulse.beat(phase, step)
+        heartbeat.send_heartbeat(phase, step)
         self.now += seconds
         return max(0.0, seconds - self.limit)
 
     @property
     def limit(self):
-        return pulse.read_page(self.path).limit
+        return heartbeat.read_page(self.path).limit
 
     def makes(self, count, seconds, more=()):
         """Steps whose main thread waits in `reduce` for most of the time; whether none of it would count as a hang."""
@@ -40,10 +40,10 @@ class Rank:
 @pytest.fixture
 def rank(tmp_path, monkeypatch):
     made = Rank(tmp_path / "page")
-    monkeypatch.setattr(pulse, "_pulse", pulse._Pulse())
-    monkeypatch.setattr(pulse.time, "monotonic", lambda: made.now)
-    pulse.open_page(made.path)
-    pulse.limits(SILENCE, PATIENCE)
+    monkeypatch.setattr(heartbeat, "_state", heartbeat._HeartbeatState())
+    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: made.now)
+    heartbeat.open_page(made.path)
+    heartbeat.set_limits(SILENCE, PATIENCE)
     return made
 
 
@@ -87,9 +87,9 @@ def test_a_compilation_within_a_step_is_given_the_time(rank):
 
 def test_new_limits_forget_the_steps_of_another_kind(rank):
     assert rank.makes(20, 0.2)
-    pulse.limits(SILENCE, PATIENCE)  # after going back, or from where rows are read in longer pieces
+    heartbeat.set_limits(SILENCE, PATIENCE)  # after going back, or from where rows are read in longer pieces
     assert rank.makes(30, 80.0)
-    pulse.limits(SILENCE, PATIENCE)
+    heartbeat.set_limits(SILENCE, PATIENCE)
     assert rank.makes(12, 0.2)
     assert rank.limit == SILENCE
 
@@ -104,7 +104,7 @@ def test_a_run_that_is_interrupted_in_every_step_keeps_its_patience(rank):
 def test_of_a_run_that_is_interrupted_in_every_second_step_the_others_are_judged(rank, phase, seconds):
     for _ in range(20):
         assert rank.makes(1, seconds)
-        assert rank.limit == PATIENCE or len(pulse._pulse.known) >= 8
+        assert rank.limit == PATIENCE or len(heartbeat._state.known) >= 8
         assert rank.makes(1, seconds, more=[(phase, 800.0)])
     assert rank.makes(1, 800.0), "the first one after it"
     rank.makes(1, seconds)
@@ -112,7 +112,7 @@ def test_of_a_run_that_is_interrupted_in_every_second_step_the_others_are_judged
 
 
 def test_waiting_for_data_from_afar_is_no_measure_of_a_step(rank):
-    pulse.limits(SILENCE, PATIENCE, slow=("data",))
+    heartbeat.set_limits(SILENCE, PATIENCE, slow=("data",))
     for _ in range(20):
         rank.step += 1
         assert not rank.does("data", 500.0, rank.step)
