@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -70,6 +71,15 @@ def test_everything_is_imported_as_mikoshi():
     """Under its bare name a module would be there twice, or be somebody else's."""
     for path in [*(path for _, path in ours()), *(ROOT / "tests").rglob("*.py")]:
         assert not {name for name in imported(path) if name and name.partition(".")[0] in ROOMS}, path
+
+
+def test_modules_that_are_named_in_strings_are_there():
+    """What a fork server is to import in advance, and what is looked up among loaded modules, fails in silence."""
+    from mikoshi.launch.agent import fork_server
+
+    named = [*fork_server._PRELOADED, "mikoshi.parallel.process.process_group"]
+    assert "mikoshi.parallel.process.process_group" in (ROOT / "launch" / "cli" / "main.py").read_text()
+    assert [name for name in named if importlib.util.find_spec(name) is None] == []
 
 
 def test_the_model_knows_nothing_distributed():

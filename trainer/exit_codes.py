@@ -1,4 +1,8 @@
-"""Exit codes of a run's processes."""
+"""Exit codes of a run's processes.
+
+`trainer.train.rank` maps errors to codes, `launch.controller.supervisor` those of all ranks to the run's, and
+`launch.controller.restart_policy` decides what follows.
+"""
 
 DONE = 0
 FAULT = 1

@@ -43,7 +43,7 @@ def row_group_bytes(file: File) -> list[int]:
 
     try:
         with open_binary(file) as stream, _arrow_errors_named("Parquet"):
-            metadata = pq.ParquetFile(stream).metadata
+            metadata = pq.ParquetFile(stream, pre_buffer=False).metadata
             sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     except Unreadable:
         return []
@@ -64,7 +64,9 @@ def read_parquet(file: File, start: int, stop: int, reader: RowReader) -> Iterat
 
     with open_binary(file) as stream:
         with _arrow_errors_named("Parquet"):
-            table = pq.ParquetFile(stream, page_checksum_verification=True)
+            # Without a buffer read ahead by threads of Arrow's: one that waits for the interpreter when that ends aborts the
+            # process (https://github.com/apache/arrow/issues/34314).
+            table = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=False)
             schema = table.schema_arrow
             groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
             counts, sizes = [group.num_rows for group in groups], [group.total_byte_size for group in groups]

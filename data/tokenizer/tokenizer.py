@@ -23,7 +23,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from mikoshi.data.errors import DataError, storage_error
-from mikoshi.data.tokenizer import merge_ranks as ranks
+from mikoshi.data.tokenizer import merge_ranks
 from mikoshi.data.tokenizer.fast_path import WINDOW, BytesBackend, Ids, TiktokenBackend, fast_path, seams_known, windows
 from mikoshi.data.tokenizer.merge_ranks import SEPARATOR
 from mikoshi.data.tokenizer.special_tokens import (
@@ -321,15 +321,15 @@ def load_tokenizer(what: Path | str, pattern: str = "", separator: str = "", bos
     Raises DataError if it is missing, broken, or has no token to end a document.
     """
     path, name = Path(what), str(what)
-    if name in ranks.NAMES:
+    if name in merge_ranks.NAMES:
         return _make_tokenizer(
-            Backend.from_str(ranks.load_named(name)), lambda backend: find_boundaries(backend, name, None, separator, bos)
+            Backend.from_str(merge_ranks.load_named(name)), lambda backend: find_boundaries(backend, name, None, separator, bos)
         )
     alone = path.suffix == ".tiktoken"
     try:
-        content = ranks.from_file(path, pattern).encode() if alone else path.read_bytes()
+        content = merge_ranks.from_file(path, pattern).encode() if alone else path.read_bytes()
     except OSError as error:
-        known = f"; known by name: {', '.join(ranks.NAMES)}" if not path.suffix else ""
+        known = f"; known by name: {', '.join(merge_ranks.NAMES)}" if not path.suffix else ""
         if path.is_dir():
             inside = path / "tokenizer.json"
             known = f"; give the file: {inside}" if inside.is_file() else "; give a tokenizer.json, and this folder has none"

@@ -239,7 +239,7 @@ def resume(
     from mikoshi.launch.backends.open import open_backend
     from mikoshi.launch.config.paths import printable, shell_quoted
     from mikoshi.launch.operate.board import folder_of, job_name
-    from mikoshi.launch.operate.control import resume as go_on
+    from mikoshi.launch.operate.control import resume as resume_run
     from mikoshi.launch.operate.control import run_status
 
     path = folder_of(run)
@@ -247,7 +247,7 @@ def resume(
     if seen.state == "done":
         typer.echo(f"{printable(path)}: it is done already: `mikoshi report {shell_quoted(path)}`")
         return
-    attempt, layout = go_on(seen, open_backend(seen.run.spec.cluster), nodes, min_nodes, exclude or [], include or [])
+    attempt, layout = resume_run(seen, open_backend(seen.run.spec.cluster), nodes, min_nodes, exclude or [], include or [])
     request, job = attempt.request, job_name(attempt.job)
     avoided = f", avoiding {' '.join(request.avoided)}" if request.avoided else ""
     size = f"{request.nodes} node(s), {layout}{avoided}"

@@ -154,9 +154,9 @@ class Gang:
         elif message.get("attempt") == self.number and "state" in message:
             if len(message["state"]) == self.ranks:
                 self.started_nodes.add(name)
-            for rank, (age, pid, step, beats, limit, phase, stopped) in message["state"].items():
+            for rank, (age, pid, step, count, limit, phase, stopped) in message["state"].items():
                 # The age is measured on the rank's node, so that network delay does not count as silence.
-                self.pages[int(rank)] = (Page(pid, step, beats, -age, limit, phase), stopped)
+                self.pages[int(rank)] = (Page(pid, step, count, -age, limit, phase), stopped)
         elif message.get("attempt") == self.number and "failed" in message:
             self._mark_lost(name, f"its agent failed: {message['failed']}")
 

@@ -1,4 +1,5 @@
-"""The heartbeat of this rank: what it is doing, and since when, on a page of shared memory that its supervisor reads.
+"""The heartbeat of this rank: what it is doing, since when, and how long it may be silent now, on a page of shared memory
+that its supervisor reads.
 
 One process is one rank, so the state is global to the process. Without a page, a heartbeat costs next to nothing.
 """
@@ -14,8 +15,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-# pid, step, beats, time of the last beat, silence that is normal, phase. The count of beats stands at both ends, so that a
-# reader who comes while it is written sees that the two differ.
+# pid, step, count, time of the last heartbeat, silence that is normal, phase. The count of heartbeats stands at both ends, so
+# that a reader who comes while it is written sees that the two differ.
 _PAGE = struct.Struct("<qqqdd16sq")
 _KNOWN, _ENOUGH = 256, 8
 """Undisturbed steps that a rank remembers, and how many it must know before silence is judged by them."""
@@ -156,7 +157,7 @@ def read_page(path: Path) -> Page | None:
         return None
     if len(content) < _PAGE.size:
         return None
-    pid, step, beats, when, limit, phase, count_at_end = _PAGE.unpack(content[: _PAGE.size])
-    if not beats or count_at_end != beats:  # nothing said yet, or being written: the next look will tell
+    pid, step, count, when, limit, phase, count_at_end = _PAGE.unpack(content[: _PAGE.size])
+    if not count or count_at_end != count:  # nothing said yet, or being written: the next look will tell
         return None
-    return Page(pid, step, beats, when, limit, phase.rstrip(b"\0").decode())
+    return Page(pid, step, count, when, limit, phase.rstrip(b"\0").decode())

@@ -7,5 +7,6 @@
 The pieces are planned by torch.distributed.checkpoint (DCP), which also maps them onto another layout when loading;
 reading and writing is ours, so that nothing on disk is a pickle. All ranks call a collective function together.
 
-Entry points: `saver.Saver`, `restore.newest_valid` and `restore.load`, `storage.open.open_store`, `survey` (for people).
+Entry points: `saver.Saver`, `restore.newest_valid` and `restore.load`, `retention` (which stay and which go),
+`storage.open.open_store`, `survey` (for people).
 """

@@ -1,1 +1,5 @@
-"""Slurm: `slurm` submits, `site` runs inside a job, `commands` and `parse` call Slurm's clients and read their output."""
+"""Slurm.
+
+`slurm` submits and holds the batch script, `site` is the inside of a job, `commands` and `parse` call Slurm's clients and read
+their output.
+"""

@@ -124,8 +124,8 @@ def test_fewer_hosts_than_nodes_are_refused_before_any_is_asked(tmp_path):
 
 
 def test_a_plain_command_can_be_read():
-    line = remote_line(["/opt/python", "-P", "-m", "mikoshi.launch.agent.node"], "/work")
-    assert line == "exec /bin/sh -c 'cd -- /work || exit 97; exec /opt/python -P -m mikoshi.launch.agent.node'"
+    line = remote_line(["/opt/python", "-P", "-m", "mikoshi.launch.agent.node"], "/data/run")
+    assert line == "exec /bin/sh -c 'cd -- /data/run || exit 97; exec /opt/python -P -m mikoshi.launch.agent.node'"
 
 
 HARD = [
