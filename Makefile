@@ -17,7 +17,7 @@ SLOW ?= tests
 
 help:
 	@echo "make train      prepare real text, train a GPT on every rank of this machine, report, and let it write"
-	@echo "make test       lint, types and tests, about 11 minutes on 2 cores"
+	@echo "make test       lint, types and tests, about 10 minutes on 2 cores"
 	@echo "make test-all   and the slow ones: whole matrices, compilation, and soaks of faults"
 	@echo "make docs       the documentation as a site, in site/"
 	@echo "make bench      bench-train: speed and memory beside Hugging Face, plain PyTorch and DeepSpeed, on this CPU;"
