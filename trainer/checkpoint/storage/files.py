@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mikoshi.trainer.checkpoint.storage.base import NO_FILE
@@ -15,26 +15,40 @@ _READ = 512 << 10  # bytes read, then digested while they are in a core's own ca
 
 
 @contextmanager
+def regular_file(path: Path) -> Iterator[tuple[int, int]]:
+    """Yields handle and size of a regular file.
+
+    Raises CheckpointError for a link, a FIFO or a folder, and OSError if it cannot be opened, which says nothing about the
+    file.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        raise CheckpointError(f"{path}: not a regular file") from None
+    try:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: not a regular file")
+        yield handle, status.st_size
+    finally:
+        os.close(handle)
+
+
+@contextmanager
 def opened(path: Path) -> Iterator[int]:
     """Yields the handle of a regular file.
 
     Raises CheckpointError for anything else and for a missing file, and OSError if it cannot be opened, which says nothing
     about the file.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing") from None
-    except OSError as error:
-        if error.errno not in NO_FILE:
-            raise
-        raise CheckpointError(f"{path}: not a regular file") from None
-    try:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
+    with ExitStack() as stack:
+        try:
+            handle, _ = stack.enter_context(regular_file(path))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: missing") from None
         yield handle
-    finally:
-        os.close(handle)
 
 
 def read_through(path: Path, update: Callable[[memoryview], object]) -> None:

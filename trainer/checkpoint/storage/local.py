@@ -16,11 +16,11 @@ from mikoshi.trainer.checkpoint.storage.base import (
     DAMAGED,
     LARGEST_MANIFEST,
     MANIFEST,
-    NO_FILE,
     checked_name,
     step_name,
     step_of,
 )
+from mikoshi.trainer.checkpoint.storage.files import regular_file
 from mikoshi.trainer.errors import CheckpointError
 
 
@@ -88,7 +88,7 @@ class LocalStore:
     def manifest(self, step: int) -> bytes:
         """See `Store.manifest`."""
         file = self._step_folder(step) / MANIFEST
-        with _opened(file) as (handle, size):
+        with regular_file(file) as (handle, size):
             if size > LARGEST_MANIFEST:
                 raise CheckpointError(f"{file}: damaged: {size} bytes are more than any manifest has")
             with os.fdopen(os.dup(handle), "rb") as content:
@@ -109,7 +109,7 @@ class LocalStore:
         folder = self._step_folder(step)
         file = folder / checked_name(str(folder), name)
         try:
-            with _opened(file):
+            with regular_file(file):
                 return file
         except FileNotFoundError:
             raise CheckpointError(f"{file}: missing") from None
@@ -177,28 +177,6 @@ def _created(path: Path) -> Iterator[BinaryIO]:
         with suppress(OSError):
             path.unlink()
         raise
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, int]]:
-    """Yields handle and size of a regular file.
-
-    Raises CheckpointError for a link, a FIFO or a folder, and OSError if it cannot be opened, which says nothing about the
-    file.
-    """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO would wait for a writer
-    except OSError as error:
-        if error.errno not in NO_FILE:
-            raise
-        raise CheckpointError(f"{path}: not a regular file") from None
-    try:
-        status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{path}: not a regular file")
-        yield handle, status.st_size
-    finally:
-        os.close(handle)
 
 
 def _discard(path: Path) -> None:
